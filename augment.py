@@ -1,0 +1,721 @@
+"""From image files to augmented views: SimSiam's input pipeline, Sec. 3 and supplement A of the paper.
+
+    python augment.py PHOTO_OR_DATA --out views.png       a contact sheet: originals beside several pairs of views
+
+A view is made in two steps that meet only in plain numbers:
+
+    draw    random numbers -> a recipe: crop box, flip, colour changes and their order, grayscale, blur
+    apply   image, recipe  -> view: deterministic; crop and resize first, everything photometric after
+
+Every random number is a pure function of (seed, epoch, image, view, draw number). So a view does not depend on how many
+workers, processes or interruptions there were, and any view of any epoch can be shown again by asking for it.
+
+Order of this file: drawing, applying, sources (folders, lists, CIFAR-10, shapes), loading, the contact sheet.
+Shapes in comments: N images or views, H x W pixels as stored, S pixels a side as trained, V views per image.
+"""
+import argparse
+import codecs
+import os
+import pickle
+import sys
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+
+class Refused(Exception):
+    """Input that can't be used: says in one line what, where, and what to do. The scripts print it and exit with 1."""
+
+
+class BadImage(Refused):
+    """A file that isn't an image that Pillow can read."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing: random numbers without state
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHUFFLE, SHAPES = 1000, 1001  # taken in the place of a view number by what is drawn per image but is no view
+
+
+def mix(h):
+    """uint64 -> uint64: the finaliser of SplitMix64 (Steele et al. 2014). Flipping one input bit flips half the output."""
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
+
+
+def uniforms(seed, epoch, index, view, draw):
+    """Uniform numbers in [0, 1), float64: a hash of five non-negative integers or arrays of them, which broadcast."""
+    h = np.zeros(1, np.uint64)  # an array, because numpy warns when a scalar wraps around
+    for key in (seed, epoch, index, view, draw):
+        h = mix((h ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return (h >> np.uint64(11)) * 2.0 ** -53
+
+
+def permutation(seed, epoch, n):
+    """The order in which an epoch visits n images: int64 (n,)."""
+    return np.argsort(uniforms(seed, epoch, np.arange(n), SHUFFLE, 0), kind="stable")
+
+
+class Policy(NamedTuple):
+    """What is drawn, and how strongly. The defaults are the paper's (supplement A) for ImageNet."""
+    size: int = 224                                  # S, pixels a side
+    area: tuple = (0.2, 1.0)                         # share of the image that the crop covers, uniform
+    aspect: tuple = (3 / 4, 4 / 3)                   # width / height of the crop, log-uniform
+    jitter: float = 0.8                              # probability of the four colour changes, together
+    strength: tuple = (0.4, 0.4, 0.4, 0.1)           # of brightness, contrast, saturation (factor 1 +- s), hue (turns, +- s)
+    gray: float = 0.2                                # probability of grayscale
+    blur: float = 0.5                                # probability of blur. DEPARTURE: the released code's; the paper gives none
+    sigma: tuple = (0.1, 2.0)                        # std of the Gaussian in pixels, uniform
+    flip: float = 0.5                                # probability of the horizontal flip
+    mean: tuple = (0.485, 0.456, 0.406)              # ImageNet's normalisation
+    std: tuple = (0.229, 0.224, 0.225)
+    centre: float = 224 / 256                        # at test time: the share of the shorter side that is kept
+
+
+class Crop(NamedTuple):
+    """Where views lie in their images: arrays (N,), pixels."""
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    flip: np.ndarray
+
+
+class Colour(NamedTuple):
+    """What happens to the views' pixels."""
+    jitter: np.ndarray   # (N,)    bool: whether the four changes apply
+    order: np.ndarray    # (N, 4)  order[n, k]: the change that comes k-th; 0 brightness, 1 contrast, 2 saturation, 3 hue
+    factor: np.ndarray   # (N, 4)  of brightness, contrast, saturation (1 = as it was); hue shift in turns (0 = as it was)
+    gray: np.ndarray     # (N,)    bool
+    sigma: np.ndarray    # (N,)    std of the blur in pixels, 0 = none
+
+
+# Each random decision has its own draw number, so that a new one can be added without changing the others.
+AREA, ASPECT, TOP, LEFT, FLIP = slice(0, 10), slice(10, 20), 20, 21, 22
+JITTER, ORDER, FACTOR, GRAY, BLUR, SIGMA = 23, slice(24, 28), slice(28, 32), 32, 33, 34
+
+
+def draw_crop(policy, seed, epoch, index, view, height, width):
+    """RandomResizedCrop and flip for images `index` (N,), view numbers `view` (N,), of height x width pixels -> Crop.
+
+    Ten tries at an area and an aspect; the first box that fits the image is placed uniformly. If none fits, the largest
+    centred box with an admissible aspect. This is the procedure of the PyTorch notation that the paper refers to.
+    """
+    u = uniforms(seed, epoch, np.asarray(index)[:, None], np.asarray(view)[:, None], np.arange(23))  # (N, 23)
+    area = height * width * (policy.area[0] + (policy.area[1] - policy.area[0]) * u[:, AREA])        # (N, 10)
+    low, high = np.log(policy.aspect)
+    aspect = np.exp(low + (high - low) * u[:, ASPECT])                                               # (N, 10)
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))                          # (N, 10)
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first, found = (np.arange(len(u)), fits.argmax(axis=1)), fits.any(axis=1)
+    w = np.where(found, w[first], np.minimum(width, np.rint(height * policy.aspect[1])))
+    h = np.where(found, h[first], np.minimum(height, np.rint(width / policy.aspect[0])))
+    top = np.where(found, np.floor(u[:, TOP] * (height - h + 1)), (height - h) // 2)
+    left = np.where(found, np.floor(u[:, LEFT] * (width - w + 1)), (width - w) // 2)
+    return Crop(*(a.astype(np.int64) for a in (top, left, h, w)), u[:, FLIP] < policy.flip)
+
+
+def draw_colour(policy, seed, epoch, index, view):
+    """ColorJitter, grayscale and blur for images `index` (N,), view number `view` -> Colour."""
+    u = uniforms(seed, epoch, np.asarray(index)[:, None], view, np.arange(35))  # (N, 35)
+    centre, spread = np.array([1, 1, 1, 0]), np.array(policy.strength)
+    return Colour(jitter=u[:, JITTER] < policy.jitter,
+                  order=np.argsort(u[:, ORDER], axis=1),
+                  factor=centre + spread * (2 * u[:, FACTOR] - 1),
+                  gray=u[:, GRAY] < policy.gray,
+                  sigma=np.where(u[:, BLUR] < policy.blur, policy.sigma[0] + np.ptp(policy.sigma) * u[:, SIGMA], 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Applying, first part: crop, resize, flip. uint8 -> uint8
+# ---------------------------------------------------------------------------------------------------------------------
+# The flip comes last in the paper; here it comes first of all, which changes nothing: every later step treats left and
+# right alike.
+
+def crop_resize(image, crop, n, size):
+    """One stored image (H, W, 3) uint8 and the n-th box of `crop` -> (3, S, S) uint8, on the CPU.
+
+    Bilinear with antialiasing. The crop is cut first, so that no pixel outside it is read.
+    """
+    top, left = crop.top[n], crop.left[n]
+    part = image[top:top + crop.height[n], left:left + crop.width[n]].permute(2, 0, 1)
+    view = F.interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
+    return view.flip(-1) if crop.flip[n] else view
+
+
+def crop_resize_batch(images, crop, size):
+    """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, all at once."""
+    start = torch.from_numpy(np.stack([crop.top, crop.left, crop.height, crop.width, crop.flip]).astype(np.float32))
+    top, left, height, width, flip = start.to(images.device, non_blocking=True)
+    rows = resize_matrix(top, height, torch.zeros_like(flip), images.shape[2], size)   # (N, S, H)
+    cols = resize_matrix(left, width, flip, images.shape[3], size)                     # (N, S, W)
+    return separable(images.float(), rows, cols).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def resize_matrix(start, length, flip, side, size):
+    """Bilinear, antialiased resizing of [start, start + length) of a line of `side` pixels to `size`: (N, size, side).
+
+    Row i holds the weights of the pixels that make output i: a triangle around its centre, one output pixel wide (one
+    input pixel where that is wider), nothing outside the crop. start, length, flip (0 or 1): (N,).
+    """
+    pixel = torch.arange(side, device=start.device) + 0.5                              # (side,)
+    output = torch.arange(size, device=start.device) + 0.5                             # (size,)
+    output = torch.where(flip[:, None] > 0, size - output, output)                     # (N, size)
+    scale = (length / size)[:, None, None]
+    start, length = start[:, None, None], length[:, None, None]
+    weight = (1 - (pixel - (start + output[..., None] * scale)).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel > start) & (pixel < start + length))                     # (N, size, side)
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def separable(x, rows, cols):
+    """One matrix along the columns of each image and one along its rows. x (N, 3, H, W) -> (N, 3, S, S)"""
+    return rows[:, None] @ x @ cols[:, None].mT
+
+
+def resize_centre(images, resize, size):
+    """The test view: shorter side to `resize`, then the centre. (N, 3, H, W) uint8 -> (N, 3, size, size) uint8"""
+    height, width = images.shape[2:]
+    if resize != min(height, width):
+        height, width = (max(resize, int(side * resize / min(height, width))) for side in (height, width))
+        images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return images[:, :, top:top + size, left:left + size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, one path for CPU and GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+CACHE = 2 ** 20  # floats: on a CPU, a batch is worked on in pieces of this size, so that a piece stays in the cache
+
+
+def photometric(x, colour, policy):
+    """Cropped views (N, 3, S, S) uint8 and their Colour -> normalised views (N, 3, S, S) float32, on x's device."""
+    hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # (N,): 0 to 3, 4 = no colour changes
+    by_hue = np.argsort(hue_at, kind="stable")  # views whose hue comes k-th are neighbours: see change_colour
+    piece = max(1, CACHE // x[0].numel()) if x.device.type == "cpu" else len(x)
+    out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)  # as convolutions like it
+    for start in range(0, len(x), piece):
+        rows = by_hue[start:start + piece]
+        part = Colour(*(a[rows] for a in colour))
+        view = x[on(x, rows)].float() / 255
+        change_colour(view, part, hue_at[rows])
+        gray = on(x, np.flatnonzero(part.gray))
+        view[gray] = luma(view[gray]).expand(-1, 3, -1, -1)
+        blurred = np.flatnonzero(part.sigma)
+        sigma = on(x, part.sigma[blurred].astype(np.float32))
+        blurred = on(x, blurred)
+        matrix = blur_matrix(sigma, x.shape[-1])
+        view[blurred] = separable(view[blurred], matrix, matrix)
+        out[on(x, rows)] = normalize(view, policy)
+    return out
+
+
+def on(x, array):
+    """A numpy array on x's device, without waiting for the device."""
+    return torch.from_numpy(array).to(x.device, non_blocking=True)
+
+
+def normalize(x, policy):
+    """(x - mean) / std per channel. x (N, 3, S, S) float in [0, 1]"""
+    mean, std = (on(x, np.array(v, np.float32).reshape(3, 1, 1)) for v in (policy.mean, policy.std))
+    return (x - mean) / std
+
+
+def luma(x):
+    """ITU-R 601-2 luma, Pillow's grayscale: (N, 3, S, S) -> (N, 1, S, S)"""
+    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def change_colour(x, colour, hue_at):
+    """Apply the four changes to x (N, 3, S, S) in [0, 1], in place, each view in its own order.
+
+    Brightness, contrast and saturation all blend the image with something grey: f x + (1 - f) (a luma + b mean(luma)),
+    with (a, b) = (0, 0), (0, 1), (1, 0). Only hue is different, and the views come sorted by hue_at, the place that hue
+    has in their order: so at each of the four steps one slice takes hue, and the slices before and after it blend.
+    """
+    kind = np.clip(colour.order, 0, 2)                                # where it is hue (3), the value isn't used
+    f = np.take_along_axis(colour.factor, kind, axis=1)               # (N, 4): the factor of the k-th change
+    weights = np.stack([f, (1 - f) * (kind == 2), (1 - f) * (kind == 1)], axis=2)
+    weights = on(x, weights.astype(np.float32))[..., None, None, None]              # (N, 4, 3, 1, 1, 1)
+    shift = on(x, colour.factor[:, 3].astype(np.float32))[:, None, None, None]      # (N, 1, 1, 1)
+    end = np.searchsorted(hue_at, 4)                                  # from here on: no colour changes
+    for k in range(4):
+        first, last = np.searchsorted(hue_at, [k, k + 1])
+        if first < last:
+            x[first:last] = shift_hue(x[first:last], shift[first:last])
+        for part in (slice(0, first), slice(last, end)):
+            if part.start < part.stop:
+                w, gray = weights[part, k], luma(x[part])
+                grey = w[:, 1] * gray + w[:, 2] * gray.mean(dim=(1, 2, 3), keepdim=True)
+                x[part].mul_(w[:, 0]).add_(grey).clamp_(0, 1)
+
+
+def shift_hue(x, shift):
+    """Rotate the hue of x (N, 3, S, S) in [0, 1] by `shift` (N, 1, 1, 1) turns, at most half a turn. HSV, without HSV.
+
+    With c = max - min and h the hue in sixths of a turn, HSV's way back to RGB is, for n = 5, 3, 1 (red, green, blue),
+    max - c clamp(2 - |k - 2|, 0, 1) where k = (n + h) mod 6 (Smith 1978). Multiplying by c makes every division go: c h
+    is a difference of two channels. For |k - 2| stands |||h + n - 5| - 6| - 3|, which equals it on [-12, 12].
+    """
+    r, g, b = x.unbind(dim=1)
+    top, bottom = x.amax(dim=1), x.amin(dim=1)
+    c = top - bottom
+    ch = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * c, r - g + 4 * c))
+    ch = ch + 6 * shift[:, 0] * c
+    distance = [(((ch + (n - 5) * c).abs() - 6 * c).abs() - 3 * c).abs() for n in (5, 3, 1)]
+    return torch.stack([top - (2 * c - d).clamp(min=0).minimum(c) for d in distance], dim=1)
+
+
+REACH = 8  # pixels: four times the largest std, beyond which a Gaussian holds 6e-5 of its mass
+
+
+def blur_matrix(sigma, side):
+    """Gaussian blur along a line of `side` pixels whose ends repeat for ever. sigma (N,) > 0, pixels -> (N, side, side)"""
+    output = torch.arange(side, device=sigma.device)[:, None]
+    pixel = torch.arange(-REACH, side + REACH, device=sigma.device)
+    distance = (pixel - output).float()                                                # (side, side + 2 REACH)
+    weight = torch.exp(-distance ** 2 / (2 * sigma[:, None, None] ** 2)) * (distance.abs() <= REACH)
+    weight = weight / weight.sum(dim=-1, keepdim=True)
+    matrix = weight[..., REACH:-REACH].clone()
+    matrix[..., 0] += weight[..., :REACH].sum(dim=-1)
+    matrix[..., -1] += weight[..., -REACH:].sum(dim=-1)
+    return matrix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: what DATA can be
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
+SMALL = 64  # pixels: images of one size up to this many a side are held in memory
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a data set. Exactly one of pixels and files is there; labels and classes only where they are known."""
+    pixels: object = None   # (N, 3, H, W) uint8 tensor
+    files: object = None    # Paths
+    labels: object = None   # (N,) int64 array
+    classes: object = None  # list of names
+
+    def __len__(self):
+        return len(self.files if self.pixels is None else self.pixels)
+
+    def image(self, i):
+        """The i-th image as stored: (H, W, 3) uint8 tensor."""
+        return read_image(self.files[i]) if self.pixels is None else self.pixels[i].permute(1, 2, 0)
+
+
+class Paths:
+    """A list of file names in one buffer. A million Python strings in a forked worker are copied page by page as their
+    reference counts are touched; one buffer stays shared."""
+
+    def __init__(self, root, names):
+        self.root, self.buffer = root, b"".join(names)  # bytes: a file name need not be valid text
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        start = self.ends[i - 1] if i else 0
+        return os.fsdecode(os.path.join(self.root, self.buffer[start:self.ends[i]]))
+
+
+def open_data(path, seed=0):
+    """DATA as given by the user -> (train Source, val Source or None). None: the embedded shapes, drawn with this seed.
+
+    Raises Refused where there is nothing there that can be used.
+    """
+    if path is None:
+        return draw_shapes(seed, 0, 4000), draw_shapes(seed, 4000, 1000)
+    here = os.fsencode(path)
+    if os.path.isfile(here):
+        return in_memory(Source(files=read_list(here))), None
+    if not os.path.isdir(here):
+        raise Refused(f"{path}: no such file or folder; give an image folder, a list of files or a CIFAR-10 folder")
+    names = set(os.listdir(here))
+    if b"data_batch_1.bin" in names:
+        return tuple(read_cifar(path, batches, read_cifar_bin) for batches in CIFAR_BATCHES)
+    if b"data_batch_1" in names:
+        return tuple(read_cifar(path, batches, read_cifar_py) for batches in CIFAR_BATCHES)
+    train = os.path.join(here, b"train") if b"train" in names else here
+    labelled = b"train" in names and any(entry.is_dir() for entry in os.scandir(train))
+    files = list_images(train)
+    if not labelled:
+        return in_memory(Source(files=files)), None
+    classes = sorted(os.fsdecode(entry.name) for entry in os.scandir(train) if entry.is_dir())
+    train = in_memory(Source(files=files, labels=labels_of(files, classes), classes=classes))
+    if b"val" not in names:
+        return train, None
+    files = list_images(os.path.join(here, b"val"))
+    return train, in_memory(Source(files=files, labels=labels_of(files, classes), classes=classes))
+
+
+def list_images(root):
+    """All images under a folder, at any depth, through links but never twice through the same folder -> Paths, sorted."""
+    names, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside = os.path.relpath(folder, root)
+        names += [os.path.normpath(os.path.join(inside, name)) for name in files if is_image(name)]
+    if not names:
+        raise Refused(f"{os.fsdecode(root)}: no images there (looked for {' '.join(SUFFIXES)})")
+    return Paths(root, sorted(names))
+
+
+def is_image(name):
+    return os.fsdecode(name).lower().endswith(SUFFIXES)
+
+
+def labels_of(files, classes):
+    """The class index of each file: its first folder under the root, in the sorted list of the training classes."""
+    number = {name: k for k, name in enumerate(classes)}
+    root = len(os.fsdecode(files.root)) + 1
+    labels = np.empty(len(files), np.int64)
+    for i in range(len(files)):
+        name = files[i][root:].split(os.sep)[0]
+        if name not in number:
+            raise Refused(f"{files[i]}: not in one of the {len(classes)} class folders of train/; move it into one, or away")
+        labels[i] = number[name]
+    return labels
+
+
+def read_list(path):
+    """A text file with the path of an image on each line (relative to the text file), or a single image -> Paths"""
+    root, name = os.path.split(os.path.abspath(path))
+    names = [name]
+    if not is_image(path):
+        with open(path, "rb") as f:
+            names = [line.strip() for line in f if line.strip()]
+        missing = next((name for name in names if not os.path.isfile(os.path.join(root, name))), None)
+        if missing is not None or not names:
+            raise Refused(f"{os.fsdecode(path)}: a list of images should name a file on each line; "
+                          f"{'it is empty' if not names else os.fsdecode(missing[:100]) + ' is no file'}")
+    return Paths(root, names)
+
+
+def read_image(path):
+    """A file -> (H, W, 3) uint8 tensor. Raises BadImage where Pillow can't read it."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{path}: can't be read as an image ({error}); mend it or take it away") from None
+
+
+def in_memory(source):
+    """The same source, with its pixels in one tensor if all images are small and of one size. A look at 16 tells most."""
+    def size(i):
+        try:
+            with Image.open(source.files[i]) as image:
+                return image.size
+        except (OSError, Image.DecompressionBombError):
+            return SMALL + 1, 0  # whoever reads it later says what is wrong with it
+
+    sizes = {size(i) for i in np.linspace(0, len(source) - 1, 16).astype(int)}
+    (width, height), *others = sizes
+    if others or max(width, height) > SMALL:
+        return source
+    pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
+    for i in range(len(source)):
+        image = read_image(source.files[i])
+        if image.shape != (height, width, 3):
+            return source
+        pixels[i] = image.permute(2, 0, 1)
+    return replace(source, pixels=pixels, files=None)
+
+
+# CIFAR-10 (Krizhevsky 2009), in the two layouts that its page offers
+
+CIFAR_BATCHES = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def read_cifar(folder, batches, read):
+    """One split of CIFAR-10 -> Source of (N, 3, 32, 32) pixels. Raises Refused, naming the file, if one isn't as it must be."""
+    parts = []
+    for name in batches:
+        path = os.path.join(folder, name)
+        try:
+            data, labels = read(path)
+            if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or len(data) != len(labels):
+                raise ValueError(f"data {data.dtype} {data.shape}, {len(labels)} labels")
+            if len(data) == 0 or min(labels) < 0 or max(labels) > 9:
+                raise ValueError("labels should be 0 to 9")
+        except Exception as error:  # a damaged pickle can raise anything
+            raise Refused(f"{path}: not a batch of CIFAR-10 ({type(error).__name__}: {error}); unpack the archive again") from None
+        parts.append((data, np.asarray(labels, np.int64)))
+    data, labels = (np.concatenate(part) for part in zip(*parts))
+    return Source(pixels=torch.from_numpy(data.reshape(-1, 3, 32, 32)), labels=labels, classes=CIFAR_CLASSES)
+
+
+def read_cifar_bin(path):
+    """Records of one label byte and 3072 pixel bytes."""
+    records = np.fromfile(path + ".bin", np.uint8).reshape(-1, 3073)
+    return records[:, 1:], records[:, 0]
+
+
+def read_cifar_py(path):
+    """A pickled dictionary of b"data" and b"labels"."""
+    with open(path, "rb") as f:
+        batch = CifarUnpickler(f, encoding="bytes").load()
+    return batch[b"data"], batch[b"labels"]
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """A pickle can call any function it names. This reader knows the four that CIFAR's files name, and no other."""
+    RECONSTRUCT = np.empty(0).__reduce__()[0]
+    KNOWN = {("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT, ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
+             ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which CIFAR-10 does not hold")
+        return self.KNOWN[module, name]
+
+
+# Shapes: a data set that needs no download. Ten kinds of object, told apart by form alone
+
+KINDS = "disc ring crescent square triangle star cross bars dots arrow".split()
+SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
+
+
+def draw_shapes(seed, start, count, side=32):
+    """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source.
+
+    The kinds take turns. Colours, place, size, rotation, background and clutter are drawn without regard to the kind, so
+    that no statistic of colour tells the classes apart. The object is light and its ground dark, always: which of the two
+    it is would be one bit that no augmentation takes away, and SimSiam would learn that bit first.
+    """
+    index = np.arange(start, start + count)
+    u = uniforms(seed, 0, index[:, None], SHAPES, np.arange(80))
+    pixels = np.stack([draw_shape(KINDS[i % 10], iter(u_i), side) for i, u_i in zip(index, u)])
+    return Source(pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels=index % 10, classes=KINDS)
+
+
+def draw_shape(kind, u, side):
+    """An image of this kind from an iterator over 80 uniform numbers -> (side, side, 3) uint8"""
+    big = SCALE * side
+
+    def colour(low, high):
+        return tuple(int(low + (high - low) * next(u)) for _ in range(3))
+
+    ramp = Image.linear_gradient("L").rotate(360 * next(u)).resize((big, big), box=(37, 37, 219, 219))
+    image = Image.composite(Image.new("RGB", (big, big), colour(0, 90)), Image.new("RGB", (big, big), colour(0, 90)), ramp)
+    draw = ImageDraw.Draw(image)
+    for _ in range(8):  # strokes of clutter, under the object
+        x, y, dx, dy = (big * next(u) for _ in range(4))
+        draw.line((x, y, x + (dx - big / 2) / 2, y + (dy - big / 2) / 2), fill=colour(40, 110), width=SCALE)
+    radius = big * (0.18 + 0.24 * next(u))
+    centre = complex(*(radius + (big - 2 * radius) * next(u) for _ in range(2)))
+    mask = object_mask(kind, big, centre, radius * np.exp(1j * np.pi * next(u)))
+    image.paste(colour(150, 256), mask=mask)
+    return np.array(image.reduce(SCALE))
+
+
+def object_mask(kind, big, centre, frame):
+    """The form of an object of this kind, as an "L" image of big x big pixels.
+
+    The forms are given in the unit disc of the complex plane; `frame` turns and scales it, `centre` moves it.
+    """
+    mask = Image.new("L", (big, big), 0)
+    pen = ImageDraw.Draw(mask)
+
+    def polygon(*points):
+        pen.polygon([(z.real, z.imag) for z in centre + frame * np.array(points)], fill=255)
+
+    def box(left, top, right, bottom):
+        polygon(complex(left, top), complex(right, top), complex(right, bottom), complex(left, bottom))
+
+    def disc(at, radius, ink=255):
+        z, r = centre + frame * at, abs(frame) * radius
+        pen.ellipse((z.real - r, z.imag - r, z.real + r, z.imag + r), fill=ink)
+
+    def corners(*radii):
+        polygon(*(np.array(radii) * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))))
+
+    match kind:
+        case "disc":
+            disc(0, 0.85)
+        case "ring":
+            disc(0, 1), disc(0, 0.6, ink=0)
+        case "crescent":
+            disc(0, 1), disc(0.5, 0.75, ink=0)
+        case "square":
+            corners(1, 1, 1, 1)
+        case "triangle":
+            corners(1, 1, 1)
+        case "star":
+            corners(*(1, 0.42) * 5)
+        case "cross":
+            box(-1, -0.28, 1, 0.28), box(-0.28, -1, 0.28, 1)
+        case "bars":
+            box(-0.8, -0.8, 0.8, -0.4), box(-0.8, -0.2, 0.8, 0.2), box(-0.8, 0.4, 0.8, 0.8)
+        case "dots":
+            disc(-0.55 - 0.35j, 0.38), disc(0.55 - 0.35j, 0.38), disc(0.6j, 0.38)
+        case "arrow":
+            box(-1, -0.2, 0.1, 0.2), polygon(0.05 - 0.7j, 1, 0.05 + 0.7j)
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: from a source to batches on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+def steps(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
+    """Yield (epoch, indices) for every step from the start on: this process's share of each global batch of n images.
+
+    The last, incomplete batch of an epoch is dropped. The global batches are the same whatever the number of processes.
+    """
+    share = batch // world
+    for epoch in range(start_epoch, epochs):
+        order = permutation(seed, epoch, n)
+        for step in range(start_step if epoch == start_epoch else 0, n // batch):
+            start = step * batch + rank * share
+            yield epoch, order[start:start + share]
+
+
+def load_views(source, policy, seed, batches, device, workers, views=2):
+    """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S), normalised, on the device.
+
+    Raises Refused for an image that can't be read.
+    """
+    if source.pixels is None:
+        crops = decode(source.files, Crops(policy, seed, views), batches, device, workers)
+    else:
+        crops = crops_in_memory(source.pixels.to(device), policy, seed, batches, views)
+    for epoch, index, x in crops:
+        yield index, [photometric(x[v], draw_colour(policy, seed, epoch, index, v), policy) for v in range(views)]
+
+
+def load_centres(source, policy, batches, device, workers):
+    """The same without randomness, for evaluation: yield (indices, x), test views (N, 3, S, S), normalised."""
+    centre = Centre(round(policy.size / policy.centre), policy.size)
+    if source.pixels is None:
+        stored = decode(source.files, centre, batches, device, workers)
+    else:
+        stored = ((epoch, i, centre.of(source.pixels[torch.from_numpy(i)])[None].to(device)) for epoch, i in batches)
+    for _, index, x in stored:
+        yield index, normalize(x[0].float() / 255, policy)
+
+
+class Crops(NamedTuple):
+    """What a worker does with a decoded image (H, W, 3) for pre-training: cut V views. -> (V, 3, S, S) uint8"""
+    policy: Policy
+    seed: int
+    views: int
+
+    def __call__(self, image, epoch, i):
+        views = np.arange(self.views)
+        crop = draw_crop(self.policy, self.seed, epoch, np.full(self.views, i), views, *image.shape[:2])
+        return torch.stack([crop_resize(image, crop, v, self.policy.size) for v in views])
+
+
+class Centre(NamedTuple):
+    """What a worker does with a decoded image (H, W, 3) for evaluation. -> (1, 3, S, S) uint8"""
+    resize: int
+    size: int
+
+    def of(self, images):
+        return resize_centre(images, self.resize, self.size)
+
+    def __call__(self, image, epoch, i):
+        return self.of(image.permute(2, 0, 1)[None])
+
+
+def crops_in_memory(pixels, policy, seed, batches, views):
+    for epoch, index in batches:
+        images = pixels[on(pixels, index)]
+        crops = [draw_crop(policy, seed, epoch, index, np.full(len(index), v), *images.shape[2:]) for v in range(views)]
+        yield epoch, index, torch.stack([crop_resize_batch(images, crop, policy.size) for crop in crops])
+
+
+def decode(files, cut, batches, device, workers):
+    """Yield (epoch, indices, pixels (V, N, 3, S, S) uint8 on the device), decoded and cut by worker processes."""
+    loader = torch.utils.data.DataLoader(Decoder(files, cut), batch_sampler=batches, num_workers=workers,
+                                         collate_fn=as_it_is, pin_memory=device.type == "cuda")
+    for item in loader:
+        if isinstance(item, Refused):
+            raise item
+        epoch, index, pixels = item
+        yield epoch, index, pixels.to(device, non_blocking=True)
+
+
+class Decoder(torch.utils.data.Dataset):
+    """In a worker: (epoch, indices) -> a batch of cut images. Each file is read and decoded once for all its views."""
+
+    def __init__(self, files, cut):
+        self.files, self.cut = files, cut
+
+    def __getitems__(self, batch):
+        epoch, index = batch
+        try:
+            return epoch, index, torch.stack([self.cut(read_image(self.files[i]), epoch, i) for i in index], dim=1)
+        except Refused as error:
+            return error  # raised in the main process: from here it would arrive wrapped in a traceback
+
+
+def as_it_is(batch):
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contact sheet
+# ---------------------------------------------------------------------------------------------------------------------
+
+def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
+    """A picture (PIL Image): on each row an image as stored, then pairs of its views x1, x2 of consecutive epochs."""
+    tile, gap = policy.size * max(1, 96 // policy.size), 4
+    index = np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int)
+    sheet = Image.new("RGB", ((1 + 2 * pairs) * tile + (2 * pairs + 2 * pairs) * gap, len(index) * (tile + gap) - gap), "white")
+    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (policy.std, policy.mean))
+    for row, i in enumerate(index):
+        stored = source.image(i)
+        original = Image.fromarray(stored.numpy())
+        original = original.resize([max(1, round(side * tile / max(original.size))) for side in original.size])
+        sheet.paste(original, ((tile - original.width) // 2, row * (tile + gap) + (tile - original.height) // 2))
+        for pair in range(pairs):
+            crops = Crops(policy, seed, 2)(stored, epoch + pair, i)
+            for v in range(2):
+                x = photometric(crops[v:v + 1], draw_colour(policy, seed, epoch + pair, [i], v), policy)[0] * std + mean
+                view = Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+                column = 1 + 2 * pair + v
+                sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST),
+                            (column * (tile + gap) + (1 + pair) * gap, row * (tile + gap)))
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a contact sheet: images beside several pairs of their views.")
+    parser.add_argument("data", nargs="?", help="a photo, or whatever simsiam.py takes as DATA (default: the embedded shapes)")
+    parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epoch", type=int, default=0, help="show the views that this epoch will train on (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="images (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of views of each (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        train, _ = open_data(args.data, args.seed)
+        small = train.pixels is not None
+        policy = Policy(size=train.pixels.shape[-1], blur=0) if small else Policy()
+        contact_sheet(train, policy, args.seed, args.epoch, args.rows, args.pairs).save(args.out)
+    except (Refused, OSError, ValueError) as error:
+        sys.exit(f"augment.py: {error}")
+    print(f"{args.out}: {min(args.rows, len(train))} of {len(train)} images, {args.pairs} pairs of {policy.size}-pixel views each")
+
+
+if __name__ == "__main__":
+    main()
