@@ -35,9 +35,7 @@ class BadImage(Refused):
     """A file that isn't an image that Pillow can read."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing: random numbers without state
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Drawing: random numbers without state ---------------------------------------------------------------------------
 
 SHUFFLE, SHAPES = 1000, 1001  # taken in the place of a view number by what is drawn per image but is no view
 
@@ -132,9 +130,7 @@ def draw_colour(policy, seed, epoch, index, view):
                   sigma=np.where(u[:, BLUR] < policy.blur, policy.sigma[0] + np.ptp(policy.sigma) * u[:, SIGMA], 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Applying, first part: crop, resize, flip. uint8 -> uint8
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Applying, first part: crop, resize, flip. uint8 -> uint8 --------------------------------------------------------
 # The flip comes last in the paper; here it comes first of all, which changes nothing: every later step treats left and
 # right alike.
 
@@ -189,9 +185,7 @@ def resize_centre(images, resize, size):
     return images[:, :, top:top + size, left:left + size]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, one path for CPU and GPU
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, one path for CPU and GPU ---
 
 CACHE = 2 ** 20  # floats: on a CPU, a batch is worked on in pieces of this size, so that a piece stays in the cache
 
@@ -201,7 +195,7 @@ def photometric(x, colour, policy):
     hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # (N,): 0 to 3, 4 = no colour changes
     by_hue = np.argsort(hue_at, kind="stable")  # views whose hue comes k-th are neighbours: see change_colour
     piece = max(1, CACHE // x[0].numel()) if x.device.type == "cpu" else len(x)
-    out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)  # as convolutions like it
+    out = torch.empty(x.shape, device=x.device)
     for start in range(0, len(x), piece):
         rows = by_hue[start:start + piece]
         part = Colour(*(a[rows] for a in colour))
@@ -290,9 +284,7 @@ def blur_matrix(sigma, side):
     return matrix
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: what DATA can be
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Sources: what DATA can be ---------------------------------------------------------------------------------------
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 SMALL = 64  # pixels: images of one size up to this many a side are held in memory
@@ -489,7 +481,27 @@ class CifarUnpickler(pickle.Unpickler):
 
 # Shapes: a data set that needs no download. Ten kinds of object, told apart by form alone
 
-KINDS = "disc ring crescent square triangle star cross bars dots arrow".split()
+def box(left, top, right, bottom):
+    return [complex(left, top), complex(right, top), complex(right, bottom), complex(left, bottom)]
+
+
+def corners(*radii):
+    return radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
+
+
+OBJECTS = {  # polygons, and discs as (centre, radius, 255 paint or 0 hole), within the unit disc of the complex plane
+    "disc": [(0, 0.85, 255)],
+    "ring": [(0, 1, 255), (0, 0.6, 0)],
+    "crescent": [(0, 1, 255), (0.5, 0.75, 0)],
+    "square": [corners(1, 1, 1, 1)],
+    "triangle": [corners(1, 1, 1)],
+    "star": [corners(*(1, 0.42) * 5)],
+    "cross": [box(-1, -0.28, 1, 0.28), box(-0.28, -1, 0.28, 1)],
+    "bars": [box(-0.8, -0.8, 0.8, -0.4), box(-0.8, -0.2, 0.8, 0.2), box(-0.8, 0.4, 0.8, 0.8)],
+    "dots": [(-0.55 - 0.35j, 0.38, 255), (0.55 - 0.35j, 0.38, 255), (0.6j, 0.38, 255)],
+    "arrow": [box(-1, -0.2, 0.1, 0.2), [0.05 - 0.7j, 1, 0.05 + 0.7j]],
+}
+KINDS = list(OBJECTS)
 SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
 
 
@@ -521,59 +533,20 @@ def draw_shape(kind, u, side):
         draw.line((x, y, x + (dx - big / 2) / 2, y + (dy - big / 2) / 2), fill=colour(40, 110), width=SCALE)
     radius = big * (0.18 + 0.24 * next(u))
     centre = complex(*(radius + (big - 2 * radius) * next(u) for _ in range(2)))
-    mask = object_mask(kind, big, centre, radius * np.exp(1j * np.pi * next(u)))
+    turned = radius * np.exp(1j * np.pi * next(u))
+    mask = Image.new("L", (big, big), 0)
+    pen = ImageDraw.Draw(mask)
+    for part in OBJECTS[kind]:
+        if isinstance(part, tuple):
+            at, r = centre + turned * part[0], radius * part[1]
+            pen.ellipse((at.real - r, at.imag - r, at.real + r, at.imag + r), fill=part[2])
+        else:
+            pen.polygon([(z.real, z.imag) for z in centre + turned * np.array(part)], fill=255)
     image.paste(colour(150, 256), mask=mask)
     return np.array(image.reduce(SCALE))
 
 
-def object_mask(kind, big, centre, frame):
-    """The form of an object of this kind, as an "L" image of big x big pixels.
-
-    The forms are given in the unit disc of the complex plane; `frame` turns and scales it, `centre` moves it.
-    """
-    mask = Image.new("L", (big, big), 0)
-    pen = ImageDraw.Draw(mask)
-
-    def polygon(*points):
-        pen.polygon([(z.real, z.imag) for z in centre + frame * np.array(points)], fill=255)
-
-    def box(left, top, right, bottom):
-        polygon(complex(left, top), complex(right, top), complex(right, bottom), complex(left, bottom))
-
-    def disc(at, radius, ink=255):
-        z, r = centre + frame * at, abs(frame) * radius
-        pen.ellipse((z.real - r, z.imag - r, z.real + r, z.imag + r), fill=ink)
-
-    def corners(*radii):
-        polygon(*(np.array(radii) * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))))
-
-    match kind:
-        case "disc":
-            disc(0, 0.85)
-        case "ring":
-            disc(0, 1), disc(0, 0.6, ink=0)
-        case "crescent":
-            disc(0, 1), disc(0.5, 0.75, ink=0)
-        case "square":
-            corners(1, 1, 1, 1)
-        case "triangle":
-            corners(1, 1, 1)
-        case "star":
-            corners(*(1, 0.42) * 5)
-        case "cross":
-            box(-1, -0.28, 1, 0.28), box(-0.28, -1, 0.28, 1)
-        case "bars":
-            box(-0.8, -0.8, 0.8, -0.4), box(-0.8, -0.2, 0.8, 0.2), box(-0.8, 0.4, 0.8, 0.8)
-        case "dots":
-            disc(-0.55 - 0.35j, 0.38), disc(0.55 - 0.35j, 0.38), disc(0.6j, 0.38)
-        case "arrow":
-            box(-1, -0.2, 0.1, 0.2), polygon(0.05 - 0.7j, 1, 0.05 + 0.7j)
-    return mask
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading: from a source to batches on the device
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Loading: from a source to batches on the device -----------------------------------------------------------------
 
 def steps(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
     """Yield (epoch, indices) for every step from the start on: this process's share of each global batch of n images.
@@ -672,9 +645,7 @@ def as_it_is(batch):
     return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The contact sheet
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The contact sheet -----------------------------------------------------------------------------------------------
 
 def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
     """A picture (PIL Image): on each row an image as stored, then pairs of its views x1, x2 of consecutive epochs."""
