@@ -18,7 +18,9 @@ import codecs
 import os
 import pickle
 import sys
+from collections import namedtuple
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -76,13 +78,8 @@ class Policy(NamedTuple):
     centre: float = 224 / 256                        # at test time: the share of the shorter side that is kept
 
 
-class Crop(NamedTuple):
-    """Where views lie in their images: arrays (N,), pixels."""
-    top: np.ndarray
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    flip: np.ndarray
+# Where views lie in their images: arrays (N,), pixels; flip is bool.
+Crop = namedtuple("Crop", "top left height width flip")
 
 
 class Colour(NamedTuple):
@@ -175,9 +172,10 @@ def separable(x, rows, cols):
     return rows[:, None] @ x @ cols[:, None].mT
 
 
-def resize_centre(images, resize, size):
-    """The test view: shorter side to `resize`, then the centre. (N, 3, H, W) uint8 -> (N, 3, size, size) uint8"""
+def resize_centre(images, policy):
+    """The test view: shorter side to S / centre, then the centre S x S. (N, 3, H, W) uint8 -> (N, 3, S, S) uint8"""
     height, width = images.shape[2:]
+    size, resize = policy.size, round(policy.size / policy.centre)
     if resize != min(height, width):
         height, width = (max(resize, int(side * resize / min(height, width))) for side in (height, width))
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
@@ -201,12 +199,9 @@ def photometric(x, colour, policy):
         part = Colour(*(a[rows] for a in colour))
         view = x[on(x, rows)].float() / 255
         change_colour(view, part, hue_at[rows])
-        gray = on(x, np.flatnonzero(part.gray))
+        gray, blurred = (on(x, np.flatnonzero(chosen)) for chosen in (part.gray, part.sigma))
         view[gray] = luma(view[gray]).expand(-1, 3, -1, -1)
-        blurred = np.flatnonzero(part.sigma)
-        sigma = on(x, part.sigma[blurred].astype(np.float32))
-        blurred = on(x, blurred)
-        matrix = blur_matrix(sigma, x.shape[-1])
+        matrix = blur_matrix(on(x, part.sigma[part.sigma > 0].astype(np.float32)), x.shape[-1])
         view[blurred] = separable(view[blurred], matrix, matrix)
         out[on(x, rows)] = normalize(view, policy)
     return out
@@ -294,7 +289,7 @@ SMALL = 64  # pixels: images of one size up to this many a side are held in memo
 class Source:
     """One split of a data set. Exactly one of pixels and files is there; labels and classes only where they are known."""
     pixels: object = None   # (N, 3, H, W) uint8 tensor
-    files: object = None    # Paths
+    files: object = None    # (N,) array of byte strings: one buffer, which workers share; a list's reference counts would copy it
     labels: object = None   # (N,) int64 array
     classes: object = None  # list of names
 
@@ -302,24 +297,8 @@ class Source:
         return len(self.files if self.pixels is None else self.pixels)
 
     def image(self, i):
-        """The i-th image as stored: (H, W, 3) uint8 tensor."""
+        """The i-th image as stored: (H, W, 3) uint8 tensor. Raises BadImage."""
         return read_image(self.files[i]) if self.pixels is None else self.pixels[i].permute(1, 2, 0)
-
-
-class Paths:
-    """A list of file names in one buffer. A million Python strings in a forked worker are copied page by page as their
-    reference counts are touched; one buffer stays shared."""
-
-    def __init__(self, root, names):
-        self.root, self.buffer = root, b"".join(names)  # bytes: a file name need not be valid text
-        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, i):
-        start = self.ends[i - 1] if i else 0
-        return os.fsdecode(os.path.join(self.root, self.buffer[start:self.ends[i]]))
 
 
 def open_data(path, seed=0):
@@ -329,31 +308,24 @@ def open_data(path, seed=0):
     """
     if path is None:
         return draw_shapes(seed, 0, 4000), draw_shapes(seed, 4000, 1000)
-    here = os.fsencode(path)
-    if os.path.isfile(here):
-        return in_memory(Source(files=read_list(here))), None
-    if not os.path.isdir(here):
+    root = os.fsencode(path)
+    if os.path.isfile(root):
+        return in_memory(Source(files=read_list(root))), None
+    if not os.path.isdir(root):
         raise Refused(f"{path}: no such file or folder; give an image folder, a list of files or a CIFAR-10 folder")
-    names = set(os.listdir(here))
-    if b"data_batch_1.bin" in names:
-        return tuple(read_cifar(path, batches, read_cifar_bin) for batches in CIFAR_BATCHES)
-    if b"data_batch_1" in names:
-        return tuple(read_cifar(path, batches, read_cifar_py) for batches in CIFAR_BATCHES)
-    train = os.path.join(here, b"train") if b"train" in names else here
-    labelled = b"train" in names and any(entry.is_dir() for entry in os.scandir(train))
-    files = list_images(train)
-    if not labelled:
-        return in_memory(Source(files=files)), None
-    classes = sorted(os.fsdecode(entry.name) for entry in os.scandir(train) if entry.is_dir())
-    train = in_memory(Source(files=files, labels=labels_of(files, classes), classes=classes))
-    if b"val" not in names:
-        return train, None
-    files = list_images(os.path.join(here, b"val"))
-    return train, in_memory(Source(files=files, labels=labels_of(files, classes), classes=classes))
+    names = os.listdir(root)
+    for first, read in ((b"data_batch_1.bin", read_cifar_bin), (b"data_batch_1", read_cifar_py)):
+        if first in names:
+            return tuple(read_cifar(path, batches, read) for batches in CIFAR_BATCHES)
+    train, val = (os.path.join(root, split) if split in names else None for split in (b"train", b"val"))
+    classes = sorted(os.fsdecode(entry.name) for entry in os.scandir(train) if entry.is_dir()) if train else []
+    if not classes:
+        return in_memory(Source(files=list_images(train or root))), None
+    return tuple(split and in_memory(list_classes(split, classes)) for split in (train, val))
 
 
 def list_images(root):
-    """All images under a folder, at any depth, through links but never twice through the same folder -> Paths, sorted."""
+    """All images under a folder, at any depth, through links but never twice through the same folder, sorted."""
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -361,46 +333,42 @@ def list_images(root):
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        inside = os.path.relpath(folder, root)
-        names += [os.path.normpath(os.path.join(inside, name)) for name in files if is_image(name)]
+        names += [os.path.join(folder, name) for name in files if is_image(name)]
     if not names:
         raise Refused(f"{os.fsdecode(root)}: no images there (looked for {' '.join(SUFFIXES)})")
-    return Paths(root, sorted(names))
+    return np.array(sorted(names))
 
 
-def is_image(name):
-    return os.fsdecode(name).lower().endswith(SUFFIXES)
+def is_image(path):
+    return os.fsdecode(path).lower().endswith(SUFFIXES)
 
 
-def labels_of(files, classes):
-    """The class index of each file: its first folder under the root, in the sorted list of the training classes."""
-    number = {name: k for k, name in enumerate(classes)}
-    root = len(os.fsdecode(files.root)) + 1
-    labels = np.empty(len(files), np.int64)
-    for i in range(len(files)):
-        name = files[i][root:].split(os.sep)[0]
-        if name not in number:
-            raise Refused(f"{files[i]}: not in one of the {len(classes)} class folders of train/; move it into one, or away")
-        labels[i] = number[name]
-    return labels
+def list_classes(root, classes):
+    """A split of an image folder. An image's class is its first folder under root, numbered as sorted in train/."""
+    files, number = list_images(root), {os.fsencode(name): k for k, name in enumerate(classes)}
+    folders = [name[len(root) + 1:].partition(b"/")[0] for name in files]
+    for name, folder in zip(files, folders):
+        if folder not in number:
+            raise Refused(f"{os.fsdecode(name)}: not in one of the {len(classes)} class folders of train/; move it into one, or away")
+    return Source(files=files, labels=np.array([number[folder] for folder in folders]), classes=classes)
 
 
 def read_list(path):
-    """A text file with the path of an image on each line (relative to the text file), or a single image -> Paths"""
-    root, name = os.path.split(os.path.abspath(path))
-    names = [name]
-    if not is_image(path):
-        with open(path, "rb") as f:
-            names = [line.strip() for line in f if line.strip()]
-        missing = next((name for name in names if not os.path.isfile(os.path.join(root, name))), None)
-        if missing is not None or not names:
-            raise Refused(f"{os.fsdecode(path)}: a list of images should name a file on each line; "
-                          f"{'it is empty' if not names else os.fsdecode(missing[:100]) + ' is no file'}")
-    return Paths(root, names)
+    """A text file with the path of an image on each line (relative to the text file), or a single image -> files."""
+    if is_image(path):
+        return np.array([path])
+    with open(path, "rb") as f:
+        names = [os.path.join(os.path.dirname(path), line.strip()) for line in f if line.strip()]
+    missing = next((name for name in names if not os.path.isfile(name)), None)
+    if missing is not None or not names:
+        problem = f"{os.fsdecode(missing[:200])} is no file" if names else "it is empty"
+        raise Refused(f"{os.fsdecode(path)}: a list of images should name a file on each line; {problem}")
+    return np.array(names)
 
 
 def read_image(path):
     """A file -> (H, W, 3) uint8 tensor. Raises BadImage where Pillow can't read it."""
+    path = os.fsdecode(path)
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
@@ -409,21 +377,20 @@ def read_image(path):
 
 
 def in_memory(source):
-    """The same source, with its pixels in one tensor if all images are small and of one size. A look at 16 tells most."""
+    """The same source, its pixels in one tensor if all images are small and of one size. A look at 16 files tells most."""
     def size(i):
         try:
-            with Image.open(source.files[i]) as image:
+            with Image.open(os.fsdecode(source.files[i])) as image:
                 return image.size
         except (OSError, Image.DecompressionBombError):
             return SMALL + 1, 0  # whoever reads it later says what is wrong with it
 
-    sizes = {size(i) for i in np.linspace(0, len(source) - 1, 16).astype(int)}
-    (width, height), *others = sizes
+    (width, height), *others = {size(i) for i in np.linspace(0, len(source) - 1, 16).astype(int)}
     if others or max(width, height) > SMALL:
         return source
     pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
     for i in range(len(source)):
-        image = read_image(source.files[i])
+        image = source.image(i)
         if image.shape != (height, width, 3):
             return source
         pixels[i] = image.permute(2, 0, 1)
@@ -455,13 +422,11 @@ def read_cifar(folder, batches, read):
 
 
 def read_cifar_bin(path):
-    """Records of one label byte and 3072 pixel bytes."""
-    records = np.fromfile(path + ".bin", np.uint8).reshape(-1, 3073)
+    records = np.fromfile(path + ".bin", np.uint8).reshape(-1, 3073)  # one label byte and 3072 pixel bytes each
     return records[:, 1:], records[:, 0]
 
 
 def read_cifar_py(path):
-    """A pickled dictionary of b"data" and b"labels"."""
     with open(path, "rb") as f:
         batch = CifarUnpickler(f, encoding="bytes").load()
     return batch[b"data"], batch[b"labels"]
@@ -564,52 +529,38 @@ def steps(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
 def load_views(source, policy, seed, batches, device, workers, views=2):
     """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S), normalised, on the device.
 
-    Raises Refused for an image that can't be read.
+    Raises BadImage for a file that can't be read.
     """
     if source.pixels is None:
-        crops = decode(source.files, Crops(policy, seed, views), batches, device, workers)
+        crops = decode(source.files, partial(cut_views, policy, seed, views), batches, device, workers)
     else:
-        crops = crops_in_memory(source.pixels.to(device), policy, seed, batches, views)
+        crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
     for epoch, index, x in crops:
         yield index, [photometric(x[v], draw_colour(policy, seed, epoch, index, v), policy) for v in range(views)]
 
 
 def load_centres(source, policy, batches, device, workers):
     """The same without randomness, for evaluation: yield (indices, x), test views (N, 3, S, S), normalised."""
-    centre = Centre(round(policy.size / policy.centre), policy.size)
     if source.pixels is None:
-        stored = decode(source.files, centre, batches, device, workers)
+        stored = decode(source.files, partial(cut_centre, policy), batches, device, workers)
     else:
-        stored = ((epoch, i, centre.of(source.pixels[torch.from_numpy(i)])[None].to(device)) for epoch, i in batches)
+        stored = ((epoch, i, resize_centre(source.pixels[torch.from_numpy(i)], policy)[None].to(device)) for epoch, i in batches)
     for _, index, x in stored:
         yield index, normalize(x[0].float() / 255, policy)
 
 
-class Crops(NamedTuple):
-    """What a worker does with a decoded image (H, W, 3) for pre-training: cut V views. -> (V, 3, S, S) uint8"""
-    policy: Policy
-    seed: int
-    views: int
-
-    def __call__(self, image, epoch, i):
-        views = np.arange(self.views)
-        crop = draw_crop(self.policy, self.seed, epoch, np.full(self.views, i), views, *image.shape[:2])
-        return torch.stack([crop_resize(image, crop, v, self.policy.size) for v in views])
+def cut_views(policy, seed, views, image, epoch, i):
+    """The geometry of an image's views: (H, W, 3) uint8 -> (V, 3, S, S) uint8"""
+    numbers = np.arange(views)
+    crop = draw_crop(policy, seed, epoch, np.full(views, i), numbers, *image.shape[:2])
+    return torch.stack([crop_resize(image, crop, v, policy.size) for v in numbers])
 
 
-class Centre(NamedTuple):
-    """What a worker does with a decoded image (H, W, 3) for evaluation. -> (1, 3, S, S) uint8"""
-    resize: int
-    size: int
-
-    def of(self, images):
-        return resize_centre(images, self.resize, self.size)
-
-    def __call__(self, image, epoch, i):
-        return self.of(image.permute(2, 0, 1)[None])
+def cut_centre(policy, image, epoch, i):
+    return resize_centre(image.permute(2, 0, 1)[None], policy)
 
 
-def crops_in_memory(pixels, policy, seed, batches, views):
+def cut_views_in_memory(pixels, policy, seed, batches, views):
     for epoch, index in batches:
         images = pixels[on(pixels, index)]
         crops = [draw_crop(policy, seed, epoch, index, np.full(len(index), v), *images.shape[2:]) for v in range(views)]
@@ -619,11 +570,10 @@ def crops_in_memory(pixels, policy, seed, batches, views):
 def decode(files, cut, batches, device, workers):
     """Yield (epoch, indices, pixels (V, N, 3, S, S) uint8 on the device), decoded and cut by worker processes."""
     loader = torch.utils.data.DataLoader(Decoder(files, cut), batch_sampler=batches, num_workers=workers,
-                                         collate_fn=as_it_is, pin_memory=device.type == "cuda")
-    for item in loader:
-        if isinstance(item, Refused):
-            raise item
-        epoch, index, pixels = item
+                                         collate_fn=tuple, pin_memory=device.type == "cuda")
+    for epoch, index, pixels, error in loader:
+        if error is not None:
+            raise error
         yield epoch, index, pixels.to(device, non_blocking=True)
 
 
@@ -636,36 +586,31 @@ class Decoder(torch.utils.data.Dataset):
     def __getitems__(self, batch):
         epoch, index = batch
         try:
-            return epoch, index, torch.stack([self.cut(read_image(self.files[i]), epoch, i) for i in index], dim=1)
-        except Refused as error:
-            return error  # raised in the main process: from here it would arrive wrapped in a traceback
-
-
-def as_it_is(batch):
-    return batch
+            return epoch, index, torch.stack([self.cut(read_image(self.files[i]), epoch, i) for i in index], dim=1), None
+        except BadImage as error:
+            return epoch, index, None, error  # raised in the main process: from here it would arrive wrapped in a traceback
 
 
 # --- The contact sheet -----------------------------------------------------------------------------------------------
 
 def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
-    """A picture (PIL Image): on each row an image as stored, then pairs of its views x1, x2 of consecutive epochs."""
+    """A picture (PIL Image): on each row an image as stored, then pairs of its views x1, x2, of consecutive epochs."""
     tile, gap = policy.size * max(1, 96 // policy.size), 4
-    index = np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int)
-    sheet = Image.new("RGB", ((1 + 2 * pairs) * tile + (2 * pairs + 2 * pairs) * gap, len(index) * (tile + gap) - gap), "white")
-    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (policy.std, policy.mean))
-    for row, i in enumerate(index):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (policy.mean, policy.std))
+    chosen = np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int)
+    sheet = Image.new("RGB", (tile + pairs * (2 * tile + 3 * gap), len(chosen) * (tile + gap) - gap), "white")
+    for i, y in zip(chosen, range(0, sheet.height, tile + gap)):
         stored = source.image(i)
         original = Image.fromarray(stored.numpy())
         original = original.resize([max(1, round(side * tile / max(original.size))) for side in original.size])
-        sheet.paste(original, ((tile - original.width) // 2, row * (tile + gap) + (tile - original.height) // 2))
+        sheet.paste(original, ((tile - original.width) // 2, y + (tile - original.height) // 2))
         for pair in range(pairs):
-            crops = Crops(policy, seed, 2)(stored, epoch + pair, i)
+            crops = cut_views(policy, seed, 2, stored, epoch + pair, i)
             for v in range(2):
                 x = photometric(crops[v:v + 1], draw_colour(policy, seed, epoch + pair, [i], v), policy)[0] * std + mean
                 view = Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-                column = 1 + 2 * pair + v
-                sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST),
-                            (column * (tile + gap) + (1 + pair) * gap, row * (tile + gap)))
+                x = tile + 2 * gap + pair * (2 * tile + 3 * gap) + v * (tile + gap)
+                sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
     return sheet
 
 
@@ -675,17 +620,14 @@ def main():
     parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epoch", type=int, default=0, help="show the views that this epoch will train on (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="images (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs of views of each (default: %(default)s)")
     args = parser.parse_args()
     try:
         train, _ = open_data(args.data, args.seed)
-        small = train.pixels is not None
-        policy = Policy(size=train.pixels.shape[-1], blur=0) if small else Policy()
-        contact_sheet(train, policy, args.seed, args.epoch, args.rows, args.pairs).save(args.out)
+        policy = Policy() if train.pixels is None else Policy(size=max(train.pixels.shape[2:]), blur=0)
+        contact_sheet(train, policy, args.seed, args.epoch).save(args.out)
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"augment.py: {error}")
-    print(f"{args.out}: {min(args.rows, len(train))} of {len(train)} images, {args.pairs} pairs of {policy.size}-pixel views each")
+    print(f"{args.out}: some of {len(train)} images, and pairs of {policy.size}-pixel views of each")
 
 
 if __name__ == "__main__":

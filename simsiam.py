@@ -258,7 +258,10 @@ EXPERIMENTS = {
 def join_world(device):
     """Join the processes that torchrun started, or make a world of this one. -> (device, rank, world size)"""
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise Refused(f"process {local} of this machine has no GPU ({torch.cuda.device_count()} there): start fewer, or --device cpu")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -461,7 +464,7 @@ def draw_curves(path, records, knn_pixels):
 def read_log(path, epoch, step):
     """The start record and the epochs that a checkpoint at this position has behind it."""
     with open(path) as f:
-        records = [json.loads(line) for line in f]
+        records = [json.loads(line) for line in f if line.endswith("}\n")]  # a kill may have cut the last line short
     epochs = [r for r in records if r["event"] == "epoch" and r["epoch"] <= epoch and (epoch, step) != (0, 0)]
     return records[0], epochs
 
@@ -543,7 +546,7 @@ def resolve(args, train, world):
     settings.update(EXPERIMENTS[args.experiment][1])
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     settings.update({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    settings.update(recipe=recipe, experiment=args.experiment, seed=args.seed, data=args.data and os.path.abspath(args.data),
+    settings.update(recipe=recipe, experiment=args.experiment, seed=args.seed, data=args.data,
                     images=len(train), device=args.device, amp=args.amp if args.amp is not None else args.device == "cuda",
                     world=world, workers=args.workers, save_minutes=args.save_minutes)
     if args.workers is None:
