@@ -269,6 +269,12 @@ def join_world(device):
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def cores():
+    """This process's share of the machine's cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def all_sum(t):
     """The sum of a tensor over all processes, in place."""
     dist.all_reduce(t)
@@ -375,9 +381,10 @@ def calibrated(model, train, policy, device, workers):
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # a plain average over the batches
-    chosen = np.array_split(augment.permutation(0, 0, len(train))[:2048], dist.get_world_size())[dist.get_rank()]
+    chosen = augment.permutation(0, 0, len(train))[:2048]
+    batches = [(0, i) for i in np.array_split(chosen, math.ceil(len(chosen) / 256))]  # the same on all processes
     with torch.no_grad():
-        for _, x in augment.load_centres(train, policy, [(0, i) for i in np.array_split(chosen, 8)], device, workers):
+        for _, x in augment.load_centres(train, policy, batches, device, workers):
             model.encoder.features(x)
     return model
 
@@ -469,10 +476,9 @@ def read_log(path, epoch, step):
     return records[0], epochs
 
 
-def rewrite_log(path, start, epochs):
-    """The log without what lies beyond the checkpoint."""
+def rewrite_log(path, records):
     with open(f"{path}.tmp", "w") as f:
-        f.writelines(json.dumps(record) + "\n" for record in [start, *epochs])
+        f.writelines(json.dumps(record) + "\n" for record in records)
     os.replace(f"{path}.tmp", path)
 
 
@@ -482,15 +488,17 @@ class Progress:
     def __init__(self, total, quiet):
         self.total, self.live = total, sys.stdout.isatty()
         self.pause = math.inf if quiet else 1 if self.live else 30
-        self.began, self.last, self.done = time.monotonic(), time.monotonic(), 0
+        self.done, self.began, self.last = -1, None, 0.0  # the first step, which warms up, only starts the clock
 
     def step(self, describe):
         """Count one step of `total`; describe() is asked for text only when a line is due (it may wait for the GPU)."""
         self.done, now = self.done + 1, time.monotonic()
+        if self.done == 0:
+            self.began = self.last = now
         if now - self.last < self.pause:
             return
         self.last = now
-        left = (now - self.began) / self.done * (self.total - self.done)
+        left = (now - self.began) / self.done * (self.total - 1 - self.done)
         line = f"{describe()}  {datetime.timedelta(seconds=round(left))} left"
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
@@ -550,7 +558,7 @@ def resolve(args, train, world):
                     images=len(train), device=args.device, amp=args.amp if args.amp is not None else args.device == "cuda",
                     world=world, workers=args.workers, save_minutes=args.save_minutes)
     if args.workers is None:
-        settings["workers"] = min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        settings["workers"] = min(16, cores())
     check(settings)
     return settings
 
@@ -605,7 +613,7 @@ def run(args):
     data = train, val = augment.open_data(args.data, args.seed)
     s = resolve(args, train, world)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(cores())
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     objective, _, published = EXPERIMENTS[args.experiment]
     steps_per_epoch = len(train) // s["batch"]
@@ -628,7 +636,9 @@ def run(args):
     out = args.out or os.path.join("runs", name + ("" if args.experiment == "simsiam" else "-" + args.experiment))
     checkpoint_path, log_path = os.path.join(out, "checkpoint.pth"), os.path.join(out, "log.jsonl")
     exists = os.path.exists(checkpoint_path)
-    if args.resume is None and (exists or os.path.exists(log_path)):
+    if all_sum(torch.tensor(float(exists), device=device)) not in (0, world):
+        raise Refused(f"{checkpoint_path}: some processes see it and some don't; --out must be a folder that all machines share")
+    if args.resume is None and exists:
         raise Refused(f"{out}: holds a run already; continue it with --resume, or give another folder with --out")
     if args.resume == "yes" and not exists:
         raise Refused(f"{checkpoint_path}: nothing to resume; leave --resume out to start, or name the run's folder with --out")
@@ -641,7 +651,7 @@ def run(args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, step, seconds, waited = (checkpoint[key] for key in ("epoch", "step", "seconds", "waited"))
-        sums += torch.tensor(checkpoint["sums"], device=device)
+        sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=device)
         start, records = read_log(log_path, epoch, step)
         knn_pixels = start["knn_pixels"]
 
@@ -664,66 +674,61 @@ def run(args):
     if first:
         os.makedirs(out, exist_ok=True)
         if not exists:
-            open(log_path, "w").close()
+            rewrite_log(log_path, [])
             append(log_path, {"event": "start", "command": shlex.join(sys.argv), "python": platform.python_version(),
                               "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
                               "device": device_name(device), "settings": s, "knn_pixels": knn_pixels})
             augment.contact_sheet(train, policy, s["seed"]).save(os.path.join(out, "views.png"))
         else:
-            rewrite_log(log_path, start, records)
+            rewrite_log(log_path, [start, *records])
             append(log_path, {"event": "resume", "command": shlex.join(sys.argv), "epoch": epoch, "step": step, "world": world,
                               "device": device_name(device)})
             progress.line(f"continuing after {epoch} epochs and {step} steps")
     if not exists:
         checkpoint_now()
 
-    def report(record, **more):
-        """One finished epoch, on the screen, in the log, in the picture."""
+    def report(number, **measured):
+        """A finished epoch, on the screen, in the log, in the picture."""
+        record = {"event": "epoch", "epoch": number, "step": number * steps_per_epoch, **dict.fromkeys(MEASURED), **measured}
         records.append(record)
         if first:
             append(log_path, record)
             draw_curves(os.path.join(out, "curves.png"), records, knn_pixels)
-        shown = [f"epoch {record['epoch']}/{s['epochs']}"]
-        if record["loss"] is not None:
-            shown += [f"loss {record['loss']:.4f} (minimum -1)", f"std x sqrt(d) {record['std']:.3f}", f"lr {record['lr']:.4g}",
-                      f"{record['images_per_s']:.0f} images/s", f"waiting for data {record['data_wait']:.0%}",
-                      f"{record['memory_mb']} MiB"]
-        if record["knn"] is not None:
-            shown += [f"kNN {record['knn']:.2f}%" + (" (untrained, BN calibrated)" if record["epoch"] == 0 else "")]
-        progress.line("  ".join(shown))
+        progress.line(f"epoch {number}/{s['epochs']}" + "".join(
+            "  " + shown.format(record[key]) for key, shown in MEASURED.items() if shown and record[key] is not None))
 
     # 5. Train
     batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], epoch, step, rank, world)
     views = augment.load_views(train, policy, s["seed"], batches, device, s["workers"])
-    saved = time.monotonic()
     if (epoch, step) == (0, 0):
-        untrained = accuracy(calibrated(model, train, policy, device, s["workers"])) if watch_knn and s["knn_every"] else None
-        report({"event": "epoch", "epoch": 0, "step": 0, "loss": None, "std": None, "lr": None, "knn": untrained,
-                "images_per_s": None, "data_wait": None, "seconds": None, "memory_mb": None, "collapsed": None})
+        watched = watch_knn and s["knn_every"]
+        report(0, knn=accuracy(calibrated(model, train, policy, device, s["workers"])) if watched else None)
+    saved = time.monotonic()
     while epoch < s["epochs"]:
+        origin = time.monotonic() - seconds
         while step < steps_per_epoch:
-            began = time.monotonic()
+            asked = time.monotonic()
             x1, x2 = (x.contiguous(memory_format=layout) for x in next(views)[1])
-            waited += time.monotonic() - began
+            waited += time.monotonic() - asked
             set_lr(optimizer, lr, epoch * steps_per_epoch + step, total_steps, warmup_steps, s["pred_lr"])
             L, z1, z2 = train_step(network, objective, optimizer, autocast, x1, x2)
             spread = (std(z1, all_sum) + std(z2, all_sum)) / 2 * math.sqrt(s["dim"])
             sums += torch.stack([all_sum(L) / world, spread])
-            step, seconds = step + 1, seconds + time.monotonic() - began
+            step, seconds = step + 1, time.monotonic() - origin
             progress.step(lambda: f"epoch {epoch + 1}/{s['epochs']}  step {step}/{steps_per_epoch}  loss {L.item() / world:.4f}  "
                           f"std x sqrt(d) {spread.item():.3f}  {s['batch'] * step / seconds:.0f} images/s")
             if time.monotonic() - saved > 60 * s["save_minutes"]:
                 checkpoint_now()
                 saved = time.monotonic()
-        mean_loss, mean_std = (sums / steps_per_epoch).tolist()  # waits for the GPU: seconds are complete after it
+        mean_loss, mean_std = (sums / steps_per_epoch).tolist()
+        seconds = time.monotonic() - origin  # asked once more, now that the GPU is done
         checkpoint_now()
         number = epoch + 1
         due = watch_knn and s["knn_every"] and (number % s["knn_every"] == 0 or number == s["epochs"])
         in_trouble = collapsed(mean_loss, mean_std, s["batch"])
-        report({"event": "epoch", "epoch": number, "step": number * steps_per_epoch, "loss": mean_loss, "std": mean_std,
-                "lr": optimizer.param_groups[0]["lr"], "knn": accuracy(model) if due else None,
-                "images_per_s": s["batch"] * steps_per_epoch / seconds, "data_wait": waited / seconds, "seconds": seconds,
-                "memory_mb": peak_memory(device), "collapsed": in_trouble})
+        report(number, loss=mean_loss, std=mean_std, lr=optimizer.param_groups[0]["lr"], knn=accuracy(model) if due else None,
+               images_per_s=s["batch"] * steps_per_epoch / seconds, data_wait=waited / seconds, seconds=seconds,
+               memory_mb=peak_memory(device), collapsed=in_trouble)
         if in_trouble:
             progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller --base-lr; --warmup 10; "
                           "a larger --batch; --pred-dim a quarter of --dim; and look at views.png")
@@ -738,6 +743,11 @@ def run(args):
     progress.line(f"done: {os.path.join(out, 'backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 
 
+MEASURED = {  # what the log has of an epoch, null where it doesn't exist, and how the screen shows it
+    "loss": "loss {:.4f} (minimum -1)", "std": "std x sqrt(d) {:.3f}", "lr": "lr {:.4g}", "knn": "kNN {:.2f}%",
+    "images_per_s": "{:.0f} images/s", "data_wait": "{:.0%} waiting for data", "seconds": None, "memory_mb": "{} MiB", "collapsed": None}
+
+
 def describe(args, s, train, val, device, world, lr, published, out, watch_knn):
     """The block that a run starts with."""
     kind = f"{train.pixels.shape[3]} x {train.pixels.shape[2]} pixels, in memory" if train.pixels is not None else "files"
@@ -748,7 +758,7 @@ def describe(args, s, train, val, device, world, lr, published, out, watch_knn):
     given = " ".join(f"--{name.replace('_', '-')} {s[name]}" for name in SETTINGS if getattr(args, name) is not None)
     return "\n".join([
         f"data        {args.data or 'shapes (drawn)'}: {len(train)} images, {kind}, {labels}",
-        f"recipe      {s['recipe']}, experiment {s['experiment']} (the paper, on ImageNet: {published}){'; ' + given if given else ''}",
+        f"recipe      {s['recipe']}, experiment {s['experiment']} (the paper on ImageNet: {published}){'; ' + given if given else ''}",
         f"network     {s['arch']}, width {s['width']:g}; projection {s['proj_layers']} layers to d = {s['dim']}; h {s['dim']}-{s['pred_dim']}-{s['dim']}",
         f"training    {s['epochs']} epochs of {len(train) // s['batch']} steps, global batch {s['batch']}, lr {lr:.4g} (cosine; "
         f"predictor {s['pred_lr']}), {s['size']}-pixel views",
@@ -766,7 +776,7 @@ def peak_memory(device):
     """MiB: of the GPU if there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 if __name__ == "__main__":

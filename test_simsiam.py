@@ -1004,35 +1004,45 @@ def test_two_processes_run_the_same_command(tmp_path, finished, small):
     assert two[1]["knn"] == one[1]["knn"] and two[0]["knn_pixels"] == one[0]["knn_pixels"]
 
 
-def kill_when(command, folder, epoch, delay):
-    """Start a run, wait until the log shows `epoch`, wait a little more, and kill -9 everything."""
+def kill_when(command, folder, epoch):
+    """Start a run, wait until its log shows `epoch`, and kill -9 everything when a checkpoint within the next epoch is there."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def position():
+        try:
+            return torch.load(folder / "checkpoint.pth", weights_only=True)
+        except FileNotFoundError:
+            return {"epoch": -1, "step": 0}
+
     try:
         deadline = time.monotonic() + 120
-        while not any(r.get("epoch") == epoch for r in (log_of(folder) if (folder / "log.jsonl").exists() else [])):
+        while position()["epoch"] < epoch or position()["step"] > 2:
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(delay)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *(int(name) for name in os.listdir("/proc") if name.isdigit())]:
+            try:  # the processes that torchrun starts are in sessions of their own: found by the run folder they name
+                if pid == process.pid or str(folder).encode() in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):
+                pass
         process.wait()
+    return position()
 
 
 @pytest.mark.parametrize("processes, kind", [(1, "small"), (2, "small"), (1, "large")])
 def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(tmp_path, request, processes, kind):
     data = request.getfixturevalue(kind)
-    options = [data, *TINY, "--recipe", "cifar10", "--epochs", "40", "--knn-every", "40", "--save-minutes", "0"]
-    if kind == "large":
-        options += ["--batch", "4", "--epochs", "12", "--knn-every", "12"]
+    options = [data, *TINY, "--recipe", "cifar10", "--knn-every", "30", "--save-minutes", "0",
+               *(["--batch", "6", "--epochs", "15"] if kind == "small" else ["--batch", "2", "--epochs", "8"])]
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     def command(folder, *more):
         return [str(a) for a in (*launch, HERE / "simsiam.py", *options, "--out", tmp_path / folder, *more)]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
-    kill_when(command("killed"), tmp_path / "killed", epoch=2, delay=0.05)
-    position = torch.load(tmp_path / "killed/checkpoint.pth", weights_only=True)
-    assert 1 <= position["epoch"] < 10, "the kill came too late to show anything"
+    position = kill_when(command("killed"), tmp_path / "killed", epoch=2)
+    steps = {"small": 8, "large": 10}[kind]
+    assert 0 < position["step"] < steps and position["epoch"] < 8, "the kill came at a moment that shows nothing"
     again = subprocess.run(command("killed", "--resume"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
