@@ -58,7 +58,7 @@ def uniforms(seed, epoch, index, view, draw):
 
 
 def permutation(seed, epoch, n):
-    """The order in which an epoch visits n images: int64 (n,)."""
+    """The order in which an epoch visits n images: int64 (n,)"""
     return np.argsort(uniforms(seed, epoch, np.arange(n), SHUFFLE, 0), kind="stable")
 
 
@@ -132,10 +132,8 @@ def draw_colour(policy, seed, epoch, index, view):
 # right alike.
 
 def crop_resize(image, crop, n, size):
-    """One stored image (H, W, 3) uint8 and the n-th box of `crop` -> (3, S, S) uint8, on the CPU.
-
-    Bilinear with antialiasing. The crop is cut first, so that no pixel outside it is read.
-    """
+    """One stored image (H, W, 3) uint8 and the n-th box of `crop` -> (3, S, S) uint8, on the CPU. Bilinear, antialiased.
+    The crop is cut first, so that no pixel outside it is read."""
     top, left = crop.top[n], crop.left[n]
     part = image[top:top + crop.height[n], left:left + crop.width[n]].permute(2, 0, 1)
     view = F.interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
@@ -153,10 +151,8 @@ def crop_resize_batch(images, crop, size):
 
 def resize_matrix(start, length, flip, side, size):
     """Bilinear, antialiased resizing of [start, start + length) of a line of `side` pixels to `size`: (N, size, side).
-
     Row i holds the weights of the pixels that make output i: a triangle around its centre, one output pixel wide (one
-    input pixel where that is wider), nothing outside the crop. start, length, flip (0 or 1): (N,).
-    """
+    input pixel where that is wider), nothing outside the crop. start, length, flip (0 or 1): (N,)."""
     pixel = torch.arange(side, device=start.device) + 0.5                              # (side,)
     output = torch.arange(size, device=start.device) + 0.5                             # (size,)
     output = torch.where(flip[:, None] > 0, size - output, output)                     # (N, size)
@@ -183,7 +179,7 @@ def resize_centre(images, policy):
     return images[:, :, top:top + size, left:left + size]
 
 
-# --- Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, one path for CPU and GPU ---
+# --- Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, CPU and GPU alike -----
 
 CACHE = 2 ** 20  # floats: on a CPU, a batch is worked on in pieces of this size, so that a piece stays in the cache
 
@@ -214,7 +210,7 @@ def on(x, array):
 
 def normalize(x, policy):
     """(x - mean) / std per channel. x (N, 3, S, S) float in [0, 1]"""
-    mean, std = (on(x, np.array(v, np.float32).reshape(3, 1, 1)) for v in (policy.mean, policy.std))
+    mean, std = on(x, np.array([policy.mean, policy.std], np.float32)[..., None, None])
     return (x - mean) / std
 
 
@@ -303,9 +299,7 @@ class Source:
 
 def open_data(path, seed=0):
     """DATA as given by the user -> (train Source, val Source or None). None: the embedded shapes, drawn with this seed.
-
-    Raises Refused where there is nothing there that can be used.
-    """
+    Raises Refused where there is nothing there that can be used."""
     if path is None:
         return draw_shapes(seed, 0, 4000), draw_shapes(seed, 4000, 1000)
     root = os.fsencode(path)
@@ -398,7 +392,6 @@ def in_memory(source):
 
 
 # CIFAR-10 (Krizhevsky 2009), in the two layouts that its page offers
-
 CIFAR_BATCHES = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -445,7 +438,6 @@ class CifarUnpickler(pickle.Unpickler):
 
 
 # Shapes: a data set that needs no download. Ten kinds of object, told apart by form alone
-
 def box(left, top, right, bottom):
     return [complex(left, top), complex(right, top), complex(right, bottom), complex(left, bottom)]
 
@@ -466,21 +458,19 @@ OBJECTS = {  # polygons, and discs as (centre, radius, 255 paint or 0 hole), wit
     "dots": [(-0.55 - 0.35j, 0.38, 255), (0.55 - 0.35j, 0.38, 255), (0.6j, 0.38, 255)],
     "arrow": [box(-1, -0.2, 0.1, 0.2), [0.05 - 0.7j, 1, 0.05 + 0.7j]],
 }
-KINDS = list(OBJECTS)
 SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
 
 
 def draw_shapes(seed, start, count, side=32):
-    """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source.
+    """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source. The kinds take turns.
 
-    The kinds take turns. Colours, place, size, rotation, background and clutter are drawn without regard to the kind, so
-    that no statistic of colour tells the classes apart. The object is light and its ground dark, always: which of the two
-    it is would be one bit that no augmentation takes away, and SimSiam would learn that bit first.
-    """
+    Colours, place, size, rotation, background and clutter don't depend on the kind, so that no statistic of colour tells
+    it. The object is always lighter than its ground: otherwise that one bit, which no augmentation takes away, is what
+    SimSiam learns first."""
     index = np.arange(start, start + count)
     u = uniforms(seed, 0, index[:, None], SHAPES, np.arange(80))
-    pixels = np.stack([draw_shape(KINDS[i % 10], iter(u_i), side) for i, u_i in zip(index, u)])
-    return Source(pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels=index % 10, classes=KINDS)
+    pixels = np.stack([draw_shape(list(OBJECTS)[i % 10], iter(u_i), side) for i, u_i in zip(index, u)])
+    return Source(pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels=index % 10, classes=list(OBJECTS))
 
 
 def draw_shape(kind, u, side):
@@ -499,7 +489,7 @@ def draw_shape(kind, u, side):
     radius = big * (0.18 + 0.24 * next(u))
     centre = complex(*(radius + (big - 2 * radius) * next(u) for _ in range(2)))
     turned = radius * np.exp(1j * np.pi * next(u))
-    mask = Image.new("L", (big, big), 0)
+    mask = Image.new("L", (big, big))
     pen = ImageDraw.Draw(mask)
     for part in OBJECTS[kind]:
         if isinstance(part, tuple):
@@ -515,9 +505,7 @@ def draw_shape(kind, u, side):
 
 def steps(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
     """Yield (epoch, indices) for every step from the start on: this process's share of each global batch of n images.
-
-    The last, incomplete batch of an epoch is dropped. The global batches are the same whatever the number of processes.
-    """
+    The last, incomplete batch of an epoch is dropped. The global batches are the same whatever the number of processes."""
     share = batch // world
     for epoch in range(start_epoch, epochs):
         order = permutation(seed, epoch, n)
@@ -528,9 +516,7 @@ def steps(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
 
 def load_views(source, policy, seed, batches, device, workers, views=2):
     """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S), normalised, on the device.
-
-    Raises BadImage for a file that can't be read.
-    """
+    Raises BadImage for a file that can't be read."""
     if source.pixels is None:
         crops = decode(source.files, partial(cut_views, policy, seed, views), batches, device, workers)
     else:

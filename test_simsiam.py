@@ -1161,5 +1161,5 @@ def test_readme_shows_the_algorithm_as_it_is():
 
 
 def test_line_budgets():
-    budgets = {"resnet.py": 170, "augment.py": 600, "simsiam.py": 850}
+    budgets = {"resnet.py": 170, "augment.py": 630, "simsiam.py": 850}
     assert {name: lines for name, lines in ((n, (HERE / n).read_text().count("\n")) for n in budgets) if lines > budgets[name]} == {}
