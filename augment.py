@@ -180,6 +180,9 @@ def resize_centre(images, policy):
 
 
 # --- Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, CPU and GPU alike -----
+# How far from Pillow's result for the same recipe, in levels of 255, worst pixel / mean (24 photographs at 224 pixels): crop
+# and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's
+# HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05).
 
 CACHE = 2 ** 20  # floats: on a CPU, a batch is worked on in pieces of this size, so that a piece stays in the cache
 

@@ -43,14 +43,14 @@ from augment import Refused
 # --- The loss (Sec. 3) -----------------------------------------------------------------------------------------------
 
 
-def norm2(v):
+def l2_normalize(v):
     """Each row divided by its l2 norm: (N, d) -> (N, d), in float32 at least (bf16 would cost the loss its third digit)."""
     return F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1)
 
 
 def D(p, z):
     """Negative cosine similarity, averaged over the batch: (N, d), (N, d) -> scalar in [-1, 1]. Does not detach."""
-    return -(norm2(p) * norm2(z)).sum(dim=1).mean()                     # Eq. (1): D(p, z) = -p/|p| . z/|z|
+    return -(l2_normalize(p) * l2_normalize(z)).sum(dim=1).mean()       # Eq. (1): D(p, z) = -p/|p| . z/|z|
 
 
 def stopgrad(z):
@@ -183,7 +183,7 @@ def train_step(network, objective, optimizer, autocast, x1, x2):
 def std(z, all_sum=lambda t: t):
     """Std over the samples of each channel of z/|z|, averaged over the channels: (N, d) -> scalar. Collapse: 0. Scattered
     over the sphere: 1/sqrt(d). all_sum adds a tensor up over the processes, so that the samples are the global batch."""
-    v = norm2(z)
+    v = l2_normalize(z)
     n, total, squares = all_sum(torch.stack([torch.ones_like(v), v, v * v]).sum(dim=1))     # (3, d) -> (d,) each
     return (squares / n - (total / n) ** 2).clamp(min=0).sqrt().mean()  # Sec. 4.1 (std): std of z/|z| over the batch
 
@@ -349,7 +349,7 @@ def extract(features, source, policy, device, workers):
     batches = [(0, mine[i:i + 256]) for i in range(0, len(mine), 256)]
     out = None
     for index, x in augment.load_centres(source, policy, batches, device, workers):
-        v = norm2(features(x))
+        v = l2_normalize(features(x))
         out = torch.zeros(n, v.shape[1], device=device) if out is None else out
         out[augment.on(out, index)] = v
     return all_sum(out)
@@ -694,7 +694,7 @@ def run(args):
         if first:
             append(log_path, record)
             draw_curves(os.path.join(out, "curves.png"), records, knn_pixels)
-        progress.line(f"epoch {number}/{s['epochs']}" + "".join(
+        progress.line(f"epoch {number}/{s['epochs']}" + "  untrained, BN calibrated:" * (number == 0) + "".join(
             "  " + shown.format(record[key]) for key, shown in MEASURED.items() if shown and record[key] is not None))
 
     # 5. Train

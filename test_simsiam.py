@@ -354,7 +354,7 @@ def test_brightness_contrast_saturation_agree_with_pillow(photos, which, enhance
     factors[which] = factor
     ours = levels(x, colour(len(x), jitter=True, factor=factors))
     worst, mean = differs(ours, np.stack([from_pil(enhance(as_pil(view)).enhance(factor)) for view in x]))
-    assert worst < 2.1 and mean < 0.8                           # Pillow truncates to whole levels, and rounds the mean
+    assert worst < 1.3 and mean < 0.6                           # Pillow truncates to whole levels, and rounds the mean
 
 
 def exact_hue(view, shift):
@@ -385,7 +385,7 @@ def test_hue_agrees_with_pillow(photos):
             h = Image.fromarray((np.array(h) + np.uint8(int(shift * 255) % 256)).astype(np.uint8))
             expected.append(from_pil(Image.merge("HSV", (h, s, v)).convert("RGB")))
         worst, mean = differs(levels(x, colour(len(x), jitter=True, factor=(1, 1, 1, shift))), np.stack(expected))
-        assert worst < 16 and mean < 1.5                        # Pillow's HSV has 8 bits: 12 levels from the exact one
+        assert worst < 13 and mean < 1.0                        # Pillow's HSV has 8 bits: 12 levels from the exact one
 
 
 def test_grayscale_agrees_with_pillow(photos):
@@ -411,7 +411,7 @@ def test_blur_is_exact_and_agrees_with_pillow(photos, sigma):
     assert differs(ours, np.stack([exact_blur(view.double().numpy(), sigma) for view in x]))[0] < 0.05
     pillow = np.stack([from_pil(as_pil(view).filter(ImageFilter.GaussianBlur(sigma))) for view in x])
     worst, mean = differs(ours, pillow)
-    assert worst < 26 and mean < 1.2                            # Pillow approximates the Gaussian by three boxes
+    assert worst < 32 and mean < 0.8                            # Pillow approximates the Gaussian by three boxes
 
 
 def exact_blend(view, f, which):
@@ -1131,7 +1131,7 @@ def test_unlabelled_photographs_train_without_knn(large, tmp_path):
 # The README
 # ---------------------------------------------------------------------------------------------------------------------
 
-def test_readme_commands_parse_and_its_figures_are_kept():
+def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
@@ -1139,6 +1139,15 @@ def test_readme_commands_parse_and_its_figures_are_kept():
     assert len(ours) >= 5
     for arguments in ours:
         simsiam.parse(arguments)
+
+
+def test_readmes_figures_are_those_of_the_logs_in_results():
+    text = (HERE / "README.md").read_text()
+    for run in ("shapes", "shapes-fig2-without-stopgrad", "cifar10-width4"):
+        start, first, *_, last, end = log_of(HERE / "results" / run)
+        assert end["event"] == "end"
+        for figure in (f"{last['loss']:.3f}", f"{last['std']:.2f}", f"{last['knn']:.1f}%", f"{first['knn']:.1f}%", f"{start['knn_pixels']:.1f}%"):
+            assert figure in text, (run, figure)
 
 
 def test_readme_shows_the_algorithm_as_it_is():
