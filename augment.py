@@ -109,8 +109,8 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))                          # (N, 10)
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first, found = (np.arange(len(u)), fits.argmax(axis=1)), fits.any(axis=1)
-    w = np.where(found, w[first], np.minimum(width, np.rint(height * policy.aspect[1])))
-    h = np.where(found, h[first], np.minimum(height, np.rint(width / policy.aspect[0])))
+    w = np.where(found, w[first], np.clip(np.rint(height * policy.aspect[1]), 1, width))
+    h = np.where(found, h[first], np.clip(np.rint(width / policy.aspect[0]), 1, height))
     top = np.where(found, np.floor(u[:, TOP] * (height - h + 1)), (height - h) // 2)
     left = np.where(found, np.floor(u[:, LEFT] * (width - w + 1)), (width - w) // 2)
     return Crop(*(a.astype(np.int64) for a in (top, left, h, w)), u[:, FLIP] < policy.flip)
@@ -142,8 +142,7 @@ def crop_resize(image, crop, n, size):
 
 def crop_resize_batch(images, crop, size):
     """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, all at once."""
-    start = torch.from_numpy(np.stack([crop.top, crop.left, crop.height, crop.width, crop.flip]).astype(np.float32))
-    top, left, height, width, flip = start.to(images.device, non_blocking=True)
+    top, left, height, width, flip = on(images, np.stack(crop).astype(np.float32))
     rows = resize_matrix(top, height, torch.zeros_like(flip), images.shape[2], size)   # (N, S, H)
     cols = resize_matrix(left, width, flip, images.shape[3], size)                     # (N, S, W)
     return separable(images.float(), rows, cols).round_().clamp_(0, 255).to(torch.uint8)
@@ -151,8 +150,8 @@ def crop_resize_batch(images, crop, size):
 
 def resize_matrix(start, length, flip, side, size):
     """Bilinear, antialiased resizing of [start, start + length) of a line of `side` pixels to `size`: (N, size, side).
-    Row i holds the weights of the pixels that make output i: a triangle around its centre, one output pixel wide (one
-    input pixel where that is wider), nothing outside the crop. start, length, flip (0 or 1): (N,)."""
+    Row i holds the weights of the pixels that make output i: a triangle around its centre, as far as one output pixel (one
+    input pixel where that is larger), nothing outside the crop. start, length, flip (0 or 1): (N,)."""
     pixel = torch.arange(side, device=start.device) + 0.5                              # (side,)
     output = torch.arange(size, device=start.device) + 0.5                             # (size,)
     output = torch.where(flip[:, None] > 0, size - output, output)                     # (N, size)
@@ -207,8 +206,9 @@ def photometric(x, colour, policy):
 
 
 def on(x, array):
-    """A numpy array on x's device, without waiting for the device."""
-    return torch.from_numpy(array).to(x.device, non_blocking=True)
+    """A numpy array on x's device, without waiting for the device (hence pinned)."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else tensor
 
 
 def normalize(x, policy):
@@ -262,7 +262,7 @@ def shift_hue(x, shift):
     return torch.stack([top - (2 * c - d).clamp(min=0).minimum(c) for d in distance], dim=1)
 
 
-REACH = 8  # pixels: four times the largest std, beyond which a Gaussian holds 6e-5 of its mass
+REACH = 8  # pixels: four times the paper's largest std, beyond which a Gaussian holds 6e-5 of its mass
 
 
 def blur_matrix(sigma, side):
@@ -314,20 +314,25 @@ def open_data(path, seed=0):
     for first, read in ((b"data_batch_1.bin", read_cifar_bin), (b"data_batch_1", read_cifar_py)):
         if first in names:
             return tuple(read_cifar(path, batches, read) for batches in CIFAR_BATCHES)
-    train, val = (os.path.join(root, split) if split in names else None for split in (b"train", b"val"))
-    classes = sorted(os.fsdecode(entry.name) for entry in os.scandir(train) if entry.is_dir()) if train else []
+    train, val = (os.path.join(root, split) for split in (b"train", b"val"))
+    classes = subfolders(train)
     if not classes:
-        return in_memory(Source(files=list_images(train or root))), None
-    return tuple(split and in_memory(list_classes(split, classes)) for split in (train, val))
+        return in_memory(Source(files=list_images(train if os.path.isdir(train) else root))), None
+    return tuple(in_memory(list_classes(split, classes)) if subfolders(split) else None for split in (train, val))
+
+
+def subfolders(path):
+    return sorted(os.fsdecode(entry.name) for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
 def list_images(root):
     """All images under a folder, at any depth, through links but never twice through the same folder, sorted."""
     names, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, inner, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
+        inner.sort()
         if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
+            inner.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         names += [os.path.join(folder, name) for name in files if is_image(name)]
@@ -558,8 +563,9 @@ def cut_views_in_memory(pixels, policy, seed, batches, views):
 
 def decode(files, cut, batches, device, workers):
     """Yield (epoch, indices, pixels (V, N, 3, S, S) uint8 on the device), decoded and cut by worker processes."""
-    loader = torch.utils.data.DataLoader(Decoder(files, cut), batch_sampler=batches, num_workers=workers,
-                                         collate_fn=tuple, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(Decoder(files, cut), batch_sampler=batches, num_workers=workers, collate_fn=tuple,
+                                         prefetch_factor=(2 if workers <= 4 else 1) if workers else None,  # fewer in /dev/shm
+                                         pin_memory=device.type == "cuda")
     for epoch, index, pixels, error in loader:
         if error is not None:
             raise error
@@ -604,11 +610,12 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw a contact sheet: images beside several pairs of their views.")
+    parser = argparse.ArgumentParser(description="Draw a contact sheet: images beside several pairs of views, made with "
+                                     "the paper's settings. (A run's own views, with its own settings, are in its folder.)")
     parser.add_argument("data", nargs="?", help="a photo, or whatever simsiam.py takes as DATA (default: the embedded shapes)")
     parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epoch", type=int, default=0, help="show the views that this epoch will train on (default: %(default)s)")
+    parser.add_argument("--epoch", type=int, default=0, help="of the views (default: %(default)s)")
     args = parser.parse_args()
     try:
         train, _ = open_data(args.data, args.seed)

@@ -25,6 +25,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import sys
 import time
 
@@ -78,7 +79,7 @@ def projection_mlp(features, hidden, dim, layers):
     """The end of f: `layers` fc layers, BN on each, ReLU on all but the last. (N, features) -> (N, dim)
 
     DEPARTURE: the output BN has no affine scale and offset, as in the released code; with them the paper measured the same.
-    DEPARTURE: the first hidden width is the paper's 2048; the released code takes the backbone's (the same for ResNet-50).
+    The first hidden width is the paper's 2048; the released code takes the backbone's, which differs for ResNet-18.
     """
     widths = [features] + [hidden] * (layers - 1)
     mlp = []
@@ -222,7 +223,7 @@ SETTINGS = {          # imagenet                cifar10                   shapes
     "proj_hidden":  (2048,                     2048,                     512),                     # Sec. 3
     "dim":          (2048,                     2048,                     512),                     # Sec. 3; supp. D
     "pred_dim":     (512,                      512,                      128),                     # Sec. 3
-    "epochs":       (100,                      800,                      28),                      # Sec. 3; supp. D
+    "epochs":       (100,                      800,                      24),                      # Sec. 3; supp. D
     "batch":        (512,                      512,                      64),                      # Sec. 3; supp. D
     "base_lr":      (0.05,                     0.03,                     1.0),                     # Sec. 3; supp. D
     "momentum":     (0.9,                      0.9,                      0.9),                     # Sec. 3
@@ -238,8 +239,8 @@ SETTINGS = {          # imagenet                cifar10                   shapes
     "blur":         (0.5,                      0.0,                      0.0),                     # released code; supp. D
     "sigma":        ((0.1, 2.0),               (0.1, 2.0),               (0.1, 2.0)),              # supp. A
     "flip":         (0.5,                      0.5,                      0.5),                     # supp. A
-    "mean":         ((0.485, 0.456, 0.406),    (0.4914, 0.4822, 0.4465), (0.485, 0.456, 0.406)),   # released code
-    "std":          ((0.229, 0.224, 0.225),    (0.2470, 0.2435, 0.2616), (0.229, 0.224, 0.225)),   # released code
+    "mean":         ((0.485, 0.456, 0.406),    (0.4914, 0.4822, 0.4465), (0.485, 0.456, 0.406)),   # supp. A (ImageNet's); CIFAR's own
+    "std":          ((0.229, 0.224, 0.225),    (0.2470, 0.2435, 0.2616), (0.229, 0.224, 0.225)),   # likewise
     "centre":       (224 / 256,                1.0,                      1.0),                     # supp. A (test view)
     "knn_every":    (10,                       5,                        10),                      # supp. D (epochs)
 }
@@ -258,10 +259,10 @@ EXPERIMENTS = {
 def join_world(device):
     """Join the processes that torchrun started, or make a world of this one. -> (device, rank, world size)"""
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise Refused(f"process {local} of this machine has no GPU ({torch.cuda.device_count()} there): start fewer, or --device cpu")
-        device = torch.device("cuda", local)
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if wanted > there:
+            raise Refused(f"{wanted} processes on this machine, but {there} GPUs: start fewer processes, or give --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -366,14 +367,6 @@ def knn_accuracy(features, data, policy, device, workers, k=200):
     return 100 * all_sum(right).item() / len(val)
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """The model in eval mode for a while."""
-    model.eval()
-    yield model.encoder.features
-    model.train()
-
-
 def calibrated(model, train, policy, device, workers):
     """A copy of an untrained model whose BN statistics are those of (up to 2048 of) the training images. With the initial
     ones, mean 0 and variance 1, an untrained network is a worse feature extractor than it needs to be."""
@@ -394,17 +387,23 @@ def calibrated(model, train, policy, device, workers):
 FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
 
 
-def save(what, path):
-    """torch.save that leaves a whole file at every instant: a temporary name, written out to the disk, then renamed."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        torch.save(what, f)
+@contextlib.contextmanager
+def replacing(path, mode="wb"):
+    """Write a file so that at every instant the old one or the new one is there, whole: under a temporary name first, out to
+    the disk, then renamed."""
+    with open(f"{path}.tmp", mode) as f:
+        yield f
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.replace(f"{path}.tmp", path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)  # the new name too
     os.close(folder)
+
+
+def save(what, path):
+    with replacing(path) as f:
+        torch.save(what, f)
 
 
 def load_checkpoint(path, settings):
@@ -425,7 +424,7 @@ def load_checkpoint(path, settings):
     return checkpoint
 
 
-MAY_CHANGE = {"data", "device", "workers", "world", "knn_every", "save_minutes"}  # between a run and its continuation
+MAY_CHANGE = {"data", "workers", "world", "knn_every", "save_minutes"}  # between a run and its continuation
 
 
 def append(path, record):
@@ -464,22 +463,23 @@ def draw_curves(path, records, knn_pixels):
         for x, y in ([at(*points[-1])] if points else []):
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), "#1f4e9c")
         pen.rectangle((x0, y1, x1, y0), outline="black")
-    image.save(f"{path}.tmp", format="png")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as f:
+        image.save(f, "png")
 
 
 def read_log(path, epoch, step):
-    """The start record and the epochs that a checkpoint at this position has behind it."""
+    """The records that a checkpoint at this position has behind it: no epochs beyond it, and no end."""
     with open(path) as f:
         records = [json.loads(line) for line in f if line.endswith("}\n")]  # a kill may have cut the last line short
-    epochs = [r for r in records if r["event"] == "epoch" and r["epoch"] <= epoch and (epoch, step) != (0, 0)]
-    return records[0], epochs
+    if not records or records[0]["event"] != "start":
+        raise Refused(f"{path}: does not begin with a start record; restore it, or start anew in another --out")
+    behind = epoch if (epoch, step) != (0, 0) else -1
+    return [r for r in records if r["event"] in ("start", "resume") or r["event"] == "epoch" and r["epoch"] <= behind]
 
 
-def rewrite_log(path, records):
-    with open(f"{path}.tmp", "w") as f:
+def write_log(path, records):
+    with replacing(path, "w") as f:
         f.writelines(json.dumps(record) + "\n" for record in records)
-    os.replace(f"{path}.tmp", path)
 
 
 class Progress:
@@ -500,7 +500,8 @@ class Progress:
         self.last = now
         left = (now - self.began) / self.done * (self.total - 1 - self.done)
         line = f"{describe()}  {datetime.timedelta(seconds=round(left))} left"
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
+        print(f"\r\033[K{line[:width]}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def line(self, text):
         """Print a line that stays."""
@@ -514,11 +515,12 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="SimSiam pre-training. The recipe's options default to the paper's settings for the data at hand.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
+    parser.error = lambda message: sys.exit(f"simsiam.py: {message}; see --help")
     parser.add_argument("data", nargs="?", metavar="DATA", help="an image folder (train/<class>/..., val/<class>/..., or any "
                         "folder of images), a text file with a path per line, or a CIFAR-10 folder (default: drawn shapes)")
     parser.add_argument("--out", help="run folder (default: runs/<name of the data>)")
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
-                        help="continue the run in --out; with auto: if there is one, and start otherwise")
+                        help="after DATA: continue the run in --out; with auto: if there is one, and start otherwise")
     parser.add_argument("--recipe", choices=RECIPES, help="default: shapes without DATA, cifar10 for images of one size up to "
                         f"{augment.SMALL} pixels a side, else imagenet")
     parser.add_argument("--experiment", choices=EXPERIMENTS, default="simsiam", help="a row of the paper (default: %(default)s)")
@@ -531,14 +533,21 @@ def parse(argv=None):
     recipe = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
     for name, values in SETTINGS.items():
         kind = type(values[0])
-        how = {"type": float, "nargs": len(values[0]), "metavar": name[0].upper()} if kind is tuple \
-            else {"action": argparse.BooleanOptionalAction} if kind is bool \
-            else {"type": lambda text: float(fractions.Fraction(text))} if kind is float else {"type": kind}
+        how = {"type": number, "nargs": len(values[0]), "metavar": name[0].upper()} if kind is tuple \
+            else {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": number if kind is float else kind}
         if name in CHOICES:
             how["choices"] = CHOICES[name]
         shown = [" ".join(f"{v:.4g}" for v in value) if kind is tuple else str(value) for value in values]
         recipe.add_argument("--" + name.replace("_", "-"), help=" | ".join(shown) if len(set(shown)) > 1 else shown[0], **how)
     return parser.parse_args(argv)
+
+
+def number(text):
+    """0.125 and 1/8 alike."""
+    try:
+        return float(fractions.Fraction(text))
+    except ZeroDivisionError:
+        raise ValueError from None
 
 
 CHOICES = {"arch": tuple(resnet.ARCHS), "pred_lr": ("constant", "cosine")}
@@ -581,7 +590,10 @@ def check(s):
         (all(v > 0 for v in s["std"]), f"--std {s['std']}: above 0"),
         (0 < s["centre"] <= 1, f"--centre {s['centre']}: above 0, at most 1"),
         (s["workers"] >= 0 and s["knn_every"] >= 0, "--workers, --knn-every: 0 or more"),
-        (s["seed"] >= 0, f"--seed {s['seed']}: 0 or more"),
+        (0 <= s["seed"] < 2 ** 63, f"--seed {s['seed']}: 0 to 2^63 - 1"),
+        (s["base_lr"] >= 0 and s["weight_decay"] >= 0 and 0 <= s["momentum"] < 1,
+         "--base-lr, --weight-decay: 0 or more; --momentum: 0 or more, less than 1"),
+        (not s["amp"] or s["device"] == "cuda", "--amp: bf16 autocast is for GPUs"),
     ]
     for holds, message in rules:
         if not holds:
@@ -594,16 +606,12 @@ def main(argv=None):
     args = parse(argv)
     try:
         run(args)
-    except Refused as error:
-        speaks = os.environ.get("RANK", "0") == "0" or isinstance(error, augment.BadImage)  # which one process may meet alone
-        sys.exit(f"simsiam.py: {error}" if speaks else 1)
-    except OSError as error:
-        sys.exit(f"simsiam.py: {error}")
+        dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
+    except (Refused, OSError) as error:
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, augment.BadImage)  # met by one process alone
+        sys.exit("\n" * sys.stdout.isatty() + f"simsiam.py: {error}" if speaks else 1)
     except KeyboardInterrupt:
         sys.exit("\nsimsiam.py: interrupted; the same command with --resume goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def run(args):
@@ -619,7 +627,7 @@ def run(args):
     steps_per_epoch = len(train) // s["batch"]
     total_steps, warmup_steps = s["epochs"] * steps_per_epoch, s["warmup"] * steps_per_epoch
     lr = initial_lr(s["base_lr"], s["batch"])
-    watch_knn = val is not None and train.labels is not None
+    watch_knn = s["knn_every"] > 0 and val is not None and len(val) >= world
 
     # 2. Model and optimiser
     torch.manual_seed(s["seed"])
@@ -628,8 +636,7 @@ def run(args):
     model = model.to(device, memory_format=layout)
     network = distribute(model, device)
     optimizer = sgd(model, s["momentum"], s["weight_decay"])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])  # what stays in float32 has TF32 convolutions
 
     # 3. The run folder: a new run, or one to continue
     name = "shapes" if args.data is None else os.path.splitext(os.path.basename(os.path.abspath(args.data)))[0]
@@ -652,8 +659,8 @@ def run(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, step, seconds, waited = (checkpoint[key] for key in ("epoch", "step", "seconds", "waited"))
         sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=device)
-        start, records = read_log(log_path, epoch, step)
-        knn_pixels = start["knn_pixels"]
+        log = read_log(log_path, epoch, step)
+        records, knn_pixels = [r for r in log if r["event"] == "epoch"], log[0]["knn_pixels"]
 
     def checkpoint_now():
         """What the run needs to go on from here; equal on all processes, written by the first."""
@@ -661,9 +668,15 @@ def run(args):
             save({"format": FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
                   "sums": sums.tolist(), "seconds": seconds, "waited": waited, "settings": s}, checkpoint_path)
 
-    def accuracy(network):
-        with evaluating(network) as features, autocast:
-            return knn_accuracy(features, data, policy, device, s["workers"])
+    def accuracy(model):
+        def features(x):
+            with autocast:
+                return model.encoder.features(x)
+
+        model.eval()
+        percent = knn_accuracy(features, data, policy, device, s["workers"])
+        model.train()
+        return percent
 
     # 4. Say what is going to happen, on the screen and in the log
     progress = Progress(total_steps - epoch * steps_per_epoch - step, quiet=not first)
@@ -673,23 +686,23 @@ def run(args):
         progress.line(f"kNN on raw pixels {knn_pixels:.2f}%")
     if first:
         os.makedirs(out, exist_ok=True)
-        if not exists:
-            rewrite_log(log_path, [])
-            append(log_path, {"event": "start", "command": shlex.join(sys.argv), "python": platform.python_version(),
-                              "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
-                              "device": device_name(device), "settings": s, "knn_pixels": knn_pixels})
-            augment.contact_sheet(train, policy, s["seed"]).save(os.path.join(out, "views.png"))
-        else:
-            rewrite_log(log_path, [start, *records])
-            append(log_path, {"event": "resume", "command": shlex.join(sys.argv), "epoch": epoch, "step": step, "world": world,
-                              "device": device_name(device)})
+        event = {"command": shlex.join(sys.argv), "device": device_name(device), "world": world}
+        if exists:
+            write_log(log_path, [*log, {"event": "resume", **event, "epoch": epoch, "step": step}])
             progress.line(f"continuing after {epoch} epochs and {step} steps")
+        else:
+            write_log(log_path, [{"event": "start", **event, "python": platform.python_version(), "torch": torch.__version__,
+                                  "numpy": np.__version__, "pillow": PIL.__version__, "seed": s["seed"], "settings": s,
+                                  "knn_pixels": knn_pixels}])
+            with replacing(os.path.join(out, "views.png")) as f:
+                augment.contact_sheet(train, policy, s["seed"]).save(f, "png")
     if not exists:
         checkpoint_now()
 
     def report(number, **measured):
         """A finished epoch, on the screen, in the log, in the picture."""
-        record = {"event": "epoch", "epoch": number, "step": number * steps_per_epoch, **dict.fromkeys(MEASURED), **measured}
+        finite = {key: v for key, v in measured.items() if not isinstance(v, float) or math.isfinite(v)}  # JSON knows no NaN
+        record = {"event": "epoch", "epoch": number, "step": number * steps_per_epoch, **dict.fromkeys(MEASURED), **finite}
         records.append(record)
         if first:
             append(log_path, record)
@@ -701,8 +714,7 @@ def run(args):
     batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], epoch, step, rank, world)
     views = augment.load_views(train, policy, s["seed"], batches, device, s["workers"])
     if (epoch, step) == (0, 0):
-        watched = watch_knn and s["knn_every"]
-        report(0, knn=accuracy(calibrated(model, train, policy, device, s["workers"])) if watched else None)
+        report(0, knn=accuracy(calibrated(model, train, policy, device, s["workers"])) if watch_knn else None)
     saved = time.monotonic()
     while epoch < s["epochs"]:
         origin = time.monotonic() - seconds
@@ -724,12 +736,12 @@ def run(args):
         seconds = time.monotonic() - origin  # asked once more, now that the GPU is done
         checkpoint_now()
         number = epoch + 1
-        due = watch_knn and s["knn_every"] and (number % s["knn_every"] == 0 or number == s["epochs"])
+        due = watch_knn and (number % s["knn_every"] == 0 or number == s["epochs"])
         in_trouble = collapsed(mean_loss, mean_std, s["batch"])
         report(number, loss=mean_loss, std=mean_std, lr=optimizer.param_groups[0]["lr"], knn=accuracy(model) if due else None,
                images_per_s=s["batch"] * steps_per_epoch / seconds, data_wait=waited / seconds, seconds=seconds,
                memory_mb=peak_memory(device), collapsed=in_trouble)
-        if in_trouble:
+        if in_trouble and not any(r["collapsed"] for r in records[:-1]):
             progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller --base-lr; --warmup 10; "
                           "a larger --batch; --pred-dim a quarter of --dim; and look at views.png")
         epoch, step, seconds, waited = number, 0, 0.0, 0.0
@@ -754,16 +766,16 @@ def describe(args, s, train, val, device, world, lr, published, out, watch_knn):
     labels = f"{len(train.classes)} classes" if train.labels is not None else "no labels"
     k = min(200, len(train))
     monitor = f"every {s['knn_every']} epochs, k {k}{' (all there are)' if k < 200 else ''}, on {len(val)} images" \
-        if watch_knn and s["knn_every"] else "none" if watch_knn else "none (needs labels and val/)"
-    given = " ".join(f"--{name.replace('_', '-')} {s[name]}" for name in SETTINGS if getattr(args, name) is not None)
+        if watch_knn else "none (needs labels, val/ and --knn-every)"
+    given = ", ".join(f"{name} {s[name]}" for name in SETTINGS if getattr(args, name) is not None)
     return "\n".join([
         f"data        {args.data or 'shapes (drawn)'}: {len(train)} images, {kind}, {labels}",
-        f"recipe      {s['recipe']}, experiment {s['experiment']} (the paper on ImageNet: {published}){'; ' + given if given else ''}",
+        f"recipe      {s['recipe']}, experiment {s['experiment']} (the paper on ImageNet: {published}){'; with ' + given if given else ''}",
         f"network     {s['arch']}, width {s['width']:g}; projection {s['proj_layers']} layers to d = {s['dim']}; h {s['dim']}-{s['pred_dim']}-{s['dim']}",
         f"training    {s['epochs']} epochs of {len(train) // s['batch']} steps, global batch {s['batch']}, lr {lr:.4g} (cosine; "
         f"predictor {s['pred_lr']}), {s['size']}-pixel views",
         f"processes   {world} x {s['batch'] // world} images, BN over {s['batch']}, {device_name(device)}, "
-        f"{'bf16 autocast' if s['amp'] else 'float32'}, {s['workers']} workers",
+        f"{'bf16 autocast' if s['amp'] else 'float32 (convolutions TF32)' if device.type == 'cuda' else 'float32'}, {s['workers']} workers",
         f"kNN         {monitor}",
         f"writes to   {out}"])
 

@@ -963,7 +963,7 @@ def test_run_folder_holds_what_the_readme_promises(finished, small):
     assert sorted(p.name for p in out.iterdir()) == ["backbone.pth", "checkpoint.pth", "curves.png", "log.jsonl", "views.png"]
     start, *epochs, end = log_of(out)
     assert start["event"] == "start" and start["settings"]["recipe"] == "cifar10" and 0 <= start["knn_pixels"] <= 100
-    assert {"command", "torch", "numpy", "pillow", "settings", "device"} <= start.keys() and start["settings"]["seed"] == 0
+    assert {"command", "torch", "numpy", "pillow", "settings", "device"} <= start.keys() and start["seed"] == 0
     assert [r["epoch"] for r in epochs] == [0, 1, 2, 3] and [r["step"] for r in epochs] == [0, 3, 6, 9] and end["event"] == "end"
     for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds"):
         assert epochs[0][key] is None and all(isinstance(r[key], float) for r in epochs[1:]), key
@@ -1080,6 +1080,9 @@ REFUSALS = [
     (["{small}", "--batch", "64"], "only 50 images"),
     (["{small}", "--area", "0.5", "0.2"], "--area"),
     (["{small}", "--width", "1/1000"], "--width"),
+    (["{small}", "--width", "1/0"], "--width"),
+    (["{small}", "--momentum", "-1"], "--momentum"),
+    (["{small}", "--amp"], "--amp"),
     (["{small}", "--resume"], "nothing to resume"),
     (["{small}", "--out", "{whole}"], "holds a run already"),
     (["{small}", "--out", "{whole}", "--resume", "--epochs", "5"], "epochs 3 -> 5"),
