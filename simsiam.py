@@ -707,7 +707,7 @@ def run(args):
         if first:
             append(log_path, record)
             draw_curves(os.path.join(out, "curves.png"), records, knn_pixels)
-        progress.line(f"epoch {number}/{s['epochs']}" + "  untrained, BN calibrated:" * (number == 0) + "".join(
+        progress.line(f"epoch {number}/{s['epochs']}" + "  untrained (kNN: with BN calibrated)" * (number == 0) + "".join(
             "  " + shown.format(record[key]) for key, shown in MEASURED.items() if shown and record[key] is not None))
 
     # 5. Train
