@@ -604,8 +604,8 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
             for v in range(2):
                 x = photometric(crops[v:v + 1], draw_colour(policy, seed, epoch + pair, [i], v), policy)[0] * std + mean
                 view = Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-                x = tile + 2 * gap + pair * (2 * tile + 3 * gap) + v * (tile + gap)
-                sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+                left = tile + 2 * gap + pair * (2 * tile + 3 * gap) + v * (tile + gap)
+                sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (left, y))
     return sheet
 
 

@@ -276,6 +276,11 @@ def cores():
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def my_share(n):
+    """This process's part of the indices 0 ... n - 1: consecutive, and as even as n allows."""
+    return np.array_split(np.arange(n), dist.get_world_size())[dist.get_rank()]
+
+
 def all_sum(t):
     """The sum of a tensor over all processes, in place."""
     dist.all_reduce(t)
@@ -345,8 +350,7 @@ def fastest_layout(model, device):
 @torch.no_grad()
 def extract(features, source, policy, device, workers):
     """l2-normalised features of a source's test views, by all processes together, in order: (n, d) on every process."""
-    rank, world, n = dist.get_rank(), dist.get_world_size(), len(source)
-    mine = np.array_split(np.arange(n), world)[rank]
+    n, mine = len(source), my_share(len(source))
     batches = [(0, mine[i:i + 256]) for i in range(0, len(mine), 256)]
     out = None
     for index, x in augment.load_centres(source, policy, batches, device, workers):
@@ -361,8 +365,7 @@ def knn_accuracy(features, data, policy, device, workers, k=200):
     train, val = data
     bank, queries = (extract(features, source, policy, device, workers) for source in data)
     labels, truth = (torch.from_numpy(source.labels).to(device) for source in data)
-    mine = np.array_split(np.arange(len(val)), dist.get_world_size())[dist.get_rank()]
-    mine = torch.from_numpy(mine).to(device)
+    mine = torch.from_numpy(my_share(len(val))).to(device)
     right = (knn(bank, labels, queries[mine], min(k, len(train))) == truth[mine]).sum()
     return 100 * all_sum(right).item() / len(val)
 
@@ -459,9 +462,9 @@ def draw_curves(path, records, knn_pixels):
         if reference[0] is not None:
             pen.line([at(0, reference[0]), at(last, reference[0])], "#d62728", 1)
             pen.text((x1 - 2, at(0, reference[0])[1] - 2), reference[1], "#d62728", font, anchor="rb")
-        pen.line([at(*point) for point in points], "#1f4e9c", 2)
-        for x, y in ([at(*points[-1])] if points else []):
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), "#1f4e9c")
+        if points:
+            pen.line([at(*point) for point in points], "#1f4e9c", 2)
+            pen.circle(at(*points[-1]), 3, "#1f4e9c")
         pen.rectangle((x0, y1, x1, y0), outline="black")
     with replacing(path) as f:
         image.save(f, "png")
@@ -565,9 +568,8 @@ def resolve(args, train, world):
     settings.update({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     settings.update(recipe=recipe, experiment=args.experiment, seed=args.seed, data=args.data,
                     images=len(train), device=args.device, amp=args.amp if args.amp is not None else args.device == "cuda",
-                    world=world, workers=args.workers, save_minutes=args.save_minutes)
-    if args.workers is None:
-        settings["workers"] = min(16, cores())
+                    world=world, workers=args.workers if args.workers is not None else min(16, cores()),
+                    save_minutes=args.save_minutes)
     check(settings)
     return settings
 
@@ -696,8 +698,7 @@ def run(args):
                                   "knn_pixels": knn_pixels}])
             with replacing(os.path.join(out, "views.png")) as f:
                 augment.contact_sheet(train, policy, s["seed"]).save(f, "png")
-    if not exists:
-        checkpoint_now()
+            checkpoint_now()
 
     def report(number, **measured):
         """A finished epoch, on the screen, in the log, in the picture."""

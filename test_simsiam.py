@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import warnings
 
 import numpy as np
 import PIL
@@ -500,7 +499,7 @@ def test_folders_without_classes_lists_and_grey_images(tmp_path, small):
     assert [os.fsdecode(name) for name in train.files] == [str(tmp_path / "photos/B.JPG"), f"{small}/train/a/000.png"]
 
 
-def write_cifar(folder, pixels, labels, per_batch, names, bin_only=False):
+def write_cifar(folder, pixels, labels, per_batch, names):
     for b, name in enumerate(names):
         part = slice(b * per_batch, (b + 1) * per_batch)
         data = pixels[part].reshape(per_batch, 3072)
