@@ -286,7 +286,7 @@ SMALL = 64  # pixels: images of one size up to this many a side are held in memo
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a data set. Exactly one of pixels and files is there; labels and classes only where they are known."""
+    """One split of a data set: small images in memory, others as files. Labels and classes only where they are known."""
     pixels: object = None   # (N, 3, H, W) uint8 tensor
     files: object = None    # (N,) array of byte strings: one buffer, which workers share; a list's reference counts would copy it
     labels: object = None   # (N,) int64 array
@@ -396,7 +396,7 @@ def in_memory(source):
         if image.shape != (height, width, 3):
             return source
         pixels[i] = image.permute(2, 0, 1)
-    return replace(source, pixels=pixels, files=None)
+    return replace(source, pixels=pixels)
 
 
 # CIFAR-10 (Krizhevsky 2009), in the two layouts that its page offers

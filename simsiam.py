@@ -18,16 +18,19 @@ import argparse
 import contextlib
 import copy
 import datetime
-import fractions
+import itertools
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import resource
 import shlex
 import shutil
 import sys
 import time
+import zipfile
 
 import numpy as np
 import PIL
@@ -36,18 +39,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.distributed.nn.functional import all_reduce  # the one with a gradient
 
 import augment
 import resnet
 from augment import Refused
 
-# --- The loss (Sec. 3) -----------------------------------------------------------------------------------------------
-
-
-def l2_normalize(v):
-    """Each row divided by its l2 norm: (N, d) -> (N, d), in float32 at least (bf16 would cost the loss its third digit)."""
-    return F.normalize(v.to(torch.promote_types(v.dtype, torch.float32)), dim=1)
-
+# --- Algorithm 1: the loss and the step (Sec. 3) ---------------------------------------------------------------------
 
 def D(p, z):
     """Negative cosine similarity, averaged over the batch: (N, d), (N, d) -> scalar in [-1, 1]. Does not detach."""
@@ -67,15 +65,73 @@ def loss(p1, p2, z1, z2):
     return D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2            # Eq. (4): L = 1/2 D(p1, sg(z2)) + 1/2 D(p2, sg(z1))
 
 
+def train_step(network, objective, optimizer, autocast, views):
+    """One iteration of Algorithm 1 on views x1, x2 (N, 3, S, S) of this process's share of the batch.
+
+    network     SimSiam, or its DistributedDataParallel, which averages the gradients over the processes in backward
+    objective   `loss`, or another function of what the network returns
+    autocast    the context that sets the precision of the forward pass
+    Returns the loss and z1, z2, detached, for the monitors.
+    """
+    with autocast:
+        outputs = network(*views)               # p1, p2, z1, z2, (N, d) each
+        L = objective(*outputs)
+    optimizer.zero_grad()
+    L.backward()
+    optimizer.step()                                                    # Alg. 1: update(f, h)
+    return L.detach(), [z.detach() for z in outputs[len(views):]]
+
+
+def wide(v):
+    """v in float32 at least: bf16 would cost the loss its third digit."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def l2_normalize(v):
+    """Each row divided by its l2 norm: (N, d) -> (N, d)"""
+    return F.normalize(wide(v), dim=1)
+
+
+# --- Other losses, for the paper's ablations -------------------------------------------------------------------------
+
 def loss_without_stopgrad(p1, p2, z1, z2):
-    """The same loss before stop-gradient enters, for Fig. 2's collapsing run."""
-    return D(p1, z2) / 2 + D(p2, z1) / 2                                # Eq. (2): L = 1/2 D(p1, z2) + 1/2 D(p2, z1)
+    """Eq. (2), the loss before stop-gradient enters, for Fig. 2's collapsing run."""
+    return D(p1, z2) / 2 + D(p2, z1) / 2
+
+
+def D_cross_entropy(p, z):
+    """Cross-entropy of softmaxes over the channels: (N, d), (N, d) -> scalar, 0 at least."""
+    return -(wide(z).softmax(dim=1) * wide(p).log_softmax(dim=1)).sum(dim=1).mean()  # Sec. 4.5: D(p, z) = -softmax(z) . log softmax(p)
+
+
+def loss_cross_entropy(p1, p2, z1, z2):
+    """Eq. (4) with the cross-entropy similarity; its minimum is 0."""
+    return D_cross_entropy(p1, stopgrad(z2)) / 2 + D_cross_entropy(p2, stopgrad(z1)) / 2
+
+
+def loss_asymmetric(p1, p2, z1, z2):
+    """Sec. 4.6: Eq. (4)'s first term alone."""
+    return D(p1, stopgrad(z2))
+
+
+def loss_asymmetric_2x(p1, p2, p3, p4, z1, z2, z3, z4):
+    """Two independent pairs of views per image, x1, x2 and x3, x4, so that the comparison with two symmetric terms is fair."""
+    return loss_asymmetric(p1, p2, z1, z2) / 2 + loss_asymmetric(p3, p4, z3, z4) / 2
+
+
+OBJECTIVES = {  # name: (function, views per image, minimum)
+    "symmetric": (loss, 2, -1), "without-stopgrad": (loss_without_stopgrad, 2, -1), "cross-entropy": (loss_cross_entropy, 2, 0),
+    "asymmetric": (loss_asymmetric, 2, -1), "asymmetric-2x": (loss_asymmetric_2x, 4, -1)}
 
 
 # --- The model (Sec. 3, "Baseline settings") -------------------------------------------------------------------------
-# A linear layer has a bias only where no BN follows it: BN would subtract it again.
 
-def projection_mlp(features, hidden, dim, layers):
+def fc(inputs, outputs, bn, affine=True):
+    """A fully-connected layer, and BN if `bn`. It has a bias only where no BN follows, which would subtract it again."""
+    return [nn.Linear(inputs, outputs, bias=not bn), *([nn.BatchNorm1d(outputs, affine=affine)] if bn else [])]
+
+
+def projection_mlp(features, hidden, dim, layers, hidden_bn=True, output_bn=True, affine=False):
     """The end of f: `layers` fc layers, BN on each, ReLU on all but the last. (N, features) -> (N, dim)
 
     DEPARTURE: the output BN has no affine scale and offset, as in the released code; with them the paper measured the same.
@@ -84,47 +140,50 @@ def projection_mlp(features, hidden, dim, layers):
     widths = [features] + [hidden] * (layers - 1)
     mlp = []
     for width, following in zip(widths, widths[1:]):
-        mlp += [nn.Linear(width, following, bias=False), nn.BatchNorm1d(following), nn.ReLU(inplace=True)]
-    mlp += [nn.Linear(widths[-1], dim, bias=False), nn.BatchNorm1d(dim, affine=False)]
-    return nn.Sequential(*mlp)
+        mlp += [*fc(width, following, hidden_bn), nn.ReLU(inplace=True)]
+    return nn.Sequential(*mlp, *fc(widths[-1], dim, output_bn, affine))
 
 
-def prediction_mlp(dim, hidden):
+def prediction_mlp(dim, hidden, hidden_bn=True, output_bn=False):
     """h: a bottleneck of two fc layers, BN and ReLU on the hidden one only. (N, dim) -> (N, dim)"""
-    return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-                         nn.Linear(hidden, dim))
+    return nn.Sequential(*fc(dim, hidden, hidden_bn), nn.ReLU(inplace=True), *fc(hidden, dim, output_bn))
 
 
 class SimSiam(nn.Module):
     """The encoder f (a ResNet whose fc is the projection MLP) and the predictor h. Parameters are named as in the
-    released model. Raises Refused for sizes that make no network.
+    released model.
 
     arch, width, cifar_stem           the backbone: see resnet.py
     proj_layers, proj_hidden, dim     the projection MLP: fc layers, hidden width, output width d
     pred_dim                          hidden width of h; d/4 is the paper's bottleneck
+    For the ablations:
+    predictor                         "mlp"; "fixed", as initialised; "none", the identity (Table 1)
+    bn                                whether BN follows: projection hidden, output, prediction hidden, output (Table 3)
+    affine                            whether the projection's output BN has scale and offset (Sec. 3)
+    fc_std                            initial std of the heads' weights; 0: PyTorch's default (supplement A)
     """
 
-    def __init__(self, arch="resnet50", dim=2048, pred_dim=512, proj_layers=3, proj_hidden=2048, width=1, cifar_stem=False):
+    def __init__(self, arch="resnet50", dim=2048, pred_dim=512, proj_layers=3, proj_hidden=2048, width=1, cifar_stem=False,
+                 predictor="mlp", bn=(1, 1, 1, 0), affine=False, fc_std=0.0):
         super().__init__()
-        if min(dim, pred_dim, proj_layers, proj_hidden) < 1:
-            raise Refused("--dim, --pred-dim, --proj-layers and --proj-hidden must be at least 1")
-        try:
-            self.encoder = resnet.ARCHS[arch](width=width, cifar_stem=cifar_stem)
-        except ValueError as error:
-            raise Refused(f"--width: {error}") from None
-        self.encoder.fc = projection_mlp(self.encoder.num_features, proj_hidden, dim, proj_layers)
-        self.predictor = prediction_mlp(dim, pred_dim)
+        self.encoder = resnet.ARCHS[arch](width=width, cifar_stem=cifar_stem)
+        self.encoder.fc = projection_mlp(self.encoder.num_features, proj_hidden, dim, proj_layers, *bn[:2], affine)
+        self.predictor = nn.Identity() if predictor == "none" else prediction_mlp(dim, pred_dim, *bn[2:])
+        self.predictor.requires_grad_(predictor == "mlp")
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and fc_std > 0:
+                nn.init.normal_(module.weight, std=fc_std)
 
-    def forward(self, x1, x2):
-        """Two views (N, 3, S, S) -> p1, p2, z1, z2, (N, d) each, all with gradient.
+    def forward(self, *views):
+        """Two views (N, 3, S, S) -> p1, p2, z1, z2, (N, d) each, all with gradient; likewise for more views.
 
         Each view passes through f by itself, and so is normalised by its own batch statistics. One pass over both views
         together would be faster, and another method.
         """
         f, h = self.encoder, self.predictor
-        z1, z2 = f(x1), f(x2)
-        p1, p2 = h(z1), h(z2)
-        return p1, p2, z1, z2
+        z = [f(x) for x in views]
+        p = [h(z_i) for z_i in z]                                       # Sec. 5.1 (h): the best h(z1) is E_T[z2]
+        return *p, *z
 
 
 # --- Optimisation (Sec. 3) -------------------------------------------------------------------------------------------
@@ -162,21 +221,68 @@ def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
     h["lr"] = f["lr"] if pred_lr == "cosine" else lr * warmup(step, warmup_steps)
 
 
-def train_step(network, objective, optimizer, autocast, x1, x2):
-    """One iteration of Algorithm 1 on two views (N, 3, S, S) of this process's share of the batch.
+# --- SimSiam as alternating optimisation (Sec. 5) --------------------------------------------------------------------
+# There, theta (all weights) is fitted to eta, one constant vector per image, and eta is computed anew from theta, in turns.
+# Plain training is the case where eta_x is the other view's z, and each turn one step: Eq. (11). Below are the two variants of
+# Sec. 5.2. Both are streams of (views, objective), which stand between the loader and the step.
 
-    network     SimSiam, or its DistributedDataParallel, which averages the gradients over the processes in backward
-    objective   `loss`, or another function of p1, p2, z1, z2
-    autocast    the context that sets the precision of the forward pass
-    Returns the loss and z1, z2, detached, for the monitors.
-    """
+def towards(eta1, eta2):
+    """The objective that fits theta to eta (N, d), which is given for each view: that of the other view's image."""
+    return lambda p1, p2, z1, z2: loss(p1, p2, eta1, eta2)              # Eq. (7): theta <- argmin_theta L(theta, eta)
+
+
+def plain(views, objective):
+    """eta_x = F_theta(T'(x)) of the current theta, which is what z1 and z2 in the objective are."""
+    for _, x in views:
+        yield x, objective                                              # Eq. (11): theta <- argmin |F_theta(T(x)) - F_theta^t(T'(x))|^2
+
+
+@torch.no_grad()
+def embed(model, views, autocast):
+    """z1, z2 in train mode: (N, d) each. Leaves its mark in the running statistics of `model`, hence a copy's, not those trained."""
     with autocast:
-        p1, p2, z1, z2 = network(x1, x2)        # (N, d) each
-        L = objective(p1, p2, z1, z2)
-    optimizer.zero_grad()
-    L.backward()
-    optimizer.step()                                                    # Alg. 1: update(f, h)
-    return L.detach(), z1.detach(), z2.detach()
+        return model(*views)[2:]
+
+
+def alternate(views, model, theta, k, step, total_steps, autocast):
+    """Sec. 5.2's k-step alternation: before each inner loop eta for just the images its k steps need, then k SGD steps.
+
+    views   (index, [x1, x2]) of each inner loop's batches, twice: the views that eta was computed from are drawn again
+    theta   a copy of the model, for theta^t: what eta is computed with. In the middle of an inner loop, where a run may be
+            resumed, it differs from the model
+    """
+    while step < total_steps:
+        if step % k == 0:
+            theta.load_state_dict(model.state_dict())
+        inner = min(k - step % k, total_steps - step)
+        eta = [embed(theta, next(views)[1], autocast) for _ in range(inner)]            # Eq. (10): eta_x <- F_theta^t(T'(x))
+        for eta1, eta2 in eta:
+            yield next(views)[1], towards(eta1, eta2)                   # Sec. 5.2 (k-step): k steps of theta, eta constant
+        step += inner
+
+
+def twice(batches, k, step):
+    """The batches of each inner loop of k steps, one after the other, and the same once more: for eta, and for the steps."""
+    while inner := list(itertools.islice(batches, k - step % k)):
+        yield from inner
+        yield from inner
+        step += len(inner)
+
+
+def average(views, store, m):
+    """Sec. 5.2's moving average, which does without a predictor: eta_x keeps a share m of what it was at the last visit.
+
+    store   one vector per image, zero before the first visit, when eta_x is therefore z's direction, as the loss normalises.
+    Both views' eta start from the image's one vector, and their mean is what is stored: ours, as the paper doesn't say.
+    """
+    for index, x in views:
+        def objective(p1, p2, z1, z2):
+            old = store.get(index)
+            eta1, eta2 = (m * old + (1 - m) * l2_normalize(stopgrad(z)) for z in (z1, z2))  # Sec. 5.2 (moving average): eta_x <- m eta_x + (1 - m) F
+            store.put(index, l2_normalize(eta1 + eta2))
+            return loss(p1, p2, eta1, eta2)
+
+        yield x, objective
 
 
 # --- What is watched (Sec. 4.1): the loss, the std of z, a kNN classifier --------------------------------------------
@@ -198,16 +304,21 @@ def collapsed(loss, scaled_std, n):
 def knn(bank, bank_labels, queries, k=200, temperature=0.1):
     """Weighted kNN (Wu et al. 2018, Sec. 3.4): each of the k nearest in the bank votes with exp(cosine / temperature).
 
-    bank (B, d), queries (Q, d): l2-normalised features; bank_labels (B,) int64; k at most B -> predicted labels (Q,)
+    bank (B, d), queries (Q, d): l2-normalised features; bank_labels (B,) int64; k at most B -> votes (Q, classes), -inf for none
     """
-    classes = int(bank_labels.max()) + 1
-    predicted = []
-    for q in queries.split(max(1, 2 ** 27 // len(bank))):               # half a GiB of similarities at a time
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
+    piece = max(1, 2 ** 27 // len(bank))                                # half a GiB of similarities at a time
+    for q, v in zip(queries.split(piece), votes.split(piece)):
         similarity, neighbour = (q @ bank.T).topk(k, dim=1)             # (q, k)
-        votes = torch.zeros(len(q), classes, device=q.device)
-        votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted)
+        v.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
+    return votes.masked_fill_(votes == 0, -math.inf)
+
+
+def hits(scores, labels, ks=(1, 5)):
+    """How many labels (N,) are among the k highest of scores (N, C), for each k -> (len(ks),) int64. -inf is never a hit."""
+    top = scores.topk(min(max(ks), scores.shape[1]), dim=1)
+    hit = (top.indices == labels[:, None]) & (top.values > -math.inf)
+    return torch.stack([hit[:, :k].any(dim=1).sum() for k in ks])
 
 
 # --- Recipes and experiments -----------------------------------------------------------------------------------------
@@ -223,6 +334,14 @@ SETTINGS = {          # imagenet                cifar10                   shapes
     "proj_hidden":  (2048,                     2048,                     512),                     # Sec. 3
     "dim":          (2048,                     2048,                     512),                     # Sec. 3; supp. D
     "pred_dim":     (512,                      512,                      128),                     # Sec. 3
+    "predictor":    ("mlp",                    "mlp",                    "mlp"),                   # Table 1
+    "bn":           ((1, 1, 1, 0),             (1, 1, 1, 0),             (1, 1, 1, 0)),            # Table 3: its four columns
+    "affine":       (False,                    False,                    False),                   # released code
+    "fc_std":       (0.0,                      0.0,                      0.0),                     # supp. A
+    "objective":    ("symmetric",              "symmetric",              "symmetric"),             # Sec. 3
+    "eta":          ("current",                "current",                "current"),               # Sec. 5; alternate, average
+    "k":            (1,                        1,                        1),                       # Sec. 5.2; 0: an epoch
+    "m":            (0.8,                      0.8,                      0.8),                     # Sec. 5.2
     "epochs":       (100,                      800,                      24),                      # Sec. 3; supp. D
     "batch":        (512,                      512,                      64),                      # Sec. 3; supp. D
     "base_lr":      (0.05,                     0.03,                     1.0),                     # Sec. 3; supp. D
@@ -245,11 +364,49 @@ SETTINGS = {          # imagenet                cifar10                   shapes
     "knn_every":    (10,                       5,                        10),                      # supp. D (epochs)
 }
 
-# name: (objective, settings that differ from the recipe, the paper's ImageNet top-1)
+# A row of the paper each: what changes against the recipe, and what the paper measured (linear top-1 on ImageNet, if no more is said).
+# Values are those for ImageNet. Recipes that are smaller scale batch, dim, pred_dim, epochs and warm-up in proportion.
+DECAYED, WARMUP = {"pred_lr": "cosine"}, {"warmup": 10}
 EXPERIMENTS = {
-    "simsiam":               (loss,                  {},                    "68.1"),
-    "fig2-with-stopgrad":    (loss,                  {"pred_lr": "cosine"}, "67.7, std near 1/sqrt(d)"),
-    "fig2-without-stopgrad": (loss_without_stopgrad, {"pred_lr": "cosine"}, "0.1, loss to -1, std to 0"),
+    "simsiam":                    ({},                                                            "68.1"),
+    "fig2-with-stopgrad":         ({**DECAYED},                                                   "67.7 +- 0.1, std near 1/sqrt(d)"),
+    "fig2-without-stopgrad":      ({**DECAYED, "objective": "without-stopgrad"},                  "0.1, loss to -1, std to 0"),
+    "table1-baseline":            ({**DECAYED},                                                   "67.7"),
+    "table1-a-no-predictor":      ({**DECAYED, "predictor": "none"},                              "0.1: collapses"),
+    "table1-b-fixed-predictor":   ({**DECAYED, "predictor": "fixed"},                             "1.5: does not converge"),
+    "table1-c-constant-lr":       ({"pred_lr": "constant"},                                       "68.1"),
+    "table2-batch-64":            ({"batch": 64},                                                 "66.1"),
+    "table2-batch-128":           ({"batch": 128},                                                "67.3"),
+    "table2-batch-256":           ({"batch": 256},                                                "68.1"),
+    "table2-batch-512":           ({"batch": 512},                                                "68.1"),
+    "table2-batch-1024":          ({"batch": 1024, **WARMUP},                                     "68.0"),
+    "table2-batch-2048":          ({"batch": 2048, **WARMUP},                                     "67.9"),
+    "table2-batch-4096":          ({"batch": 4096, **WARMUP},                                     "64.0"),
+    "table3-a-no-bn":             ({"bn": (0, 0, 0, 0), **WARMUP},                                "34.6"),
+    "table3-b-hidden-bn":         ({"bn": (1, 0, 1, 0)},                                          "67.4"),
+    "table3-c-default":           ({"bn": (1, 1, 1, 0)},                                          "68.1"),
+    "table3-d-all-bn":            ({"bn": (1, 1, 1, 1)},                                          "unstable, loss oscillates"),
+    "sec3-affine-output-bn":      ({"affine": True},                                              "68.1 (68.2 without)"),
+    "sec42-asymmetric-no-h":      ({"objective": "asymmetric", "predictor": "none"},              "fails"),
+    "sec45-cross-entropy":        ({"objective": "cross-entropy"},                                "63.2"),
+    "sec46-asymmetric":           ({"objective": "asymmetric"},                                   "64.8"),
+    "sec46-asymmetric-2x":        ({"objective": "asymmetric-2x"},                                "67.3"),
+    "sec52-1-step":               ({"eta": "alternate", "k": 1},                                  "68.1"),
+    "sec52-10-step":              ({"eta": "alternate", "k": 10},                                 "68.7"),
+    "sec52-100-step":             ({"eta": "alternate", "k": 100},                                "68.9"),
+    "sec52-1-epoch":              ({"eta": "alternate", "k": 0},                                  "67.0"),
+    "sec52-moving-average":       ({"eta": "average", "m": 0.8, "predictor": "none"},             "55.0 (0.1 without the average)"),
+    "suppA-fc-std-0.01":          ({"fc_std": 0.01},                                              "may not converge"),
+    "suppB-dim-256":              ({"dim": 256, "pred_dim": 64},                                  "65.3"),
+    "suppB-dim-512":              ({"dim": 512, "pred_dim": 128},                                 "67.2"),
+    "suppB-dim-1024":             ({"dim": 1024, "pred_dim": 256},                                "67.5"),
+    "suppB-dim-2048":             ({"dim": 2048, "pred_dim": 512},                                "68.1"),
+    "suppB-hidden-d":             ({"pred_dim": 2048},                                            "less stable, can fail"),
+    "table4-100-epochs":          ({"batch": 256, "epochs": 100},                                 "68.1"),
+    "table4-200-epochs":          ({"batch": 256, "epochs": 200},                                 "70.0"),
+    "table4-400-epochs":          ({"batch": 256, "epochs": 400},                                 "70.8"),
+    "table4-800-epochs":          ({"batch": 256, "epochs": 800},                                 "71.3"),
+    "table5-recipe":              ({"base_lr": 0.5, "weight_decay": 1e-5},                        "transfers best"),
 }
 
 # === Plumbing only below =============================================================================================
@@ -264,6 +421,8 @@ def join_world(device):
             raise Refused(f"{wanted} processes on this machine, but {there} GPUs: start fewer processes, or give --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(cores())
     backend = "nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
@@ -287,23 +446,10 @@ def all_sum(t):
     return t
 
 
-class AllSum(torch.autograd.Function):
-    """all_sum with its gradient, which is the sum of the gradients over all processes."""
-
-    @staticmethod
-    def forward(ctx, t):
-        return all_sum(t.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_sum(grad.clone())
-
-
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BN over the global batch where torch.nn.SyncBatchNorm refuses to: on a CPU. Same statistics as one process has."""
 
-    def _check_input_dim(self, x):
-        pass
+    _check_input_dim = staticmethod(lambda x: None)  # any number of dimensions
 
     def forward(self, x):
         if not self.training:
@@ -311,9 +457,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = AllSum.apply(x.sum(dims)) / n                            # (C,)
+        mean = all_reduce(x.sum(dims)) / n                            # (C,)
         centred = x - mean.view(shape)
-        var = AllSum.apply((centred ** 2).sum(dims)) / n                # (C,)
+        var = all_reduce((centred ** 2).sum(dims)) / n                # (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
@@ -338,51 +484,93 @@ def distribute(model, device):
                                                broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def fastest_layout(model, device):
-    """channels_last, with one exception: on a CPU, oneDNN 3.12 (in torch 2.13) writes out of bounds in the backward pass of
-    strided 1x1 convolutions of fewer than 16 channels (seen from 46 pixels up), which narrow networks have."""
-    narrow = device.type == "cpu" and model.encoder.conv1.out_channels < 16
-    return torch.contiguous_format if narrow else torch.channels_last
+class Spread:
+    """One vector per image for n images, zero at first, spread over the processes: image i with process i mod world."""
+
+    def __init__(self, n, dim, device):
+        self.n, self.rank, self.world = n, dist.get_rank(), dist.get_world_size()
+        self.mine = torch.zeros(len(range(self.rank, n, self.world)), dim, device=device)
+
+    def locate(self, index):
+        """Where this process's share (N,) lies in the global batch (B,), which of the batch are kept here (B,), and where."""
+        part = slice(self.rank * len(index), (self.rank + 1) * len(index))
+        indices = torch.zeros(self.world * len(index), dtype=torch.int64, device=self.mine.device)
+        indices[part] = augment.on(indices, index)
+        here = all_sum(indices) % self.world == self.rank
+        return part, here, indices[here] // self.world
+
+    def get(self, index):
+        """The vectors of these images: (N,) -> (N, d)"""
+        part, here, rows = self.locate(index)
+        vectors = self.mine.new_zeros(len(here), self.mine.shape[1])
+        vectors[here] = self.mine[rows]
+        return all_sum(vectors)[part]
+
+    def put(self, index, vectors):
+        """Keep these from now on: (N,), (N, d)"""
+        part, here, rows = self.locate(index)
+        batch = self.mine.new_zeros(len(here), self.mine.shape[1])
+        batch[part] = vectors.to(batch.dtype)
+        self.mine[rows] = all_sum(batch)[here]
+
+    def state_dict(self):
+        """All vectors, for a checkpoint: to be asked for on all processes at once."""
+        whole = self.mine.new_zeros(self.n, self.mine.shape[1])
+        whole[self.rank::self.world] = self.mine
+        return {"vectors": all_sum(whole).cpu()}
+
+    def load_state_dict(self, state):
+        self.mine.copy_(state["vectors"][self.rank::self.world])
 
 
 # --- Evaluating while training ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def extract(features, source, policy, device, workers):
-    """l2-normalised features of a source's test views, by all processes together, in order: (n, d) on every process."""
+def extract(features, source, policy, device, workers, autocast=contextlib.nullcontext()):
+    """Features of a source's test views, by all processes together, in order: (n, d) on every process."""
     n, mine = len(source), my_share(len(source))
     batches = [(0, mine[i:i + 256]) for i in range(0, len(mine), 256)]
     out = None
     for index, x in augment.load_centres(source, policy, batches, device, workers):
-        v = l2_normalize(features(x))
+        with autocast:
+            v = features(x).float()
         out = torch.zeros(n, v.shape[1], device=device) if out is None else out
         out[augment.on(out, index)] = v
     return all_sum(out)
 
 
-def knn_accuracy(features, data, policy, device, workers, k=200):
+def accuracy(scores, labels):
+    """Top-1 and top-5 in percent over all of labels (n,), each counted once, by one process. scores: indices -> (N, C)"""
+    mine = torch.from_numpy(my_share(len(labels))).to(labels.device)
+    return [100 * count / len(labels) for count in all_sum(hits(scores(mine), labels[mine])).tolist()]
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=200):
+    """kNN's top-1 and top-5 in percent for features queries (Q, d) of these labels, against those of the bank (B, d)."""
+    bank, queries = l2_normalize(bank), l2_normalize(queries)
+    return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], min(k, len(bank))), labels)
+
+
+def monitor(features, data, *how):
     """kNN top-1 in percent, over the whole validation set against the training set. features: images -> (N, d)"""
-    train, val = data
-    bank, queries = (extract(features, source, policy, device, workers) for source in data)
-    labels, truth = (torch.from_numpy(source.labels).to(device) for source in data)
-    mine = torch.from_numpy(my_share(len(val))).to(device)
-    right = (knn(bank, labels, queries[mine], min(k, len(train))) == truth[mine]).sum()
-    return 100 * all_sum(right).item() / len(val)
+    bank, queries = (extract(features, source, *how) for source in data)
+    labels, truth = (augment.on(bank, source.labels) for source in data)
+    return knn_accuracy(bank, labels, queries, truth)[0]
 
 
-def calibrated(model, train, policy, device, workers):
-    """A copy of an untrained model whose BN statistics are those of (up to 2048 of) the training images. With the initial
+def calibrated(backbone, train, policy, device, workers):
+    """A copy of an untrained backbone whose BN statistics are those of (up to 2048 of) the training images. With the initial
     ones, mean 0 and variance 1, an untrained network is a worse feature extractor than it needs to be."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
+    backbone = copy.deepcopy(backbone)
+    for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # a plain average over the batches
     chosen = augment.permutation(0, 0, len(train))[:2048]
     batches = [(0, i) for i in np.array_split(chosen, math.ceil(len(chosen) / 256))]  # the same on all processes
     with torch.no_grad():
         for _, x in augment.load_centres(train, policy, batches, device, workers):
-            model.encoder.features(x)
-    return model
+            backbone.features(x)
+    return backbone
 
 
 # --- The run folder: checkpoint, log, pictures -----------------------------------------------------------------------
@@ -409,80 +597,201 @@ def save(what, path):
         torch.save(what, f)
 
 
-def load_checkpoint(path, settings):
-    """The checkpoint of a run with these settings. Raises Refused if it is damaged, foreign, or of another run."""
+def read(path):
+    """What torch.save wrote into a file: a dict. No code in the file is run. Raises Refused if it is missing, damaged or
+    foreign. Files as written by torch 1.6 or later have checksums, which are all verified before anything is read."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"format {checkpoint['format']}, this program reads {FORMAT}")
-        saved = checkpoint["settings"]
-    except Exception as error:  # a damaged file can raise anything
-        reason = str(error).partition("\n")[0]
-        raise Refused(f"{path}: can't be continued from ({type(error).__name__}: {reason}); "
-                      "restore it, or start anew in another --out") from None
-    changed = [f"{key} {saved.get(key)} -> {settings.get(key)}" for key in sorted({*saved, *settings} - MAY_CHANGE)
-               if saved.get(key) != settings.get(key)]
-    if changed:
-        raise Refused(f"{path}: was made with other settings ({'; '.join(changed)}); give the same command, or another --out")
-    return checkpoint
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it fails its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        reason = f"it holds a {type(content).__name__}, not named tensors"
+    except Exception as error:  # a damaged file can raise anything; torch's text on foreign ones would advise to let code in them run
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {code[1]}, code that no file of weights needs" if code else "damaged, or nothing that torch.save wrote" \
+            if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}".partition("\n")[0]
+    raise Refused(f"{path}: can't be read ({reason})")
 
 
-MAY_CHANGE = {"data", "workers", "world", "knn_every", "save_minutes"}  # between a run and its continuation
+def read_weights(path):
+    """The tensors in a file of weights, by the names that it has for them: of ours (checkpoint.pth, backbone.pth), the
+    authors' released layout, MoCo's, torchvision's. -> (state_dict, epochs done if known, settings of the run if ours, else {})
+    An fc bias before a BN is folded into that BN's running mean: the released projector has one, we have none.
+    """
+    content = read(path)
+    state = content.get("model", content.get("state_dict", content))
+    for name, t in state.items() if isinstance(state, dict) else [("model", state)]:
+        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
+        require((plain, f"{path}: not a file of weights ({name} in it is a {type(t).__name__}, not a plain tensor)"))
+        require((t.isfinite().all(), f"{path}: {name} has values that are not finite; the run that wrote it had diverged"))
+    state = {str(name): t for name, t in state.items()}
+    for name in list(state):
+        place = re.fullmatch(r"(.*\bfc)\.(\d+)\.bias", name)
+        mean = place and f"{place[1]}.{int(place[2]) + 1}.running_mean"
+        if mean in state and state[mean].shape == state[name].shape:
+            state[mean] = state[mean] - state.pop(name)
+    if "format" not in content:
+        return state, content.get("epoch"), {}
+    settings, needed = content.get("settings", {}), {"recipe", "seed", "data", "width", "images", "batch", "size", "mean", "std", "centre"}
+    require((content["format"] == FORMAT and settings.keys() >= needed, f"{path}: not a checkpoint in this program's format {FORMAT}"))
+    return state, content["epoch"] + content["step"] // (settings["images"] // settings["batch"]), settings
 
 
-def append(path, record):
-    with open(path, "a") as f:
-        f.write(json.dumps(record) + "\n")
+def load_strictly(module, state, path):
+    """Load all of a state_dict into all of a module. Raises Refused, naming what is missing, unexpected or of another shape."""
+    missing = [name for name in module.state_dict() if name not in state]  # torch itself would forgive missing BN counters
+    require((not missing, f"{path}: lacks {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"))
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        found = " ".join(str(error).split("\n\t", 1)[-1].split())
+        raise Refused(f"{path}: doesn't fit the network asked for: {found if len(found) < 600 else found[:600] + ' ...'}") from None
 
 
-def draw_curves(path, records, knn_pixels):
+def name_of(data):
+    return "shapes" if data is None else os.path.splitext(os.path.basename(os.path.abspath(data)))[0]
+
+
+def holds_run(out, names, resume, device):
+    """Whether the folder holds a run: any file of these names. Raises Refused where that is not what --resume expects."""
+    found = any(os.path.exists(os.path.join(out, name)) for name in names)
+    agreed = all_sum(torch.tensor(float(found), device=device)) in (0, dist.get_world_size())
+    require((agreed, f"{out}: some processes see a run there and some don't; --out must be a folder that all machines share"),
+            (resume or not found, f"{out}: holds a run already; continue it with --resume, or give another folder with --out"),
+            (resume != "yes" or found, f"{out}: nothing to resume; leave --resume out to start, or name the run's folder with --out"))
+    return found
+
+
+class Run:
+    """A run's folder (checkpoint.pth, log.jsonl), and how far the run is: `epoch` epochs done, and `step` steps of the next.
+
+    parts: {name: model, optimiser, ...}, with a state_dict each, equal on all processes. settings: what makes the run what it is.
+    Raises Refused where it is to go on from a checkpoint that is damaged, foreign, or of other settings.
+    """
+    MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes"}
+
+    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device):
+        self.out, self.parts, self.settings, self.steps_per_epoch, self.device = out, parts, settings, steps_per_epoch, device
+        self.resuming, self.first = resuming, dist.get_rank() == 0
+        self.epoch, self.step = 0, 0
+        self.seconds, self.waited = 0.0, 0.0                                # in this epoch: altogether, and for data
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)      # of what is watched, over this epoch's steps
+        self.log, self.saved = [], time.monotonic()
+        if resuming:
+            checkpoint = read(self.path("checkpoint.pth"))
+            then = checkpoint.get("settings", {})
+            changed = [f"{key} {then.get(key)} -> {settings.get(key)}" for key in sorted({*then, *settings} - self.MAY_CHANGE)
+                       if then.get(key) != settings.get(key)]
+            require((checkpoint.get("format") == FORMAT, f"{self.path('checkpoint.pth')}: not a checkpoint in this program's format {FORMAT}"),
+                    (not changed, f"{self.path('checkpoint.pth')}: was made with other settings ({'; '.join(changed)}); "
+                                  "give the same command, or another --out"))
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            self.epoch, self.step, self.seconds, self.waited = (checkpoint[key] for key in ("epoch", "step", "seconds", "waited"))
+            self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=device)
+            self.log = self.read_log()
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def read_log(self):
+        """The records that the checkpoint has behind it: no epochs beyond it, and no end."""
+        with open(self.path("log.jsonl")) as f:
+            log = [json.loads(line) for line in f if line.endswith("}\n")]  # a kill may have cut the last line short
+        require((log and log[0]["event"] == "start", f"{self.path('log.jsonl')}: has no start record; restore it, or give another --out"))
+        behind = self.epoch if (self.epoch, self.step) != (0, 0) else -1
+        return [r for r in log if r["event"] in ("start", "resume") or r["event"] == "epoch" and r["epoch"] <= behind]
+
+    def begin(self, **more):
+        """Write the first record of the log, with all that the run could depend on, and a checkpoint; or that it goes on."""
+        self.log.append({"event": "resume", "epoch": self.epoch, "step": self.step} if self.resuming else {"event": "start", **more})
+        self.log[-1] |= {"command": shlex.join(sys.argv), "device": device_name(self.device), "world": dist.get_world_size(),
+                         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "pillow": PIL.__version__, "seed": self.settings["seed"], "settings": self.settings}
+        if self.first:
+            os.makedirs(self.out, exist_ok=True)
+            with replacing(self.path("log.jsonl"), "w") as f:
+                f.writelines(json.dumps(record) + "\n" for record in self.log)
+        if not self.resuming:
+            self.save()
+
+    def record(self, event, **values):
+        """Add a line to the log. JSON knows no NaN: null stands for it."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        self.log.append({"event": event, **finite})
+        if self.first:
+            with open(self.path("log.jsonl"), "a") as f:
+                f.write(json.dumps(self.log[-1]) + "\n")
+        return self.log[-1]
+
+    def epochs(self):
+        return [record for record in self.log if record["event"] == "epoch"]
+
+    def save(self):
+        """Everything that the run needs to go on from here."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.first:
+            save({"format": FORMAT, **parts, "epoch": self.epoch, "step": self.step, "sums": self.sums.tolist(), "seconds": self.seconds,
+                  "waited": self.waited, "settings": self.settings}, self.path("checkpoint.pth"))
+        self.saved = time.monotonic()
+
+    def rest_of_epoch(self, batches):
+        """Yield the batches that this epoch still needs, each for one step; time them, and save now and then, and at the end."""
+        origin = time.monotonic() - self.seconds
+        while self.step < self.steps_per_epoch:
+            asked = time.monotonic()
+            batch = next(batches)
+            self.step, self.waited, self.seconds = self.step + 1, self.waited + time.monotonic() - asked, time.monotonic() - origin
+            yield self.epoch * self.steps_per_epoch + self.step - 1, batch
+            if time.monotonic() - self.saved > 60 * self.settings["save_minutes"]:
+                self.save()
+        self.means = (self.sums / self.steps_per_epoch).tolist()  # waits for the GPU, so that it counts
+        self.seconds = time.monotonic() - origin
+        self.save()
+
+    def speed(self):
+        """Of a finished epoch."""
+        images = self.steps_per_epoch * self.settings["batch"]
+        return {"images_per_s": images / self.seconds, "data_wait": self.waited / self.seconds, "seconds": self.seconds}
+
+    def next_epoch(self):
+        self.epoch, self.step, self.seconds, self.waited = self.epoch + 1, 0, 0.0, 0.0
+        self.sums.zero_()
+
+
+def draw_curves(path, records, knn_pixels, minimum):
     """The three panels of the paper's Fig. 2 from the log's epochs: loss, std with its 1/sqrt(d) line, accuracy (kNN)."""
-    width, height, left, top, bottom = 420, 300, 58, 40, 44
-    image = Image.new("RGB", (3 * width, height), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    last = max(1, records[-1]["epoch"])
-    panels = ("loss", "training loss (minimum -1)", -1, 0), ("std", "std x sqrt(d)  (1: scattered, 0: collapsed)", 0, 1.1), \
-             ("knn", "kNN top-1 (%)", 0, 100)
-    for panel, (key, title, low, high) in enumerate(panels):
+    panels = [("loss", f"training loss (minimum {minimum})", minimum, minimum + 1, None, ""), ("std", "std x sqrt(d)  (1: scattered, 0: collapsed)", 0, 1.1, 1,
+              "1/sqrt(d)"), ("knn", "kNN top-1 (%)", 0, 100, knn_pixels, "raw pixels")]
+    width, height, font, last = 420, 300, ImageFont.load_default(15), max(1, records[-1]["epoch"])
+    image = Image.new("RGB", (len(panels) * width, height), "white")
+    pen = ImageDraw.Draw(image)
+    for k, (key, title, low, high, reference, name) in enumerate(panels):
         points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 16, height - bottom, top
-        low, high = (min([low] + [v for _, v in points]), max([high] + [v for _, v in points]))
+        low, high = min([low, *(v for _, v in points)]), max([high, *(v for _, v in points)])
+        x0, x1, y0, y1 = k * width + 58, (k + 1) * width - 16, height - 44, 40
 
         def at(epoch, value):
             return x0 + (x1 - x0) * epoch / last, y0 + (y1 - y0) * (value - low) / (high - low)
 
         pen.text((x0, 12), title, "black", font)
-        for tick in np.linspace(low, high, 5):
-            pen.line([at(0, tick), at(last, tick)], "#dddddd")
-            pen.text((x0 - 6, at(0, tick)[1]), f"{tick:.3g}", "black", font, anchor="rm")
-        for tick in sorted({round(last * share) for share in (0, 0.25, 0.5, 0.75, 1)}):
-            pen.text((at(tick, low)[0], y0 + 6), str(tick), "black", font, anchor="mt")
+        for value in np.linspace(low, high, 5):
+            pen.line([at(0, value), at(last, value)], "#dddddd")
+            pen.text((x0 - 6, at(0, value)[1]), f"{value:.3g}", "black", font, anchor="rm")
+        for epoch in {round(last * share) for share in (0, 0.25, 0.5, 0.75, 1)}:
+            pen.text((at(epoch, low)[0], y0 + 6), f"{epoch}", "black", font, anchor="mt")
         pen.text(((x0 + x1) / 2, y0 + 25), "epoch", "black", font, anchor="mt")
-        reference = {"std": (1, "1/sqrt(d)"), "knn": (knn_pixels, "raw pixels")}.get(key, (None, None))
-        if reference[0] is not None:
-            pen.line([at(0, reference[0]), at(last, reference[0])], "#d62728", 1)
-            pen.text((x1 - 2, at(0, reference[0])[1] - 2), reference[1], "#d62728", font, anchor="rb")
+        if reference is not None:
+            pen.line([at(0, reference), at(last, reference)], "#d62728")
+            pen.text((x1 - 2, at(0, reference)[1] - 2), name, "#d62728", font, anchor="rb")
         if points:
             pen.line([at(*point) for point in points], "#1f4e9c", 2)
             pen.circle(at(*points[-1]), 3, "#1f4e9c")
         pen.rectangle((x0, y1, x1, y0), outline="black")
     with replacing(path) as f:
         image.save(f, "png")
-
-
-def read_log(path, epoch, step):
-    """The records that a checkpoint at this position has behind it: no epochs beyond it, and no end."""
-    with open(path) as f:
-        records = [json.loads(line) for line in f if line.endswith("}\n")]  # a kill may have cut the last line short
-    if not records or records[0]["event"] != "start":
-        raise Refused(f"{path}: does not begin with a start record; restore it, or start anew in another --out")
-    behind = epoch if (epoch, step) != (0, 0) else -1
-    return [r for r in records if r["event"] in ("start", "resume") or r["event"] == "epoch" and r["epoch"] <= behind]
-
-
-def write_log(path, records):
-    with replacing(path, "w") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
 
 
 class Progress:
@@ -502,283 +811,279 @@ class Progress:
             return
         self.last = now
         left = (now - self.began) / self.done * (self.total - 1 - self.done)
-        line = f"{describe()}  {datetime.timedelta(seconds=round(left))} left"
-        width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
-        print(f"\r\033[K{line[:width]}" if self.live else line, end="" if self.live else "\n", flush=True)
+        width = shutil.get_terminal_size().columns - 1 if self.live else None  # a wrapped line could not be redrawn
+        self.line(f"{describe()}  {datetime.timedelta(seconds=round(left))} left"[:width], end="" if self.live else "\n")
 
-    def line(self, text):
-        """Print a line that stays."""
+    def line(self, text, end="\n"):
+        """Print a line that stays, unless step() puts another in its place."""
         if self.pause < math.inf:
-            print(f"\r\033[K{text}" if self.live else text, flush=True)
+            print(f"\r\033[K{text}" if self.live else text, end=end, flush=True)
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
 
-def parse(argv=None):
+def new_parser(script, description, data, out, amp):
+    """A parser with the options that both scripts have; data, out, amp: what to say of their defaults."""
     parser = argparse.ArgumentParser(
-        description="SimSiam pre-training. The recipe's options default to the paper's settings for the data at hand.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
-    parser.error = lambda message: sys.exit(f"simsiam.py: {message}; see --help")
+        prog=script, description=description, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
+    parser.error = lambda message: sys.exit(f"{script}: {message}; see --help")
     parser.add_argument("data", nargs="?", metavar="DATA", help="an image folder (train/<class>/..., val/<class>/..., or any "
-                        "folder of images), a text file with a path per line, or a CIFAR-10 folder (default: drawn shapes)")
-    parser.add_argument("--out", help="run folder (default: runs/<name of the data>)")
+                        f"folder of images), a text file with a path per line, or a CIFAR-10 folder (default: {data})")
+    parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="after DATA: continue the run in --out; with auto: if there is one, and start otherwise")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: shapes without DATA, cifar10 for images of one size up to "
-                        f"{augment.SMALL} pixels a side, else imagenet")
-    parser.add_argument("--experiment", choices=EXPERIMENTS, default="simsiam", help="a row of the paper (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, views, order, and shapes (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is one")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on cuda)")
-    parser.add_argument("--workers", type=int, help="processes that decode images, per GPU (default: its share of the cores, up to 16)")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help=f"bf16 autocast (default: {amp})")
+    parser.add_argument("--workers", type=int, default=min(16, cores()),
+                        help="processes that decode images, per GPU (default: its share of the cores, up to 16)")
     parser.add_argument("--save-minutes", type=float, default=10, help="a checkpoint this often within an epoch (default: %(default)s)")
+    return parser
+
+
+def parse(argv=None):
+    parser = new_parser("simsiam.py", "SimSiam pre-training. The recipe's options default to the paper's settings for the data at hand.",
+                        data="drawn shapes", out="runs/<name of the data>", amp="on cuda")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: shapes without DATA, cifar10 for images of one size up to "
+                        f"{augment.SMALL} pixels a side, else imagenet")
+    parser.add_argument("--experiment", choices=(*EXPERIMENTS, "list"), default="simsiam", metavar="NAME",
+                        help="a row of the paper; list shows them all (default: %(default)s)")
+    parser.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint.pth, or of one in the released layout")
+    choices = {"arch": tuple(resnet.ARCHS), "pred_lr": ("constant", "cosine"), "predictor": ("mlp", "fixed", "none"),
+               "objective": tuple(OBJECTIVES), "eta": ("current", "alternate", "average")}
     recipe = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
     for name, values in SETTINGS.items():
         kind = type(values[0])
         how = {"type": number, "nargs": len(values[0]), "metavar": name[0].upper()} if kind is tuple \
             else {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": number if kind is float else kind}
-        if name in CHOICES:
-            how["choices"] = CHOICES[name]
+        how |= {"choices": choices[name]} if name in choices else {}
         shown = [" ".join(f"{v:.4g}" for v in value) if kind is tuple else str(value) for value in values]
         recipe.add_argument("--" + name.replace("_", "-"), help=" | ".join(shown) if len(set(shown)) > 1 else shown[0], **how)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.experiment == "list":
+        print(f"{'experiment':27}{'the paper, on ImageNet':33}what changes")
+        for name, (changes, paper) in EXPERIMENTS.items():
+            print(f"{name:27}{paper:33}{', '.join(f'{key} {value}' for key, value in changes.items())}")
+        sys.exit()
+    return args
 
 
 def number(text):
     """0.125 and 1/8 alike."""
-    try:
-        return float(fractions.Fraction(text))
-    except ZeroDivisionError:
-        raise ValueError from None
+    numerator, _, denominator = text.partition("/")
+    with np.errstate(all="ignore"):
+        return float(np.float64(numerator) / np.float64(denominator or 1))
 
 
-CHOICES = {"arch": tuple(resnet.ARCHS), "pred_lr": ("constant", "cosine")}
+def recipe_for(data, train, name=None):
+    """The settings of the recipe of this name, or else of the one that suits the data, as given and as opened."""
+    small = train.pixels is not None
+    name = name or ("shapes" if data is None else "cifar10" if small else "imagenet")
+    settings = {key: values[RECIPES.index(name)] for key, values in SETTINGS.items()}
+    if small and data is not None and name == "cifar10":
+        settings["size"] = max(train.pixels.shape[2:])  # small images are trained on at their own size
+    return {"recipe": name, **settings}
 
 
 def resolve(args, train, world):
     """The settings of a run: recipe, then experiment, then what the command line names. Raises Refused for impossible ones."""
-    small = train.pixels is not None
-    recipe = args.recipe or ("shapes" if args.data is None else "cifar10" if small else "imagenet")
-    settings = {name: values[RECIPES.index(recipe)] for name, values in SETTINGS.items()}
-    if small and args.data is not None and recipe == "cifar10":
-        settings["size"] = max(train.pixels.shape[2:])  # small images are trained on at their own size
-    settings.update(EXPERIMENTS[args.experiment][1])
+    settings = recipe_for(args.data, train, args.recipe)
+    for name, value in EXPERIMENTS[args.experiment][0].items():
+        measure = {"warmup": "epochs"}.get(name, name)
+        scale = min(1, settings[measure] / SETTINGS[measure][0]) if measure in ("batch", "dim", "pred_dim", "epochs") else 1
+        settings[name] = max(1, round(scale * value)) if scale < 1 else value
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     settings.update({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    settings.update(recipe=recipe, experiment=args.experiment, seed=args.seed, data=args.data,
-                    images=len(train), device=args.device, amp=args.amp if args.amp is not None else args.device == "cuda",
-                    world=world, workers=args.workers if args.workers is not None else min(16, cores()),
-                    save_minutes=args.save_minutes)
+    settings.update(experiment=args.experiment, init=args.init, seed=args.seed, data=args.data, images=len(train), device=args.device,
+                    amp=args.amp if args.amp is not None else args.device == "cuda", world=world, workers=args.workers,
+                    save_minutes=args.save_minutes if settings["eta"] != "average" else 1e9)  # its checkpoint takes all processes at once
     check(settings)
+    for name in ("area", "aspect", "sigma"):
+        require((settings[name][0] <= settings[name][1], f"--{name} {settings[name]}: the lower bound comes first"))
+    require((settings["strength"][3] <= 0.5, f"--strength {settings['strength']}: the last, hue, at most 0.5: half a turn either way"),
+            (settings["warmup"] < settings["epochs"], f"--warmup {settings['warmup']}: less than --epochs {settings['epochs']}"),
+            (settings["batch"] > 1, "--batch 1: BN needs at least 2 images"),
+            (settings["eta"] == "current" or settings["objective"] == "symmetric", f"--eta {settings['eta']}: goes with --objective symmetric"))
     return settings
 
 
-def check(s):
-    """Raise Refused for settings that can't work."""
-    rules = [
-        (s["batch"] % s["world"] == 0, f"--batch {s['batch']}: {s['world']} processes don't divide it; the batch is the global one"),
-        (s["batch"] // s["world"] >= 1 and s["batch"] >= 2, f"--batch {s['batch']}: BN needs at least 2 images"),
-        (s["images"] >= s["batch"], f"--batch {s['batch']}: the data has only {s['images']} images, less than one batch"),
-        (s["epochs"] >= 1, f"--epochs {s['epochs']}: at least 1"),
-        (0 <= s["warmup"] < s["epochs"], f"--warmup {s['warmup']}: from 0 to less than --epochs {s['epochs']}"),
-        (s["size"] >= 1, f"--size {s['size']}: at least 1 pixel"),
-        (0 < s["area"][0] <= s["area"][1] <= 1, f"--area {s['area']}: two shares, 0 < low <= high <= 1"),
-        (0 < s["aspect"][0] <= s["aspect"][1], f"--aspect {s['aspect']}: 0 < low <= high"),
-        (0 < s["sigma"][0] <= s["sigma"][1] <= augment.REACH / 3, f"--sigma {s['sigma']}: 0 < low <= high <= {augment.REACH / 3:.2g}"),
-        (all(0 <= v <= 1 for v in s["strength"][:3]) and 0 <= s["strength"][3] <= 0.5,
-         f"--strength {s['strength']}: brightness, contrast, saturation from 0 to 1, hue from 0 to 0.5"),
-        (all(0 <= s[name] <= 1 for name in ("jitter", "gray", "blur", "flip")), "--jitter, --gray, --blur, --flip: from 0 to 1"),
-        (all(v > 0 for v in s["std"]), f"--std {s['std']}: above 0"),
-        (0 < s["centre"] <= 1, f"--centre {s['centre']}: above 0, at most 1"),
-        (s["workers"] >= 0 and s["knn_every"] >= 0, "--workers, --knn-every: 0 or more"),
-        (0 <= s["seed"] < 2 ** 63, f"--seed {s['seed']}: 0 to 2^63 - 1"),
-        (s["base_lr"] >= 0 and s["weight_decay"] >= 0 and 0 <= s["momentum"] < 1,
-         "--base-lr, --weight-decay: 0 or more; --momentum: 0 or more, less than 1"),
-        (not s["amp"] or s["device"] == "cuda", "--amp: bf16 autocast is for GPUs"),
-    ]
+def require(*rules):
+    """Each a condition and what to say where it does not hold."""
     for holds, message in rules:
         if not holds:
             raise Refused(message)
 
 
+LIMITS = {  # of what the command lines take
+    "batch": (1, math.inf), "epochs": (1, math.inf), "warmup": (0, math.inf), "base_lr": (0, 1e6), "weight_decay": (0, 1e6),
+    "momentum": (0, 0.9999), "width": (1 / 64, 64), "proj_layers": (1, 100), "proj_hidden": (1, 10 ** 6), "dim": (1, 10 ** 6),
+    "pred_dim": (1, 10 ** 6), "size": (1, 4096), "area": (1e-4, 1), "aspect": (0.01, 100), "sigma": (0.01, augment.REACH / 3),
+    "strength": (0, 1), "jitter": (0, 1), "gray": (0, 1), "blur": (0, 1), "flip": (0, 1), "std": (1e-3, 1e3), "centre": (0.01, 1),
+    "bn": (0, 1), "fc_std": (0, 10),
+    "k": (0, math.inf), "m": (0, 0.9999), "knn_every": (0, math.inf), "workers": (0, 1024), "seed": (0, 2 ** 63 - 1), "save_minutes": (0, 1e9)}
+
+
+def check_limits(values):
+    """Raise Refused for numbers, or tuples of numbers, that no run can have. values: {name: value}, None where not given."""
+    for name, (low, high) in LIMITS.items():
+        given = values.get(name)
+        fits = given is None or all(low <= v <= high for v in np.ravel(given))
+        require((fits, f"--{name.replace('_', '-')} {given}: from {low:g} to {high:g}"))
+
+
+def check(s):
+    """Raise Refused for settings of either script that don't go together."""
+    check_limits(s)
+    require(
+        (s["batch"] % s["world"] == 0, f"--batch {s['batch']}: {s['world']} processes don't divide it; the batch is the global one"),
+        (s["images"] >= s["batch"], f"--batch {s['batch']}: the data has only {s['images']} images, less than one batch"),
+        (not s["amp"] or s["device"] == "cuda", "--amp: bf16 autocast is for GPUs"))
+
+
 # --- The run ---------------------------------------------------------------------------------------------------------
 
-def main(argv=None):
-    args = parse(argv)
+def launch(script, run, args):
+    """Run a script to its end; where that can't be reached, end with one line."""
     try:
         run(args)
         dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
     except (Refused, OSError) as error:
         speaks = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, augment.BadImage)  # met by one process alone
-        sys.exit("\n" * sys.stdout.isatty() + f"simsiam.py: {error}" if speaks else 1)
+        sys.exit("\n" * sys.stdout.isatty() + f"{script}: {error}" if speaks else 1)
     except KeyboardInterrupt:
-        sys.exit("\nsimsiam.py: interrupted; the same command with --resume goes on from the last checkpoint")
+        sys.exit(f"\n{script}: interrupted; the same command with --resume goes on from the last checkpoint")
 
 
-def run(args):
+def pretrain(args):
     # 1. Processes, data, settings
     device, rank, world = join_world(torch.device(args.device))
-    first = rank == 0
     data = train, val = augment.open_data(args.data, args.seed)
     s = resolve(args, train, world)
-    if device.type == "cpu":
-        torch.set_num_threads(cores())
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
-    objective, _, published = EXPERIMENTS[args.experiment]
+    objective, views_per_image, minimum = OBJECTIVES[s["objective"]]
     steps_per_epoch = len(train) // s["batch"]
     total_steps, warmup_steps = s["epochs"] * steps_per_epoch, s["warmup"] * steps_per_epoch
     lr = initial_lr(s["base_lr"], s["batch"])
     watch_knn = s["knn_every"] > 0 and val is not None and len(val) >= world
 
-    # 2. Model and optimiser
+    out = args.out or os.path.join("runs", name_of(args.data) + ("" if args.experiment == "simsiam" else "-" + args.experiment))
+    resuming = holds_run(out, ["checkpoint.pth"], args.resume, device)
+
+    # 2. Model, optimiser, and how far they are
     torch.manual_seed(s["seed"])
-    model = SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"])
-    layout = fastest_layout(model, device)
+    model = SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"],
+                    s["predictor"], s["bn"], s["affine"], s["fc_std"])
+    if args.init and not resuming:
+        start = {name.removeprefix("module."): t for name, t in read_weights(args.init)[0].items()}
+        load_strictly(model, start, f"--init {args.init}")
+    layout = resnet.fastest_layout(model.encoder, device)
     model = model.to(device, memory_format=layout)
     network = distribute(model, device)
     optimizer = sgd(model, s["momentum"], s["weight_decay"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])  # what stays in float32 has TF32 convolutions
 
-    # 3. The run folder: a new run, or one to continue
-    name = "shapes" if args.data is None else os.path.splitext(os.path.basename(os.path.abspath(args.data)))[0]
-    out = args.out or os.path.join("runs", name + ("" if args.experiment == "simsiam" else "-" + args.experiment))
-    checkpoint_path, log_path = os.path.join(out, "checkpoint.pth"), os.path.join(out, "log.jsonl")
-    exists = os.path.exists(checkpoint_path)
-    if all_sum(torch.tensor(float(exists), device=device)) not in (0, world):
-        raise Refused(f"{checkpoint_path}: some processes see it and some don't; --out must be a folder that all machines share")
-    if args.resume is None and exists:
-        raise Refused(f"{out}: holds a run already; continue it with --resume, or give another folder with --out")
-    if args.resume == "yes" and not exists:
-        raise Refused(f"{checkpoint_path}: nothing to resume; leave --resume out to start, or name the run's folder with --out")
-    epoch, step = 0, 0                                                  # position: epochs done, and steps of the next one
-    sums = torch.zeros(2, dtype=torch.float64, device=device)           # of loss and std x sqrt(d), over the epoch so far
-    seconds, waited = 0.0, 0.0                                          # likewise
-    records, knn_pixels = [], None                                      # the log's epochs, and raw pixels' kNN
-    if exists:
-        checkpoint = load_checkpoint(checkpoint_path, s)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        epoch, step, seconds, waited = (checkpoint[key] for key in ("epoch", "step", "seconds", "waited"))
-        sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=device)
-        log = read_log(log_path, epoch, step)
-        records, knn_pixels = [r for r in log if r["event"] == "epoch"], log[0]["knn_pixels"]
+    parts, k = {"model": model, "optimizer": optimizer}, s["k"] or steps_per_epoch
+    if s["eta"] == "alternate":
+        parts["theta"] = copy.deepcopy(model)
+    elif s["eta"] == "average":
+        parts["eta"] = Spread(len(train), s["dim"], device)
+    run = Run(out, parts, s, steps_per_epoch, resuming, device)
 
-    def checkpoint_now():
-        """What the run needs to go on from here; equal on all processes, written by the first."""
-        if first:
-            save({"format": FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
-                  "sums": sums.tolist(), "seconds": seconds, "waited": waited, "settings": s}, checkpoint_path)
-
-    def accuracy(model):
-        def features(x):
-            with autocast:
-                return model.encoder.features(x)
-
-        model.eval()
-        percent = knn_accuracy(features, data, policy, device, s["workers"])
-        model.train()
+    def watch(backbone):
+        backbone.eval()
+        percent = monitor(backbone.features, data, policy, device, s["workers"], autocast)
+        backbone.train()
         return percent
 
-    # 4. Say what is going to happen, on the screen and in the log
-    progress = Progress(total_steps - epoch * steps_per_epoch - step, quiet=not first)
-    progress.line(describe(args, s, train, val, device, world, lr, published, out, watch_knn))
-    if not exists and watch_knn and train.pixels is not None:
-        knn_pixels = knn_accuracy(lambda x: x.flatten(1), data, policy, device, s["workers"])
-        progress.line(f"kNN on raw pixels {knn_pixels:.2f}%")
-    if first:
-        os.makedirs(out, exist_ok=True)
-        event = {"command": shlex.join(sys.argv), "device": device_name(device), "world": world}
-        if exists:
-            write_log(log_path, [*log, {"event": "resume", **event, "epoch": epoch, "step": step}])
-            progress.line(f"continuing after {epoch} epochs and {step} steps")
-        else:
-            write_log(log_path, [{"event": "start", **event, "python": platform.python_version(), "torch": torch.__version__,
-                                  "numpy": np.__version__, "pillow": PIL.__version__, "seed": s["seed"], "settings": s,
-                                  "knn_pixels": knn_pixels}])
-            with replacing(os.path.join(out, "views.png")) as f:
+    # 3. Say what is going to happen, on the screen and in the log
+    progress = Progress(total_steps - run.epoch * steps_per_epoch - run.step, quiet=not run.first)
+    progress.line(describe(args, s, train, val, device, lr, watch_knn, out))
+    if s["eta"] != "current":
+        vectors = {"alternate": 2 * k * s["batch"], "average": len(train)}[s["eta"]]
+        progress.line(f"eta         {s['eta']}, {f'{k} steps, ' * (s['eta'] == 'alternate')}{vectors} vectors: {vectors * s['dim'] * 4 / 2 ** 20:.1f} MiB "
+                      "over all processes")
+    if resuming:
+        progress.line(f"continuing after {run.epoch} epochs and {run.step} steps")
+        run.begin()
+    else:
+        raw = watch_knn and train.pixels is not None
+        run.begin(knn_pixels=monitor(lambda x: x.flatten(1), data, policy, device, s["workers"]) if raw else None)
+        if run.first:
+            with replacing(run.path("views.png")) as f:
                 augment.contact_sheet(train, policy, s["seed"]).save(f, "png")
-            checkpoint_now()
 
     def report(number, **measured):
         """A finished epoch, on the screen, in the log, in the picture."""
-        finite = {key: v for key, v in measured.items() if not isinstance(v, float) or math.isfinite(v)}  # JSON knows no NaN
-        record = {"event": "epoch", "epoch": number, "step": number * steps_per_epoch, **dict.fromkeys(MEASURED), **finite}
-        records.append(record)
-        if first:
-            append(log_path, record)
-            draw_curves(os.path.join(out, "curves.png"), records, knn_pixels)
-        progress.line(f"epoch {number}/{s['epochs']}" + "  untrained (kNN: with BN calibrated)" * (number == 0) + "".join(
-            "  " + shown.format(record[key]) for key, shown in MEASURED.items() if shown and record[key] is not None))
+        record = run.record("epoch", epoch=number, step=number * steps_per_epoch, **{**dict.fromkeys(MEASURED), **measured})
+        if run.first:
+            draw_curves(run.path("curves.png"), run.epochs(), run.log[0]["knn_pixels"], minimum)
+        progress.line(f"epoch {number}/{s['epochs']}" + f"  {'as loaded' if args.init else 'untrained'} (kNN: with BN calibrated)" * (number == 0) + "".join(
+            "  " + shown.format(record[key], minimum) for key, shown in MEASURED.items() if shown and record[key] is not None))
 
-    # 5. Train
-    batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], epoch, step, rank, world)
-    views = augment.load_views(train, policy, s["seed"], batches, device, s["workers"])
-    if (epoch, step) == (0, 0):
-        report(0, knn=accuracy(calibrated(model, train, policy, device, s["workers"])) if watch_knn else None)
-    saved = time.monotonic()
-    while epoch < s["epochs"]:
-        origin = time.monotonic() - seconds
-        while step < steps_per_epoch:
-            asked = time.monotonic()
-            x1, x2 = (x.contiguous(memory_format=layout) for x in next(views)[1])
-            waited += time.monotonic() - asked
-            set_lr(optimizer, lr, epoch * steps_per_epoch + step, total_steps, warmup_steps, s["pred_lr"])
-            L, z1, z2 = train_step(network, objective, optimizer, autocast, x1, x2)
-            spread = (std(z1, all_sum) + std(z2, all_sum)) / 2 * math.sqrt(s["dim"])
-            sums += torch.stack([all_sum(L) / world, spread])
-            step, seconds = step + 1, time.monotonic() - origin
-            progress.step(lambda: f"epoch {epoch + 1}/{s['epochs']}  step {step}/{steps_per_epoch}  loss {L.item() / world:.4f}  "
-                          f"std x sqrt(d) {spread.item():.3f}  {s['batch'] * step / seconds:.0f} images/s")
-            if time.monotonic() - saved > 60 * s["save_minutes"]:
-                checkpoint_now()
-                saved = time.monotonic()
-        mean_loss, mean_std = (sums / steps_per_epoch).tolist()
-        seconds = time.monotonic() - origin  # asked once more, now that the GPU is done
-        checkpoint_now()
-        number = epoch + 1
-        due = watch_knn and (number % s["knn_every"] == 0 or number == s["epochs"])
-        in_trouble = collapsed(mean_loss, mean_std, s["batch"])
-        report(number, loss=mean_loss, std=mean_std, lr=optimizer.param_groups[0]["lr"], knn=accuracy(model) if due else None,
-               images_per_s=s["batch"] * steps_per_epoch / seconds, data_wait=waited / seconds, seconds=seconds,
-               memory_mb=peak_memory(device), collapsed=in_trouble)
-        if in_trouble and not any(r["collapsed"] for r in records[:-1]):
+    # 4. Train
+    step = run.epoch * steps_per_epoch + run.step
+    batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
+    batches = twice(batches, k, step) if s["eta"] == "alternate" else batches
+    views = ((index, [x.contiguous(memory_format=layout) for x in views])
+             for index, views in augment.load_views(train, policy, s["seed"], batches, device, s["workers"], views_per_image))
+    stream = alternate(views, model, parts["theta"], k, step, total_steps, autocast) if s["eta"] == "alternate" else \
+        average(views, parts["eta"], s["m"]) if s["eta"] == "average" else plain(views, objective)
+    if not run.epochs():
+        report(0, knn=watch(calibrated(model.encoder, train, policy, device, s["workers"])) if watch_knn else None)
+    while run.epoch < s["epochs"]:
+        for step, (x, objective) in run.rest_of_epoch(stream):
+            set_lr(optimizer, lr, step, total_steps, warmup_steps, s["pred_lr"])
+            L, z = train_step(network, objective, optimizer, autocast, x)
+            spread = sum(std(z_i, all_sum) for z_i in z) / len(z) * math.sqrt(s["dim"])
+            run.sums += torch.stack([all_sum(L) / world, spread])
+            progress.step(lambda: f"epoch {run.epoch + 1}/{s['epochs']}  step {run.step}/{steps_per_epoch}  loss {L.item() / world:.4f}  "
+                          f"std x sqrt(d) {spread.item():.3f}  {s['batch'] * run.step / run.seconds:.0f} images/s")
+        due = watch_knn and ((run.epoch + 1) % s["knn_every"] == 0 or run.epoch + 1 == s["epochs"])
+        in_trouble = collapsed(run.means[0] - minimum - 1, run.means[1], s["batch"])
+        if in_trouble and not any(record["collapsed"] for record in run.epochs()):
             progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller --base-lr; --warmup 10; "
                           "a larger --batch; --pred-dim a quarter of --dim; and look at views.png")
-        epoch, step, seconds, waited = number, 0, 0.0, 0.0
-        sums.zero_()
+        report(run.epoch + 1, loss=run.means[0], std=run.means[1], lr=optimizer.param_groups[0]["lr"],
+               knn=watch(model.encoder) if due else None, **run.speed(), memory_mb=peak_memory(device), collapsed=in_trouble)
+        run.next_epoch()
 
-    # 6. The result
-    if first:
+    # 5. The result
+    if run.first:
         backbone = {name: t for name, t in model.encoder.state_dict().items() if not name.startswith("fc.")}
-        save(backbone, os.path.join(out, "backbone.pth"))
-        append(log_path, {"event": "end", "epochs": epoch, "knn": records[-1]["knn"], "backbone": "backbone.pth"})
-    progress.line(f"done: {os.path.join(out, 'backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
+        save(backbone, run.path("backbone.pth"))
+    run.record("end", epochs=run.epoch, knn=run.epochs()[-1]["knn"], backbone="backbone.pth")
+    progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 
 
 MEASURED = {  # what the log has of an epoch, null where it doesn't exist, and how the screen shows it
-    "loss": "loss {:.4f} (minimum -1)", "std": "std x sqrt(d) {:.3f}", "lr": "lr {:.4g}", "knn": "kNN {:.2f}%",
+    "loss": "loss {:.4f} (minimum {})", "std": "std x sqrt(d) {:.3f}", "lr": "lr {:.4g}", "knn": "kNN {:.2f}%",
     "images_per_s": "{:.0f} images/s", "data_wait": "{:.0%} waiting for data", "seconds": None, "memory_mb": "{} MiB", "collapsed": None}
 
 
-def describe(args, s, train, val, device, world, lr, published, out, watch_knn):
+def describe(args, s, train, val, device, lr, watch_knn, out):
     """The block that a run starts with."""
-    kind = f"{train.pixels.shape[3]} x {train.pixels.shape[2]} pixels, in memory" if train.pixels is not None else "files"
-    labels = f"{len(train.classes)} classes" if train.labels is not None else "no labels"
-    k = min(200, len(train))
-    monitor = f"every {s['knn_every']} epochs, k {k}{' (all there are)' if k < 200 else ''}, on {len(val)} images" \
-        if watch_knn else "none (needs labels, val/ and --knn-every)"
+    labels = "no labels" if train.labels is None else f"{len(train.classes)} classes"
     given = ", ".join(f"{name} {s[name]}" for name in SETTINGS if getattr(args, name) is not None)
+    changes, paper = EXPERIMENTS[s["experiment"]]
+    scaled = ", ".join(f"{name} {s[name]}" for name in changes if s[name] != changes[name])
     return "\n".join([
-        f"data        {args.data or 'shapes (drawn)'}: {len(train)} images, {kind}, {labels}",
-        f"recipe      {s['recipe']}, experiment {s['experiment']} (the paper on ImageNet: {published}){'; with ' + given if given else ''}",
-        f"network     {s['arch']}, width {s['width']:g}; projection {s['proj_layers']} layers to d = {s['dim']}; h {s['dim']}-{s['pred_dim']}-{s['dim']}",
+        f"data        {args.data or 'shapes (drawn)'}: {len(train)} images, {labels}, {'files' if train.pixels is None else 'in memory'}",
+        f"recipe      {s['recipe']}{f', with {given}' if given else ''}",
+        f"experiment  {s['experiment']} (the paper on ImageNet: {paper}){f'; here {scaled}, not what the row says' if scaled else ''}",
+        f"network     {s['arch']}, width {s['width']:g}{', from ' + args.init if args.init else ''}; projection {s['proj_layers']} layers "
+        f"to d = {s['dim']}; h {s['dim']}-{s['pred_dim']}-{s['dim']}",
         f"training    {s['epochs']} epochs of {len(train) // s['batch']} steps, global batch {s['batch']}, lr {lr:.4g} (cosine; "
         f"predictor {s['pred_lr']}), {s['size']}-pixel views",
-        f"processes   {world} x {s['batch'] // world} images, BN over {s['batch']}, {device_name(device)}, "
-        f"{'bf16 autocast' if s['amp'] else 'float32 (convolutions TF32)' if device.type == 'cuda' else 'float32'}, {s['workers']} workers",
-        f"kNN         {monitor}",
+        f"processes   {s['world']} x {s['batch'] // s['world']} images, BN over {s['batch']}, {hardware(s, device)}",
+        "kNN         " + (f"every {s['knn_every']} epochs, k {min(200, len(train))}{' (all there are)' * (len(train) < 200)}, on {len(val)} images" if watch_knn else
+                          "none (needs labels and val/)"),
         f"writes to   {out}"])
+
+
+def hardware(s, device):
+    precision = "bf16 autocast" if s["amp"] else "float32 (convolutions TF32)" if device.type == "cuda" else "float32"
+    return f"{device_name(device)}, {precision}, {s['workers']} workers"
 
 
 def device_name(device):
@@ -787,10 +1092,9 @@ def device_name(device):
 
 def peak_memory(device):
     """MiB: of the GPU if there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else process
 
 
 if __name__ == "__main__":
-    main()
+    launch("simsiam.py", pretrain, parse())
