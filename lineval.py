@@ -435,7 +435,7 @@ def train_layer(run, s, features, train, policy, labels, test):
     rank, world, total_steps = dist.get_rank(), dist.get_world_size(), s["epochs"] * run.steps_per_epoch
     progress = simsiam.Progress(total_steps - run.epoch * run.steps_per_epoch - run.step, quiet=rank > 0)
     batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
-    views = augment.load_views(train, policy, s["seed"], batches, run.device, s["workers"], views=1)
+    views = run.waiting_for(augment.load_views(train, policy, s["seed"], batches, run.device, s["workers"], views=1))
     while run.epoch < s["epochs"]:
         for step, (index, (x,)) in run.rest_of_epoch(views):
             optimizer.param_groups[0]["lr"] = s["lr"] * lr_factor(s["protocol"], step, total_steps)

@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.distributed.nn.functional import all_reduce  # the one with a gradient
 
 import augment
 import resnet
@@ -446,6 +445,18 @@ def all_sum(t):
     return t
 
 
+class AllSum(torch.autograd.Function):
+    """all_sum of a copy, with a gradient: the sum enters every process's loss, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return all_sum(t.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_sum(gradient.clone())
+
+
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BN over the global batch where torch.nn.SyncBatchNorm refuses to: on a CPU. Same statistics as one process has."""
 
@@ -457,9 +468,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum(dims)) / n                            # (C,)
+        mean = AllSum.apply(x.sum(dims)) / n                          # (C,)
         centred = x - mean.view(shape)
-        var = all_reduce((centred ** 2).sum(dims)) / n                # (C,)
+        var = AllSum.apply((centred ** 2).sum(dims)) / n              # (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
@@ -479,9 +490,9 @@ def distribute(model, device):
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.__class__ = SyncBatchNorm  # same parameters, buffers and names
-    # Buffers need no broadcast: synchronised statistics are equal on all processes already.
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # synchronised statistics are equal on all processes already
+    return network
 
 
 class Spread:
@@ -737,13 +748,22 @@ class Run:
                   "waited": self.waited, "settings": self.settings}, self.path("checkpoint.pth"))
         self.saved = time.monotonic()
 
+    def waiting_for(self, batches):
+        """The same batches. The time until each is there counts as waiting for data."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
     def rest_of_epoch(self, batches):
         """Yield the batches that this epoch still needs, each for one step; time them, and save now and then, and at the end."""
         origin = time.monotonic() - self.seconds
         while self.step < self.steps_per_epoch:
-            asked = time.monotonic()
             batch = next(batches)
-            self.step, self.waited, self.seconds = self.step + 1, self.waited + time.monotonic() - asked, time.monotonic() - origin
+            self.step, self.seconds = self.step + 1, time.monotonic() - origin
             yield self.epoch * self.steps_per_epoch + self.step - 1, batch
             if time.monotonic() - self.saved > 60 * self.settings["save_minutes"]:
                 self.save()
@@ -947,7 +967,9 @@ def launch(script, run, args):
     """Run a script to its end; where that can't be reached, end with one line."""
     try:
         run(args)
-        dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
+        # Only now: after a failure it would wait for the other processes; and before run() has let go of the network, which
+        # holds the group too, the group's threads would live on and could abort the process at its end.
+        dist.destroy_process_group()
     except (Refused, OSError) as error:
         speaks = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, augment.BadImage)  # met by one process alone
         sys.exit("\n" * sys.stdout.isatty() + f"{script}: {error}" if speaks else 1)
@@ -1025,8 +1047,8 @@ def pretrain(args):
     step = run.epoch * steps_per_epoch + run.step
     batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
     batches = twice(batches, k, step) if s["eta"] == "alternate" else batches
-    views = ((index, [x.contiguous(memory_format=layout) for x in views])
-             for index, views in augment.load_views(train, policy, s["seed"], batches, device, s["workers"], views_per_image))
+    views = run.waiting_for((index, [x.contiguous(memory_format=layout) for x in views]) for index, views in
+                            augment.load_views(train, policy, s["seed"], batches, device, s["workers"], views_per_image))
     stream = alternate(views, model, parts["theta"], k, step, total_steps, autocast) if s["eta"] == "alternate" else \
         average(views, parts["eta"], s["m"]) if s["eta"] == "average" else plain(views, objective)
     if not run.epochs():
