@@ -1,6 +1,7 @@
 """From image files to augmented views: SimSiam's input pipeline, Sec. 3 and supplement A of the paper.
 
     python augment.py PHOTO_OR_DATA --out views.png       a contact sheet: originals beside several pairs of views
+    python augment.py DATA --check                        reads every image file, on all cores, and lists the bad ones
 
 A view is made in two steps that meet only in plain numbers:
 
@@ -15,11 +16,16 @@ Shapes in comments: N images or views, H x W pixels as stored, S pixels a side a
 """
 import argparse
 import codecs
+import hashlib
+import multiprocessing
 import os
 import pickle
+import re
+import signal
 import sys
+import warnings
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +41,9 @@ class Refused(Exception):
 
 class BadImage(Refused):
     """A file that isn't an image that Pillow can read."""
+
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files that it reads all the same, from every worker in every epoch
 
 
 # --- Drawing: random numbers without state ---------------------------------------------------------------------------
@@ -286,18 +295,45 @@ SMALL = 64  # pixels: images of one size up to this many a side are held in memo
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a data set: small images in memory, others as files. Labels and classes only where they are known."""
+    """One split of a data set: small images in memory, others as files. Labels and classes only where they are known.
+
+    A bad file is replaced by the next good one, so that a run doesn't end for it; note() names it, and raises BadImage
+    where more files than 10 and one in a hundred are bad.
+    """
     pixels: object = None   # (N, 3, H, W) uint8 tensor
     files: object = None    # (N,) array of byte strings: one buffer, which workers share; a list's reference counts would copy it
     labels: object = None   # (N,) int64 array
     classes: object = None  # list of names
+    bad: dict = field(default_factory=dict)  # {index: what is wrong with the file}, as far as it was met
 
     def __len__(self):
         return len(self.files if self.pixels is None else self.pixels)
 
     def image(self, i):
         """The i-th image as stored: (H, W, 3) uint8 tensor. Raises BadImage."""
-        return read_image(self.files[i]) if self.pixels is None else self.pixels[i].permute(1, 2, 0)
+        if self.pixels is not None:
+            return self.pixels[i].permute(1, 2, 0)
+        image, bad = read_or_replace(self.files, i)
+        self.note(bad)
+        return image
+
+    def fingerprint(self):
+        """A number below 2^48 that tells data sets apart: by their pixels, or their files' names below the folder, and labels."""
+        if self.pixels is not None:
+            content = [self.pixels.numpy()]
+        else:
+            above = len(os.path.commonprefix([min(self.files), max(self.files)]))
+            content = [b"\n".join(name[above:] for name in self.files)]
+        content += [] if self.labels is None else [np.asarray(self.labels, np.int64)]
+        return int(hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()[:12], 16)
+
+    def note(self, bad):
+        """Remember bad files, {index: what is wrong}, and name each once."""
+        for i in bad.keys() - self.bad.keys():
+            print(f"bad image, replaced by the next good one: {printable(bad[i])}", file=sys.stderr, flush=True)
+        self.bad.update(bad)
+        if len(self.bad) > 10 + len(self) / 100:
+            raise BadImage(f"{len(self.bad)} of {len(self)} images can't be read, which is too many; python augment.py DATA --check lists them")
 
 
 def open_data(path, seed=0):
@@ -369,13 +405,33 @@ def read_list(path):
 
 
 def read_image(path):
-    """A file -> (H, W, 3) uint8 tensor. Raises BadImage where Pillow can't read it."""
+    """A file -> (H, W, 3) uint8 tensor. What Pillow opens becomes RGB: its first frame, as it lies there (EXIF turns nothing),
+    without transparency; of 16 bits the higher 8. What Pillow doesn't open or decode whole is bad: raises BadImage."""
     path = os.fsdecode(path)
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # Pillow itself would cut all above 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: can't be read as an image ({error}); mend it or take it away") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise BadImage(f"{path}: can't be read as an image ({type(error).__name__}: {error}); mend it or take it away") from None
+
+
+def read_or_replace(files, i):
+    """File i or, where that is bad, the next good one -> (H, W, 3) uint8 tensor, {index: what is wrong} of the bad ones.
+    Raises BadImage where 20 in a row are bad."""
+    bad = {}
+    for k in range(20):
+        try:
+            return read_image(files[(i + k) % len(files)]), bad
+        except BadImage as error:
+            bad[(i + k) % len(files)] = str(error)
+    raise BadImage(f"20 files in a row can't be read as images, the first: {bad[i]}")
+
+
+def printable(text):
+    """Text without what a terminal would obey: file names can hold it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", str(text))
 
 
 def in_memory(source):
@@ -384,10 +440,10 @@ def in_memory(source):
         try:
             with Image.open(os.fsdecode(source.files[i])) as image:
                 return image.size
-        except (OSError, Image.DecompressionBombError):
-            return SMALL + 1, 0  # whoever reads it later says what is wrong with it
+        except Exception:  # a bad file: whoever reads it says what is wrong with it
+            return None
 
-    (width, height), *others = {size(i) for i in np.linspace(0, len(source) - 1, 16).astype(int)}
+    (width, height), *others = {size(i) for i in np.linspace(0, len(source) - 1, 16).astype(int)} - {None} or {(SMALL + 1, 0)}
     if others or max(width, height) > SMALL:
         return source
     pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
@@ -524,9 +580,9 @@ def steps(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
 
 def load_views(source, policy, seed, batches, device, workers, views=2):
     """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S), normalised, on the device.
-    Raises BadImage for a file that can't be read."""
+    Raises BadImage where too many files can't be read."""
     if source.pixels is None:
-        crops = decode(source.files, partial(cut_views, policy, seed, views), batches, device, workers)
+        crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers)
     else:
         crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
     for epoch, index, x in crops:
@@ -536,7 +592,7 @@ def load_views(source, policy, seed, batches, device, workers, views=2):
 def load_centres(source, policy, batches, device, workers):
     """The same without randomness, for evaluation: yield (indices, x), test views (N, 3, S, S), normalised."""
     if source.pixels is None:
-        stored = decode(source.files, partial(cut_centre, policy), batches, device, workers)
+        stored = decode(source, partial(cut_centre, policy), batches, device, workers)
     else:
         stored = ((epoch, i, resize_centre(source.pixels[torch.from_numpy(i)], policy)[None].to(device)) for epoch, i in batches)
     for _, index, x in stored:
@@ -561,15 +617,25 @@ def cut_views_in_memory(pixels, policy, seed, batches, views):
         yield epoch, index, torch.stack([crop_resize_batch(images, crop, policy.size) for crop in crops])
 
 
-def decode(files, cut, batches, device, workers):
+LOADER_TIMEOUT = 600  # seconds
+
+
+def decode(source, cut, batches, device, workers):
     """Yield (epoch, indices, pixels (V, N, 3, S, S) uint8 on the device), decoded and cut by worker processes."""
-    loader = torch.utils.data.DataLoader(Decoder(files, cut), batch_sampler=batches, num_workers=workers, collate_fn=tuple,
+    loader = torch.utils.data.DataLoader(Decoder(source.files, cut), batch_sampler=batches, num_workers=workers, collate_fn=tuple,
                                          prefetch_factor=(2 if workers <= 4 else 1) if workers else None,  # fewer in /dev/shm
-                                         pin_memory=device.type == "cuda")
-    for epoch, index, pixels, error in loader:
-        if error is not None:
-            raise error
+                                         timeout=LOADER_TIMEOUT if workers else 0, worker_init_fn=outlive_signals, pin_memory=device.type == "cuda")
+    for epoch, index, pixels, bad in loader:
+        if isinstance(bad, BadImage):
+            raise bad
+        source.note(bad)
         yield epoch, index, pixels.to(device, non_blocking=True)
+
+
+def outlive_signals(worker):
+    """In a worker: a signal to the whole job must leave the main process with batches for the steps that it has to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Decoder(torch.utils.data.Dataset):
@@ -580,8 +646,13 @@ class Decoder(torch.utils.data.Dataset):
 
     def __getitems__(self, batch):
         epoch, index = batch
+        cuts, bad = [], {}
         try:
-            return epoch, index, torch.stack([self.cut(read_image(self.files[i]), epoch, i) for i in index], dim=1), None
+            for i in index:
+                image, met = read_or_replace(self.files, i)
+                cuts.append(self.cut(image, epoch, i))
+                bad |= met
+            return epoch, index, torch.stack(cuts, dim=1), bad
         except BadImage as error:
             return epoch, index, None, error  # raised in the main process: from here it would arrive wrapped in a traceback
 
@@ -609,20 +680,46 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
     return sheet
 
 
+def complaint(path):
+    """What is wrong with a file, or None."""
+    try:
+        read_image(path)
+    except BadImage as error:
+        return printable(error)
+
+
+def check_files(files):
+    """Read all files, on all cores, and print what is wrong with which -> how many are bad."""
+    bad, shown = 0, sys.stderr.isatty()
+    with multiprocessing.Pool() as pool:
+        for n, problem in enumerate(pool.imap(complaint, files, chunksize=16), 1):
+            bad += problem is not None
+            if problem:
+                print("\r\033[K" * shown + problem, flush=True)
+            if shown and (n % 100 == 0 or n == len(files)):
+                print(f"\r{n} of {len(files)}, {bad} bad", end="\n" * (n == len(files)), file=sys.stderr, flush=True)
+    return bad
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draw a contact sheet: images beside several pairs of views, made with "
-                                     "the paper's settings. (A run's own views, with its own settings, are in its folder.)")
+                                     "the paper's settings. (A run's own views, with its own settings, are in its folder.) Or check image files.")
     parser.add_argument("data", nargs="?", help="a photo, or whatever simsiam.py takes as DATA (default: the embedded shapes)")
     parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epoch", type=int, default=0, help="of the views (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="read every image instead, and list what is wrong with which")
     args = parser.parse_args()
     try:
-        train, _ = open_data(args.data, args.seed)
+        train, val = open_data(args.data, args.seed)
+        if args.check:
+            files = [name for source in (train, val) if source is not None and source.files is not None for name in source.files]
+            bad = check_files(files)
+            sys.exit(f"augment.py: {bad} of {len(files)} image files are bad" if bad else print(f"all {len(files)} image files are good"))
         policy = Policy() if train.pixels is None else Policy(size=max(train.pixels.shape[2:]), blur=0)
         contact_sheet(train, policy, args.seed, args.epoch).save(args.out)
     except (Refused, OSError, ValueError) as error:
-        sys.exit(f"augment.py: {error}")
+        sys.exit(f"augment.py: {printable(error)}")
     print(f"{args.out}: some of {len(train)} images, and pairs of {policy.size}-pixel views of each")
 
 

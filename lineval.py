@@ -349,7 +349,7 @@ def evaluate(args):
     trains = s["protocol"] in OPTIMIZERS
     folder = os.path.dirname(args.ckpt) if s["sha256"] else os.path.join("runs", f"{simsiam.name_of(args.data)}-{args.ckpt.replace(':', '-')}")
     out = args.out or os.path.join(folder, f"lineval-{s['protocol']}")
-    resuming = simsiam.holds_run(out, ["checkpoint.pth", "lineval.json"], args.resume if trains else None, device)
+    resuming = simsiam.holds_run(out, ["checkpoint.pth", "checkpoint-previous.pth", "lineval.json"], args.resume if trains else None, device)
     require((not args.features or resuming or not os.path.exists(args.features), f"--features {args.features}: exists already; name another file"))
 
     # 2. The layer, and the frozen backbone
@@ -358,7 +358,7 @@ def evaluate(args):
         torch.manual_seed(s["seed"])
         layer = linear_layer(network.num_features, s["classes"]).to(device)
         parts = {"model": layer, "optimizer": optimizer_for(s["protocol"], layer)}
-        run = simsiam.Run(out, parts, s, len(train) // s["batch"], resuming, device)
+        run = simsiam.Run(out, parts, s, len(train) // s["batch"], resuming, device, args.override)
     progress = simsiam.Progress(math.ceil(len(train) / world / 256) + math.ceil(len(val) / world / 256), quiet=rank > 0)
     progress.line(describe(s, backbone, device, out))
     run.begin() if trains else os.makedirs(out, exist_ok=True)
@@ -367,7 +367,7 @@ def evaluate(args):
     network.eval().requires_grad_(False)
     loaded = fingerprint(network)
     digest = int(hashlib.sha256("".join(loaded.values()).encode()).hexdigest()[:8], 16)
-    require((all_sum(torch.tensor(float(digest), dtype=torch.float64, device=device)) == world * digest,
+    require((simsiam.same_everywhere(digest, device),
              f"{args.ckpt}: the processes have read different weights from it; put one file where all of them read it"))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])
 
@@ -410,6 +410,7 @@ def evaluate(args):
         best = max(run.epochs(), key=lambda record: record["top1"])
         found["best_epoch_not_the_result"] = {"epoch": best["epoch"], "top1": best["top1"]}
     check_frozen(network, loaded)
+    found["bad_images"] = sum(simsiam.bad_images(source, device) for source in data)
 
     # 5. The number
     if rank == 0:
@@ -440,10 +441,9 @@ def train_layer(run, s, features, train, policy, labels, test):
         for step, (index, (x,)) in run.rest_of_epoch(views):
             optimizer.param_groups[0]["lr"] = s["lr"] * lr_factor(s["protocol"], step, total_steps)
             L = probe_step(layer, optimizer, features(x), labels[augment.on(labels, index)], world)
-            run.sums[0] += all_sum(L) / world
-            progress.step(lambda: f"epoch {run.epoch + 1}/{s['epochs']}  step {run.step}/{run.steps_per_epoch}  loss {L.item() / world:.4f}  "
+            L = run.watch(L, optimizer, torch.zeros_like(L))
+            progress.step(lambda: f"epoch {run.epoch + 1}/{s['epochs']}  step {run.step}/{run.steps_per_epoch}  loss {L.item():.4f}  "
                           f"{s['batch'] * run.step / run.seconds:.0f} images/s")
-        require((math.isfinite(run.means[0]), f"the loss is not finite in epoch {run.epoch + 1}; use a smaller --base-lr, and another --out"))
         top1, top5 = test(layer)
         record = run.record("epoch", epoch=run.epoch + 1, step=(run.epoch + 1) * run.steps_per_epoch, loss=run.means[0],
                             lr=optimizer.param_groups[0]["lr"], top1=top1, top5=top5, **run.speed())
@@ -480,4 +480,4 @@ def save_features(path, data, features):
 
 
 if __name__ == "__main__":
-    simsiam.launch("lineval.py", evaluate, parse())
+    simsiam.leave(simsiam.launch("lineval.py", evaluate, parse()))

@@ -21,6 +21,7 @@ import datetime
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -28,8 +29,10 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
+import uuid
 import zipfile
 
 import numpy as np
@@ -42,7 +45,7 @@ from torch import nn
 
 import augment
 import resnet
-from augment import Refused
+from augment import Refused, printable
 
 # --- Algorithm 1: the loss and the step (Sec. 3) ---------------------------------------------------------------------
 
@@ -53,7 +56,7 @@ def D(p, z):
 
 def stopgrad(z):
     """z as a constant: the same values, through which no gradient flows. Without it SimSiam collapses (Sec. 4.1)."""
-    return z.detach()                                                   # Eq. (3): D(p1, stopgrad(z2))
+    return z.detach()                                                   # Eq. (3): stopgrad(z2), in D(p1, stopgrad(z2))
 
 
 def loss(p1, p2, z1, z2):
@@ -77,7 +80,7 @@ def train_step(network, objective, optimizer, autocast, views):
         L = objective(*outputs)
     optimizer.zero_grad()
     L.backward()
-    optimizer.step()                                                    # Alg. 1: update(f, h)
+    optimizer.step()                                                    # Alg. 1: update(f, h), its last line; this function is all of it
     return L.detach(), [z.detach() for z in outputs[len(views):]]
 
 
@@ -94,8 +97,8 @@ def l2_normalize(v):
 # --- Other losses, for the paper's ablations -------------------------------------------------------------------------
 
 def loss_without_stopgrad(p1, p2, z1, z2):
-    """Eq. (2), the loss before stop-gradient enters, for Fig. 2's collapsing run."""
-    return D(p1, z2) / 2 + D(p2, z1) / 2
+    """The symmetrised loss before stop-gradient enters, for Fig. 2's collapsing run; its minimum is -1."""
+    return D(p1, z2) / 2 + D(p2, z1) / 2                                # Eq. (2): L = 1/2 D(p1, z2) + 1/2 D(p2, z1)
 
 
 def D_cross_entropy(p, z):
@@ -109,8 +112,8 @@ def loss_cross_entropy(p1, p2, z1, z2):
 
 
 def loss_asymmetric(p1, p2, z1, z2):
-    """Sec. 4.6: Eq. (4)'s first term alone."""
-    return D(p1, stopgrad(z2))
+    """Eq. (4)'s first term alone."""
+    return D(p1, stopgrad(z2))                                          # Sec. 4.6: L = D(p1, stopgrad(z2))
 
 
 def loss_asymmetric_2x(p1, p2, p3, p4, z1, z2, z3, z4):
@@ -167,7 +170,9 @@ class SimSiam(nn.Module):
         super().__init__()
         self.encoder = resnet.ARCHS[arch](width=width, cifar_stem=cifar_stem)
         self.encoder.fc = projection_mlp(self.encoder.num_features, proj_hidden, dim, proj_layers, *bn[:2], affine)
-        self.predictor = nn.Identity() if predictor == "none" else prediction_mlp(dim, pred_dim, *bn[2:])
+        self.predictor = prediction_mlp(dim, pred_dim, *bn[2:])
+        if predictor == "none":
+            self.predictor = nn.Identity()                              # Sec. 4.2 (no h): p = z, half the gradient of D(z1, z2)
         self.predictor.requires_grad_(predictor == "mlp")
         for module in self.modules():
             if isinstance(module, nn.Linear) and fc_std > 0:
@@ -181,7 +186,7 @@ class SimSiam(nn.Module):
         """
         f, h = self.encoder, self.predictor
         z = [f(x) for x in views]
-        p = [h(z_i) for z_i in z]                                       # Sec. 5.1 (h): the best h(z1) is E_T[z2]
+        p = [h(z_i) for z_i in z]                                       # Sec. 5.1 (h): h approximates the best h(z1) = E_T[z2]
         return *p, *z
 
 
@@ -221,19 +226,29 @@ def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
 
 
 # --- SimSiam as alternating optimisation (Sec. 5) --------------------------------------------------------------------
-# There, theta (all weights) is fitted to eta, one constant vector per image, and eta is computed anew from theta, in turns.
-# Plain training is the case where eta_x is the other view's z, and each turn one step: Eq. (11). Below are the two variants of
-# Sec. 5.2. Both are streams of (views, objective), which stand between the loader and the step.
+# There, theta (the weights of F, which is f; here those of h too) is fitted to eta, one constant vector per image, and eta is
+# computed anew from theta, in turns. Plain training, and the two variants of Sec. 5.2, are streams of (views, objective), which
+# stand between the loader and the step.
 
 def towards(eta1, eta2):
-    """The objective that fits theta to eta (N, d), which is given for each view: that of the other view's image."""
-    return lambda p1, p2, z1, z2: loss(p1, p2, eta1, eta2)              # Eq. (7): theta <- argmin_theta L(theta, eta)
+    """The objective that fits theta to eta (N, d), computed from view 1 and view 2 of each image: each view to the other's."""
+    return lambda p1, p2, z1, z2: loss(p1, p2, eta1, eta2)              # Eq. (7): theta^t <- argmin_theta L(theta, eta^{t-1}): this L
 
 
 def plain(views, objective):
-    """eta_x = F_theta(T'(x)) of the current theta, which is what z1 and z2 in the objective are."""
+    """eta_x = F_theta^t(T'(x)) of the current theta, which is what stopgrad(z) in `loss` is, and one step an inner loop. h and the
+    symmetrisation, which `loss` has too, are not in Eq. (11); Sec. 5.1 says why h is there."""
     for _, x in views:
-        yield x, objective                                              # Eq. (11): theta <- argmin |F_theta(T(x)) - F_theta^t(T'(x))|^2
+        yield x, objective                                              # Eq. (11): theta <- argmin_theta E |F_theta(T(x)) - F_theta^t(T'(x))|^2
+
+
+def twice(batches, k, step):
+    """The batches of each inner loop of k steps, one after the other, and the same once more: for eta, and for the steps. A view is
+    a pure function of its image and epoch, so that the second time draws the views of the first."""
+    while inner := list(itertools.islice(batches, k - step % k)):
+        yield from inner
+        yield from inner
+        step += len(inner)
 
 
 @torch.no_grad()
@@ -246,7 +261,7 @@ def embed(model, views, autocast):
 def alternate(views, model, theta, k, step, total_steps, autocast):
     """Sec. 5.2's k-step alternation: before each inner loop eta for just the images its k steps need, then k SGD steps.
 
-    views   (index, [x1, x2]) of each inner loop's batches, twice: the views that eta was computed from are drawn again
+    views   (index, [x1, x2]) of batches in the order of `twice`
     theta   a copy of the model, for theta^t: what eta is computed with. In the middle of an inner loop, where a run may be
             resumed, it differs from the model
     """
@@ -260,24 +275,17 @@ def alternate(views, model, theta, k, step, total_steps, autocast):
         step += inner
 
 
-def twice(batches, k, step):
-    """The batches of each inner loop of k steps, one after the other, and the same once more: for eta, and for the steps."""
-    while inner := list(itertools.islice(batches, k - step % k)):
-        yield from inner
-        yield from inner
-        step += len(inner)
-
-
 def average(views, store, m):
     """Sec. 5.2's moving average, which does without a predictor: eta_x keeps a share m of what it was at the last visit.
 
-    store   one vector per image, zero before the first visit, when eta_x is therefore z's direction, as the loss normalises.
-    Both views' eta start from the image's one vector, and their mean is what is stored: ours, as the paper doesn't say.
+    F's output and eta are normalised (footnote 5). store: one vector per image, zero before the first visit, whose eta is then a
+    share of z alone: D takes the same direction from it. Both views' eta start from the image's one vector, and their normalised
+    sum is what is stored: ours, as the paper doesn't say.
     """
     for index, x in views:
         def objective(p1, p2, z1, z2):
             old = store.get(index)
-            eta1, eta2 = (m * old + (1 - m) * l2_normalize(stopgrad(z)) for z in (z1, z2))  # Sec. 5.2 (moving average): eta_x <- m eta_x + (1 - m) F
+            eta1, eta2 = (m * old + (1 - m) * l2_normalize(stopgrad(z)) for z in (z1, z2))  # Sec. 5.2 (moving average): eta_x <- m eta_x + (1 - m) F(T'(x))
             store.put(index, l2_normalize(eta1 + eta2))
             return loss(p1, p2, eta1, eta2)
 
@@ -291,7 +299,7 @@ def std(z, all_sum=lambda t: t):
     over the sphere: 1/sqrt(d). all_sum adds a tensor up over the processes, so that the samples are the global batch."""
     v = l2_normalize(z)
     n, total, squares = all_sum(torch.stack([torch.ones_like(v), v, v * v]).sum(dim=1))     # (3, d) -> (d,) each
-    return (squares / n - (total / n) ** 2).clamp(min=0).sqrt().mean()  # Sec. 4.1 (std): std of z/|z| over the batch
+    return (squares / n - (total / n) ** 2).clamp(min=0).sqrt().mean()  # Sec. 4.1 (std): of each channel of z/|z|, over the batch; their mean
 
 
 def collapsed(loss, scaled_std, n):
@@ -346,7 +354,7 @@ SETTINGS = {          # imagenet                cifar10                   shapes
     "base_lr":      (0.05,                     0.03,                     1.0),                     # Sec. 3; supp. D
     "momentum":     (0.9,                      0.9,                      0.9),                     # Sec. 3
     "weight_decay": (1e-4,                     5e-4,                     5e-4),                    # Sec. 3; supp. D
-    "warmup":       (0,                        0,                        0),                       # Sec. 3 (epochs)
+    "warmup":       (0,                        0,                        0),                       # Sec. 3 (10 in some rows)
     "pred_lr":      ("constant",               "constant",               "constant"),              # Table 1 (c)
     "size":         (224,                      32,                       32),                      # supp. A; supp. D
     "area":         ((0.2, 1.0),               (0.2, 1.0),               (0.3, 1.0)),              # supp. A
@@ -359,15 +367,15 @@ SETTINGS = {          # imagenet                cifar10                   shapes
     "flip":         (0.5,                      0.5,                      0.5),                     # supp. A
     "mean":         ((0.485, 0.456, 0.406),    (0.4914, 0.4822, 0.4465), (0.485, 0.456, 0.406)),   # supp. A (ImageNet's); CIFAR's own
     "std":          ((0.229, 0.224, 0.225),    (0.2470, 0.2435, 0.2616), (0.229, 0.224, 0.225)),   # likewise
-    "centre":       (224 / 256,                1.0,                      1.0),                     # supp. A (test view)
-    "knn_every":    (10,                       5,                        10),                      # supp. D (epochs)
+    "centre":       (224 / 256,                1.0,                      1.0),                     # released code (test view)
+    "knn_every":    (10,                       5,                        10),                      # -
 }
 
 # A row of the paper each: what changes against the recipe, and what the paper measured (linear top-1 on ImageNet, if no more is said).
-# Values are those for ImageNet. Recipes that are smaller scale batch, dim, pred_dim, epochs and warm-up in proportion.
+# Values are those for ImageNet. Recipes that are smaller scale batch, dim, pred_dim, epochs and warm-up in proportion; the others stay.
 DECAYED, WARMUP = {"pred_lr": "cosine"}, {"warmup": 10}
 EXPERIMENTS = {
-    "simsiam":                    ({},                                                            "68.1"),
+    "simsiam":                    ({},                                                            "68.1; on CIFAR-10 91.8"),
     "fig2-with-stopgrad":         ({**DECAYED},                                                   "67.7 +- 0.1, std near 1/sqrt(d)"),
     "fig2-without-stopgrad":      ({**DECAYED, "objective": "without-stopgrad"},                  "0.1, loss to -1, std to 0"),
     "table1-baseline":            ({**DECAYED},                                                   "67.7"),
@@ -412,8 +420,12 @@ EXPERIMENTS = {
 
 # --- Processes and devices. A single process is a world of one: it has a process group too, and nothing below asks ---
 
+PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
+
+
 def join_world(device):
-    """Join the processes that torchrun started, or make a world of this one. -> (device, rank, world size)"""
+    """Join the processes that torchrun started, or make a world of this one. -> (device, rank, world size)
+    Raises Refused where they don't find each other."""
     if device.type == "cuda":
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if wanted > there:
@@ -423,9 +435,35 @@ def join_world(device):
     else:
         torch.set_num_threads(cores())
     backend = "nccl" if device.type == "cuda" else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
-    return device, dist.get_rank(), dist.get_world_size()
+    try:
+        store, rank, world = meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:  # dist.DistError, and what is missing in the environment
+        raise Refused(f"the processes did not find each other within {PATIENCE} ({printable(error).partition('. ')[0]}): the same --nnodes and --rdzv-endpoint "
+                      "on all machines? Its port open? As many machines started as --nnodes says?") from None
+    return device, rank, world
+
+
+def meet():
+    """A store that only these processes share -> store, rank, world size. The one that torchrun hands out outlives its restarts, and has the
+    addresses of processes that have died since: torch 2.13 connects to them. So process 0 welcomes each of the others by a name that only it
+    and its newest start know, and tells it the name of a part of the store that is new."""
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello {rank}", name)
+        start = store.get(f"welcome {name}").decode()
+        store.add(f"joined {start}", 1)
+        return dist.PrefixStore(start, store), rank, world
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while store.add(f"joined {name}", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"hello {other}"]):
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"{store.add(f'joined {name}', 0) + 1} of {world} are here")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store), rank, world
 
 
 def cores():
@@ -443,6 +481,13 @@ def all_sum(t):
     """The sum of a tensor over all processes, in place."""
     dist.all_reduce(t)
     return t
+
+
+def same_everywhere(number, device):
+    """Whether all processes have the same number."""
+    both = torch.tensor([number, -number], dtype=torch.float64, device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return bool(both[0] == -both[1])
 
 
 class AllSum(torch.autograd.Function):
@@ -525,10 +570,15 @@ class Spread:
         self.mine[rows] = all_sum(batch)[here]
 
     def state_dict(self):
-        """All vectors, for a checkpoint: to be asked for on all processes at once."""
-        whole = self.mine.new_zeros(self.n, self.mine.shape[1])
-        whole[self.rank::self.world] = self.mine
-        return {"vectors": all_sum(whole).cpu()}
+        """All vectors, for a checkpoint, which process 0 writes: the others, which must ask too, get nothing. Brought together in
+        pieces, since they may not fit a GPU."""
+        pieces = []
+        for index in torch.arange(self.n).split(2 ** 16):
+            here = index % self.world == self.rank
+            piece = self.mine.new_zeros(len(index), self.mine.shape[1])
+            piece[here] = self.mine[index[here] // self.world]
+            pieces += [all_sum(piece).cpu()] if self.rank == 0 else [all_sum(piece).new_empty(0)]
+        return {"vectors": torch.cat(pieces)} if self.rank == 0 else {}
 
     def load_state_dict(self, state):
         self.mine.copy_(state["vectors"][self.rank::self.world])
@@ -562,6 +612,16 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200):
     return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], min(k, len(bank))), labels)
 
 
+def bad_images(source, device):
+    """How many of a source's files all processes together have found to be bad; each knows them all from then on."""
+    flags = torch.zeros(len(source), dtype=torch.uint8, device=device)
+    flags[list(source.bad)] = 1
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    found = flags.nonzero().flatten().tolist()
+    source.bad.update((i, source.bad.get(i, "")) for i in found)
+    return len(found)
+
+
 def monitor(features, data, *how):
     """kNN top-1 in percent, over the whole validation set against the training set. features: images -> (N, d)"""
     bank, queries = (extract(features, source, *how) for source in data)
@@ -590,21 +650,28 @@ FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
 
 
 @contextlib.contextmanager
-def replacing(path, mode="wb"):
+def replacing(path, mode="wb", keep=None):
     """Write a file so that at every instant the old one or the new one is there, whole: under a temporary name first, out to
-    the disk, then renamed."""
-    with open(f"{path}.tmp", mode) as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
+    the disk, then renamed. keep: what the old one is called from then on, an instant before the new one has its name. Raises Refused, the old one untouched."""
+    try:
+        with open(f"{path}.tmp", mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save makes the one the other
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")  # half a file, on what may be a full disk
+        raise Refused(f"{path}: can't be written ({error.__cause__ or error.__context__ or error}); what was there is untouched") from None
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
     os.replace(f"{path}.tmp", path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)  # the new name too
     os.close(folder)
 
 
-def save(what, path):
-    with replacing(path) as f:
+def save(what, path, keep=None):
+    with replacing(path, keep=keep) as f:
         torch.save(what, f)
 
 
@@ -662,50 +729,80 @@ def load_strictly(module, state, path):
 
 
 def name_of(data):
-    return "shapes" if data is None else os.path.splitext(os.path.basename(os.path.abspath(data)))[0]
+    """What a run on this data is called: the name of a folder, wherever the data lies."""
+    return "shapes" if data is None else os.path.splitext(os.path.basename(os.path.abspath(data)))[0].strip(".") or "data"
 
 
 def holds_run(out, names, resume, device):
-    """Whether the folder holds a run: any file of these names. Raises Refused where that is not what --resume expects."""
+    """Whether the folder holds a run: any file of these names. Raises Refused where that is not what --resume expects. Where torchrun
+    has started the processes anew, after one of them died, there may be one or not."""
     found = any(os.path.exists(os.path.join(out, name)) for name in names)
-    agreed = all_sum(torch.tensor(float(found), device=device)) in (0, dist.get_world_size())
-    require((agreed, f"{out}: some processes see a run there and some don't; --out must be a folder that all machines share"),
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
+    if all_sum(restarts) > 0:  # an agent that only sees others restart does not count it
+        resume = "auto"
+    require((same_everywhere(found, device), f"{out}: some processes see a run there and some don't; --out must be a folder that all machines share"),
             (resume or not found, f"{out}: holds a run already; continue it with --resume, or give another folder with --out"),
             (resume != "yes" or found, f"{out}: nothing to resume; leave --resume out to start, or name the run's folder with --out"))
     return found
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """A signal has ended a run: its number, and what to say."""
+
+
 class Run:
-    """A run's folder (checkpoint.pth, log.jsonl), and how far the run is: `epoch` epochs done, and `step` steps of the next.
+    """A run's folder (checkpoint.pth and the one before, log.jsonl), and how far the run is: `epoch` epochs done, and `step` steps of the next.
 
     parts: {name: model, optimiser, ...}, with a state_dict each, equal on all processes. settings: what makes the run what it is.
-    Raises Refused where it is to go on from a checkpoint that is damaged, foreign, or of other settings.
+    override: names of settings that may differ from the checkpoint's. Raises Refused where it is to go on from a checkpoint that is
+    foreign, or of other settings, and where both of the two that are kept are damaged.
     """
     MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes"}
 
-    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device):
+    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=()):
         self.out, self.parts, self.settings, self.steps_per_epoch, self.device = out, parts, settings, steps_per_epoch, device
         self.resuming, self.first = resuming, dist.get_rank() == 0
         self.epoch, self.step = 0, 0
         self.seconds, self.waited = 0.0, 0.0                                # in this epoch: altogether, and for data
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)      # of what is watched, over this epoch's steps
-        self.log, self.saved = [], time.monotonic()
+        self.log, self.saved, self.origin = [], time.monotonic(), 0.0
+        self.signal, self.late, self.notes = 0, None, []
         if resuming:
-            checkpoint = read(self.path("checkpoint.pth"))
+            checkpoint, path = self.last_checkpoint()
             then = checkpoint.get("settings", {})
-            changed = [f"{key} {then.get(key)} -> {settings.get(key)}" for key in sorted({*then, *settings} - self.MAY_CHANGE)
-                       if then.get(key) != settings.get(key)]
-            require((checkpoint.get("format") == FORMAT, f"{self.path('checkpoint.pth')}: not a checkpoint in this program's format {FORMAT}"),
-                    (not changed, f"{self.path('checkpoint.pth')}: was made with other settings ({'; '.join(changed)}); "
-                                  "give the same command, or another --out"))
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+            changed = {key: f"{key} {then.get(key)} -> {settings.get(key)}" for key in sorted({*then, *settings}) if then.get(key) != settings.get(key)}
+            fatal = [text for key, text in changed.items() if key not in {*self.MAY_CHANGE, *override}]
+            require((checkpoint.get("format") == FORMAT, f"{path}: not a checkpoint in this program's format {FORMAT}"),
+                    (not fatal, f"{path}: was made with other settings ({'; '.join(fatal)}); give the same command, or another --out, or name what "
+                                "may change: --override " + " ".join(key for key in changed if key not in self.MAY_CHANGE)))
+            self.notes += [f"other settings than so far: {'; '.join(changed.values())}"] if changed else []
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise Refused(f"{path}: doesn't fit this run ({' '.join(str(error).split())[:300]})") from None
+            require((same_everywhere(checkpoint["epoch"] * steps_per_epoch + checkpoint["step"], device),
+                     f"{path}: the processes have read different ones; --out must be a folder that all machines share"))
             self.epoch, self.step, self.seconds, self.waited = (checkpoint[key] for key in ("epoch", "step", "seconds", "waited"))
             self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=device)
             self.log = self.read_log()
 
     def path(self, name):
         return os.path.join(self.out, name)
+
+    def last_checkpoint(self):
+        """The newest checkpoint that can be read, of the two that are kept -> its content, its path"""
+        try:
+            return read(self.path("checkpoint.pth")), self.path("checkpoint.pth")
+        except (Refused, OSError) as error:
+            older = self.path("checkpoint-previous.pth")
+            if not os.path.exists(older):
+                raise
+            self.notes.append(f"{printable(error)}; going on from {older}")
+            return read(older), older
 
     def read_log(self):
         """The records that the checkpoint has behind it: no epochs beyond it, and no end."""
@@ -716,7 +813,8 @@ class Run:
         return [r for r in log if r["event"] in ("start", "resume") or r["event"] == "epoch" and r["epoch"] <= behind]
 
     def begin(self, **more):
-        """Write the first record of the log, with all that the run could depend on, and a checkpoint; or that it goes on."""
+        """Write the first record of the log, with all that the run could depend on, and a checkpoint; or that it goes on. From now on
+        SIGTERM, SIGINT and SIGUSR1 end the run after the step that it is in."""
         self.log.append({"event": "resume", "epoch": self.epoch, "step": self.step} if self.resuming else {"event": "start", **more})
         self.log[-1] |= {"command": shlex.join(sys.argv), "device": device_name(self.device), "world": dist.get_world_size(),
                          "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -727,6 +825,12 @@ class Run:
                 f.writelines(json.dumps(record) + "\n" for record in self.log)
         if not self.resuming:
             self.save()
+        for number in STOPPING:
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C leaves at once
 
     def record(self, event, **values):
         """Add a line to the log. JSON knows no NaN: null stands for it."""
@@ -741,12 +845,47 @@ class Run:
         return [record for record in self.log if record["event"] == "epoch"]
 
     def save(self):
-        """Everything that the run needs to go on from here."""
+        """Everything that the run needs to go on from here. Raises Refused where weights are not finite."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
+        self.insist(torch.stack([t.isfinite().all() for t in parts["model"].values()]).all(), "a weight")
         if self.first:
             save({"format": FORMAT, **parts, "epoch": self.epoch, "step": self.step, "sums": self.sums.tolist(), "seconds": self.seconds,
-                  "waited": self.waited, "settings": self.settings}, self.path("checkpoint.pth"))
+                  "waited": self.waited, "settings": self.settings}, self.path("checkpoint.pth"), keep=self.path("checkpoint-previous.pth"))
         self.saved = time.monotonic()
+
+    def watch(self, L, optimizer, spread):
+        """Add up what a step gave: this process's loss, and the spread of all. Raises Refused where loss or gradient was not finite, and
+        Stopped, with everything saved, where a process has got a signal: on all processes after the same step, one step late, because
+        to wait for this step's numbers would make the GPU wait too. -> the loss of all"""
+        gradients = nn.utils.get_total_norm([w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None])
+        loss, stop = all_sum(torch.stack([L.double(), L.new_full((), self.signal, dtype=torch.float64)]))
+        loss = loss / dist.get_world_size()
+        self.sums += torch.stack([loss, spread.double()])
+        event = torch.cuda.Event() if self.device.type == "cuda" else None
+        numbers = torch.stack([loss, gradients.double(), stop]).to("cpu", non_blocking=True)
+        if event:
+            event.record()
+        before, self.late = self.late, (self.step, optimizer.param_groups[0]["lr"], numbers, event)
+        if before and self.look(before):
+            self.look(self.late)
+            self.seconds = time.monotonic() - self.origin
+            self.save()
+            all_sum(torch.zeros(1, device=self.device))  # nobody leaves before the checkpoint is written: torchrun would end the others
+            raise Stopped(self.signal or signal.SIGTERM, f"stopped by a signal after epoch {self.epoch}, step {self.step}; the same command with --resume goes on")
+        return loss
+
+    def look(self, late):
+        """Check a step's numbers, which are there by now or are waited for -> whether a process wants to stop."""
+        step, lr, numbers, event = late
+        if event:
+            event.synchronize()
+        loss, gradients, stop = numbers.tolist()
+        self.insist(math.isfinite(loss) and math.isfinite(gradients), f"at lr {lr:.4g} the loss, {loss}, or the gradient, of norm {gradients},", step)
+        return stop > 0
+
+    def insist(self, finite, what, step=None):
+        require((finite, f"{what} is not finite in epoch {self.epoch + 1}, step {step or self.step}; the last good checkpoint is {self.path('checkpoint.pth')}. "
+                         "Try a smaller --base-lr or --warmup 10, in another --out"))
 
     def waiting_for(self, batches):
         """The same batches. The time until each is there counts as waiting for data."""
@@ -760,15 +899,18 @@ class Run:
 
     def rest_of_epoch(self, batches):
         """Yield the batches that this epoch still needs, each for one step; time them, and save now and then, and at the end."""
-        origin = time.monotonic() - self.seconds
+        self.origin = time.monotonic() - self.seconds
         while self.step < self.steps_per_epoch:
             batch = next(batches)
-            self.step, self.seconds = self.step + 1, time.monotonic() - origin
+            self.step, self.seconds = self.step + 1, time.monotonic() - self.origin
             yield self.epoch * self.steps_per_epoch + self.step - 1, batch
-            if time.monotonic() - self.saved > 60 * self.settings["save_minutes"]:
+            if self.step < self.steps_per_epoch and time.monotonic() - self.saved > 60 * self.settings["save_minutes"]:
+                self.look(self.late)  # nothing that isn't finite is ever saved
                 self.save()
+        if self.late:
+            self.look(self.late)
         self.means = (self.sums / self.steps_per_epoch).tolist()  # waits for the GPU, so that it counts
-        self.seconds = time.monotonic() - origin
+        self.seconds = time.monotonic() - self.origin
         self.save()
 
     def speed(self):
@@ -852,6 +994,7 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="after DATA: continue the run in --out; with auto: if there is one, and start otherwise")
+    parser.add_argument("--override", nargs="+", default=[], metavar="SETTING", help="with --resume: settings that may differ from the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of weights, views, order, and shapes (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is one")
@@ -964,17 +1107,47 @@ def check(s):
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 def launch(script, run, args):
-    """Run a script to its end; where that can't be reached, end with one line."""
+    """Run a script to its end -> None; where that can't be reached, what sys.exit would take: a line of text, or a number."""
     try:
         run(args)
-        # Only now: after a failure it would wait for the other processes; and before run() has let go of the network, which
-        # holds the group too, the group's threads would live on and could abort the process at its end.
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
+        return None
+    except Stopped as stopped:
+        number, message = stopped.args
+        print(f"{script}: {message}" * (os.environ.get("RANK", "0") == "0"), file=sys.stderr)
+        return 128 + number
     except (Refused, OSError) as error:
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, augment.BadImage)  # met by one process alone
-        sys.exit("\n" * sys.stdout.isatty() + f"{script}: {error}" if speaks else 1)
+        message = error
+    except RuntimeError as error:
+        hint = next((text for words, text in HINTS.items() if re.search(words, str(error))), None)
+        if hint is None:
+            raise
+        message = f"{str(error).splitlines()[0]}: {hint}"
     except KeyboardInterrupt:
-        sys.exit(f"\n{script}: interrupted; the same command with --resume goes on from the last checkpoint")
+        message = "interrupted; the same command with --resume goes on from the last checkpoint"
+    finally:
+        for number in STOPPING:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(3)  # what the first process meets too, it says: torchrun then ends this one
+    return "\n" * sys.stdout.isatty() + f"{script}: {printable(message)}"
+
+
+HINTS = {  # torch's words: what to do
+    "DataLoader timed out": f"no images for {augment.LOADER_TIMEOUT} s; is the disk or the network under DATA still there?",
+    "DataLoader worker": "a process that decodes images was killed, mostly for want of memory or of /dev/shm; use fewer --workers",
+    "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message"}
+
+
+def leave(status):
+    """End the process with what launch returned, now: threads and workers that may be stuck are not waited for."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(status, str) else status or 0)
 
 
 def pretrain(args):
@@ -982,6 +1155,8 @@ def pretrain(args):
     device, rank, world = join_world(torch.device(args.device))
     data = train, val = augment.open_data(args.data, args.seed)
     s = resolve(args, train, world)
+    s["content"] = train.fingerprint()
+    require((same_everywhere(s["content"], device), f"{args.data}: the processes see different images there; give all machines the same data"))
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     objective, views_per_image, minimum = OBJECTIVES[s["objective"]]
     steps_per_epoch = len(train) // s["batch"]
@@ -990,7 +1165,7 @@ def pretrain(args):
     watch_knn = s["knn_every"] > 0 and val is not None and len(val) >= world
 
     out = args.out or os.path.join("runs", name_of(args.data) + ("" if args.experiment == "simsiam" else "-" + args.experiment))
-    resuming = holds_run(out, ["checkpoint.pth"], args.resume, device)
+    resuming = holds_run(out, ["checkpoint.pth", "checkpoint-previous.pth"], args.resume, device)
 
     # 2. Model, optimiser, and how far they are
     torch.manual_seed(s["seed"])
@@ -1010,7 +1185,7 @@ def pretrain(args):
         parts["theta"] = copy.deepcopy(model)
     elif s["eta"] == "average":
         parts["eta"] = Spread(len(train), s["dim"], device)
-    run = Run(out, parts, s, steps_per_epoch, resuming, device)
+    run = Run(out, parts, s, steps_per_epoch, resuming, device, args.override)
 
     def watch(backbone):
         backbone.eval()
@@ -1026,7 +1201,7 @@ def pretrain(args):
         progress.line(f"eta         {s['eta']}, {f'{k} steps, ' * (s['eta'] == 'alternate')}{vectors} vectors: {vectors * s['dim'] * 4 / 2 ** 20:.1f} MiB "
                       "over all processes")
     if resuming:
-        progress.line(f"continuing after {run.epoch} epochs and {run.step} steps")
+        progress.line("\n".join([*run.notes, f"continuing after {run.epoch} epochs and {run.step} steps"]))
         run.begin()
     else:
         raw = watch_knn and train.pixels is not None
@@ -1058,8 +1233,8 @@ def pretrain(args):
             set_lr(optimizer, lr, step, total_steps, warmup_steps, s["pred_lr"])
             L, z = train_step(network, objective, optimizer, autocast, x)
             spread = sum(std(z_i, all_sum) for z_i in z) / len(z) * math.sqrt(s["dim"])
-            run.sums += torch.stack([all_sum(L) / world, spread])
-            progress.step(lambda: f"epoch {run.epoch + 1}/{s['epochs']}  step {run.step}/{steps_per_epoch}  loss {L.item() / world:.4f}  "
+            L = run.watch(L, optimizer, spread)
+            progress.step(lambda: f"epoch {run.epoch + 1}/{s['epochs']}  step {run.step}/{steps_per_epoch}  loss {L.item():.4f}  "
                           f"std x sqrt(d) {spread.item():.3f}  {s['batch'] * run.step / run.seconds:.0f} images/s")
         due = watch_knn and ((run.epoch + 1) % s["knn_every"] == 0 or run.epoch + 1 == s["epochs"])
         in_trouble = collapsed(run.means[0] - minimum - 1, run.means[1], s["batch"])
@@ -1067,7 +1242,8 @@ def pretrain(args):
             progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller --base-lr; --warmup 10; "
                           "a larger --batch; --pred-dim a quarter of --dim; and look at views.png")
         report(run.epoch + 1, loss=run.means[0], std=run.means[1], lr=optimizer.param_groups[0]["lr"],
-               knn=watch(model.encoder) if due else None, **run.speed(), memory_mb=peak_memory(device), collapsed=in_trouble)
+               knn=watch(model.encoder) if due else None, **run.speed(), memory_mb=peak_memory(device), collapsed=in_trouble,
+               bad_images=sum(bad_images(source, device) for source in data if source))
         run.next_epoch()
 
     # 5. The result
@@ -1080,7 +1256,8 @@ def pretrain(args):
 
 MEASURED = {  # what the log has of an epoch, null where it doesn't exist, and how the screen shows it
     "loss": "loss {:.4f} (minimum {})", "std": "std x sqrt(d) {:.3f}", "lr": "lr {:.4g}", "knn": "kNN {:.2f}%",
-    "images_per_s": "{:.0f} images/s", "data_wait": "{:.0%} waiting for data", "seconds": None, "memory_mb": "{} MiB", "collapsed": None}
+    "images_per_s": "{:.0f} images/s", "data_wait": "{:.0%} waiting for data", "seconds": None, "memory_mb": "{} MiB", "collapsed": None,
+    "bad_images": None}
 
 
 def describe(args, s, train, val, device, lr, watch_knn, out):
@@ -1089,12 +1266,14 @@ def describe(args, s, train, val, device, lr, watch_knn, out):
     given = ", ".join(f"{name} {s[name]}" for name in SETTINGS if getattr(args, name) is not None)
     changes, paper = EXPERIMENTS[s["experiment"]]
     scaled = ", ".join(f"{name} {s[name]}" for name in changes if s[name] != changes[name])
+    fixed = ", ".join(name for name in changes if name in ("k", "base_lr", "weight_decay") and s["recipe"] != "imagenet")
     return "\n".join([
         f"data        {args.data or 'shapes (drawn)'}: {len(train)} images, {labels}, {'files' if train.pixels is None else 'in memory'}",
         f"recipe      {s['recipe']}{f', with {given}' if given else ''}",
-        f"experiment  {s['experiment']} (the paper on ImageNet: {paper}){f'; here {scaled}, not what the row says' if scaled else ''}",
+        f"experiment  {s['experiment']} (the paper on ImageNet: {paper}){f'; here {scaled}, not what the row says' if scaled else ''}"
+        + (f"; {fixed} as for ImageNet" if fixed else ""),
         f"network     {s['arch']}, width {s['width']:g}{', from ' + args.init if args.init else ''}; projection {s['proj_layers']} layers "
-        f"to d = {s['dim']}; h {s['dim']}-{s['pred_dim']}-{s['dim']}",
+        f"to d = {s['dim']}; h " + ("none" if s["predictor"] == "none" else f"{s['dim']}-{s['pred_dim']}-{s['dim']}{', fixed' * (s['predictor'] == 'fixed')}"),
         f"training    {s['epochs']} epochs of {len(train) // s['batch']} steps, global batch {s['batch']}, lr {lr:.4g} (cosine; "
         f"predictor {s['pred_lr']}), {s['size']}-pixel views",
         f"processes   {s['world']} x {s['batch'] // s['world']} images, BN over {s['batch']}, {hardware(s, device)}",
@@ -1119,4 +1298,4 @@ def peak_memory(device):
 
 
 if __name__ == "__main__":
-    launch("simsiam.py", pretrain, parse())
+    leave(launch("simsiam.py", pretrain, parse()))

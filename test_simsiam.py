@@ -6,7 +6,9 @@
 import ast
 import collections
 import colorsys
+import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -19,14 +21,20 @@ import pathlib
 import pickle
 import random
 import re
+import resource
 import shlex
+import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import tokenize
 import types
+import zlib
 
 import numpy as np
 import PIL
@@ -564,14 +572,10 @@ def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path):
     (lambda d: (d / "data_batch_1.bin").write_bytes(b"123") and d, "data_batch_1.bin|data_batch_1: not a batch"),
     (lambda d: [write_folder(d, "train", 6, 16), write_folder(d, "val", 6, 16), os.rename(d / "val/c", d / "val/z")] and d, "z/.*not in one of the 3"),
     (lambda d: [write_folder(d, "train", 6, 16), Image.new("L", (16, 16)).save(d / "train/stray.png")] and d, "stray.png: not in one"),
-    (lambda d: [write_folder(d, "train", 6, 16), (d / "train/a/000.png").write_bytes(b"nonsense")] and d, None)])
+    (lambda d: [write_folder(d, "train", 30, 16)] + [path.write_bytes(b"") for path in (d / "train/a").iterdir()] +
+     [path.write_bytes(b"") for path in (d / "train/b").glob("0[01]*")] and d, "[0-9]+ of 30 images can't be read|20 files in a row")])
 def test_data_that_cannot_be_used_is_refused_in_one_line(tmp_path, make, message):
     path = make(tmp_path)
-    if message is None:  # an unreadable file among small ones: the source is there, the file is named when it is read
-        train, _ = augment.open_data(path)
-        with pytest.raises(augment.BadImage, match="000.png: can't be read as an image"):
-            [train.image(i) for i in range(6)]
-        return
     with pytest.raises(augment.Refused, match=message) as refusal:
         augment.open_data(path)
     assert "\n" not in str(refusal.value)
@@ -679,7 +683,7 @@ def test_eq01_D_is_the_negative_cosine():
     p, z, *_ = vectors()
     assert simsiam.D(p, z).item() == pytest.approx(numpy_D(p, z), abs=1e-14)
     unit = [v.detach().numpy() / np.linalg.norm(v.detach().numpy(), axis=1, keepdims=True) for v in (p, z)]
-    mse = np.mean(np.sum((unit[0] - unit[1]) ** 2, axis=1))         # Eq. (1) is half of it, less a constant
+    mse = np.mean(np.sum((unit[0] - unit[1]) ** 2, axis=1))         # half of Eq. (1), less a constant
     assert simsiam.D(p, z).item() == pytest.approx(mse / 2 - 1, abs=1e-14)
     assert simsiam.D(p, 3 * p).item() == pytest.approx(-1) and simsiam.D(p, -p).item() == pytest.approx(1)
     simsiam.D(p, z).backward()
@@ -970,7 +974,7 @@ def finished(tmp_path_factory, small):
 
 def test_run_folder_holds_what_the_readme_promises(finished, small):
     out, printed = finished
-    assert sorted(p.name for p in out.iterdir()) == ["backbone.pth", "checkpoint.pth", "curves.png", "log.jsonl", "views.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["backbone.pth", "checkpoint-previous.pth", "checkpoint.pth", "curves.png", "log.jsonl", "views.png"]
     start, *epochs, end = log_of(out)
     assert start["event"] == "start" and start["settings"]["recipe"] == "cifar10" and 0 <= start["knn_pixels"] <= 100
     assert {"command", "torch", "numpy", "pillow", "settings", "device"} <= start.keys() and start["seed"] == 0
@@ -1014,15 +1018,32 @@ def test_two_processes_run_the_same_command(tmp_path, finished, small):
     assert two[1]["knn"] == one[1]["knn"] and two[0]["knn_pixels"] == one[0]["knn_pixels"]
 
 
+def kill_all(folder):
+    """kill -9 every process that names the run folder: those that torchrun starts are in sessions of their own."""
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes_of(*words):
+    """The processes that have all of these words in their command line."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+            found += [int(pid)] if int(pid) != os.getpid() and all(str(word).encode() in line for word in words) else []
+    return found
+
+
 def kill_when(command, folder, epoch):
     """Start a run, wait until its log shows `epoch`, and kill -9 everything when a checkpoint within the next epoch is there."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def position():
-        try:
-            return torch.load(folder / "checkpoint.pth", weights_only=True)
-        except FileNotFoundError:
-            return {"epoch": -1, "step": 0}
+        for name in ("checkpoint.pth", "checkpoint-previous.pth"):     # for an instant, only the older one is there
+            with contextlib.suppress(FileNotFoundError):
+                return torch.load(folder / name, weights_only=True)
+        return {"epoch": -1, "step": 0}
 
     try:
         deadline = time.monotonic() + 120
@@ -1030,12 +1051,7 @@ def kill_when(command, folder, epoch):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)                                         # busy waiting would take a core from the run
     finally:
-        for pid in [process.pid, *(int(name) for name in os.listdir("/proc") if name.isdigit())]:
-            try:  # the processes that torchrun starts are in sessions of their own: found by the run folder they name
-                if pid == process.pid or str(folder).encode() in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
-                pass
+        kill_all(folder)
         process.wait()
     return position()
 
@@ -1061,6 +1077,332 @@ def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(tmp_path, re
     assert [r["event"] for r in killed].count("resume") == 1
     key = [[(r["epoch"], r["step"], r["loss"], r["std"], r["lr"], r["knn"]) for r in log if r["event"] == "epoch"] for log in (whole, killed)]
     assert key[0] == key[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+LONGER = [*TINY, "--recipe", "cifar10", "--knn-every", "0", "--batch", "6", "--epochs", "8"]   # 8 steps an epoch of the small folder
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory, small):
+    """The weights that an uninterrupted run of LONGER ends with, in one process and in two."""
+    out = tmp_path_factory.mktemp("longer")
+    assert here("simsiam.py", small, *LONGER, "--out", out / "one") is None
+    two = torchrun(HERE / "simsiam.py", small, *LONGER, "--out", out / "two")
+    assert two.returncode == 0, two.stderr
+    return {1: weights_of(out / "one"), 2: weights_of(out / "two")}
+
+
+def wait_for_epoch(process, folder, epoch=2):
+    deadline = time.monotonic() + 120
+    while not (folder / "log.jsonl").exists() or f'"epoch": {epoch},' not in (folder / "log.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def start(*command, **options):
+    """A process that does not outlive the block."""
+    process = subprocess.Popen([str(part) for part in (sys.executable, *command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stopped_at(said, folder):
+    """The position that a run says it has stopped at, which is its checkpoint's."""
+    place = re.search(r"stopped by a signal after epoch (\d+), step (\d+); the same command with --resume goes on\n", said)
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert place and [int(n) for n in place.groups()] == [checkpoint["epoch"], checkpoint["step"]], said
+    return checkpoint["epoch"], checkpoint["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_its_step_with_everything_saved(tmp_path, small, longer, number):
+    out = tmp_path / "run"
+    with start(HERE / "simsiam.py", small, *LONGER, "--out", out) as process:
+        wait_for_epoch(process, out)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and said.count("\n") == 1
+    assert (0, 0) < stopped_at(said, out) < (8, 0)
+    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
+    assert equal(weights_of(out), longer[1])
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, longer):
+    """The tenth step hangs."""
+    code = ("import itertools, sys, time; sys.path.insert(0, sys.argv.pop(1)); import simsiam\nstep, count = simsiam.train_step, itertools.count()\n"
+            "simsiam.train_step = lambda *a: next(count) == 9 and (print('hangs', flush=True), time.sleep(100)) or step(*a)\n"
+            "simsiam.leave(simsiam.launch('simsiam.py', simsiam.pretrain, simsiam.parse()))")
+    with start("-c", code, HERE, small, *LONGER, "--save-minutes", "0", "--out", tmp_path / "run") as process:
+        for line in process.stdout:
+            if line == "hangs\n":
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+                assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    assert here("simsiam.py", small, *LONGER, "--out", tmp_path / "run", "--resume") is None
+    assert equal(weights_of(tmp_path / "run"), longer[1])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("fault", ["SIGTERM to the agent", "a worker killed", "a worker killed, of two agents", "killed, resumed by one process"])
+def test_torchrun_survives(tmp_path, small, longer, fault):
+    out, agents = tmp_path / "run", 2 if "two agents" in fault else 1
+    rendezvous = ["--standalone"] if agents == 1 else ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    command = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", 2 // agents, "--max-restarts", "2", HERE / "simsiam.py", small, *LONGER, "--out", out]
+    with contextlib.ExitStack() as stack:
+        stack.callback(kill_all, out)
+        cores = sorted(os.sched_getaffinity(0))             # of two agents, each has a machine of its own: half of the cores
+        processes = [stack.enter_context(start(*command, preexec_fn=functools.partial(os.sched_setaffinity, 0, cores[k::agents] or cores)))
+                     for k in range(agents)]
+        wait_for_epoch(processes[0], out)
+        if "SIGTERM" in fault:
+            processes[0].send_signal(signal.SIGTERM)
+        elif "resumed" in fault:
+            kill_all(out)
+        else:
+            workers = sorted(set(processes_of(out)) - {process.pid for process in processes} - set(processes_of(out, "torch.distributed.run")))
+            os.kill(workers[-1], signal.SIGKILL)
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    if "SIGTERM" in fault:
+        assert processes[0].returncode != 0 and (0, 0) < stopped_at(said[0], out) < (8, 0)
+        again = torchrun(HERE / "simsiam.py", small, *LONGER, "--out", out, "--resume")
+        assert again.returncode == 0, again.stderr
+    elif "resumed" in fault:
+        assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
+    else:
+        assert [process.returncode for process in processes] == [0] * agents, said
+    events = [r["event"] for r in log_of(out)]
+    assert events.count("resume") == 1 and events[-1] == "end"
+    whole, parts = longer[2], weights_of(out)
+    if "resumed" in fault:      # the sums are in another order from there on
+        assert max((whole[k].double() - parts[k].double()).abs().max() for k in whole) < 0.05
+    else:
+        assert equal(whole, parts)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, small, finished):
+    """A limit on the size of files stands for the disk. The first checkpoint, without momentum yet, fits."""
+    whole = finished[0] / "checkpoint.pth"
+    out = program(small, *TINY, "--out", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size * 3 // 4,) * 2))
+    assert out.returncode == 1 and out.stderr.count("\n") == 1 and "checkpoint.pth: can't be written" in out.stderr
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 0 and not list(tmp_path.glob("*.tmp"))
+    assert here("simsiam.py", small, *TINY, "--out", tmp_path, "--resume") is None
+    assert equal(weights_of(tmp_path), weights_of(finished[0]))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:9000] + bytes([b[9000] ^ 1]) + b[9001:]])
+def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, damage):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run/checkpoint.pth"
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    out = program(small, *TINY, "--out", tmp_path / "run", "--resume")
+    assert out.returncode == 0 and "checkpoint.pth: can't be read" in out.stdout and "going on from" in out.stdout and "after 1 epochs and 3 steps" in out.stdout
+    assert equal(weights_of(tmp_path / "run"), weights_of(finished[0]))
+    for name in ("checkpoint.pth", "checkpoint-previous.pth"):
+        (tmp_path / "run" / name).write_bytes(damaged)
+    assert "can't be read" in here("simsiam.py", small, *TINY, "--out", tmp_path / "run", "--resume")
+
+
+def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    options = [small, *TINY, "--epochs", "4", "--weight-decay", "0.1", "--workers", "0", "--out", tmp_path / "run", "--resume"]
+    said = here("simsiam.py", *options)
+    assert "epochs 3 -> 4; weight_decay 0.0005 -> 0.1" in said and said.endswith("--override epochs weight_decay") and "workers" not in said
+    assert "weight_decay 0.0005 -> 0.1" in here("simsiam.py", *options, "--override", "epochs")
+    capsys.readouterr()
+    assert here("simsiam.py", *options, "--override", "epochs", "weight_decay") is None
+    assert "other settings than so far: epochs 3 -> 4; weight_decay 0.0005 -> 0.1; workers 1 -> 0\n" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[-2]["epoch"] == 4
+
+
+def test_what_is_not_finite_ends_the_run(tmp_path, small):
+    said = here("simsiam.py", small, *LONGER, "--base-lr", "1e6", "--weight-decay", "1", "--save-minutes", "0", "--out", tmp_path / "run")
+    assert re.search(r"at lr \S+ the loss, \S+, or the gradient, of norm \S+, is not finite in epoch \d+, step \d+; the last good checkpoint is .*/checkpoint.pth"
+                     r"|a weight is not finite in epoch \d+, step \d+;", said), said
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    assert all(t.isfinite().all() for t in checkpoint["model"].values()) and checkpoint["step"] > 0
+
+
+def test_processes_that_see_different_images_are_found_out(tmp_path, small):
+    write_folder(tmp_path / "other", "train", 50, 16, start=1), write_folder(tmp_path / "other", "val", 9, 16)
+    script = tmp_path / "run.py"
+    script.write_text(f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import simsiam\nsys.argv[1] = sys.argv[1 + int(os.environ['RANK'])]; del sys.argv[2]\n"
+                      "simsiam.leave(simsiam.launch('simsiam.py', simsiam.pretrain, simsiam.parse()))")
+    out = torchrun(script, small, tmp_path / "other", *TINY, "--out", tmp_path / "run")
+    assert out.returncode != 0 and "the processes see different images there" in out.stderr and not (tmp_path / "run").exists()
+
+
+def test_fingerprint_tells_data_sets_apart(small, large, tmp_path):
+    def number(folder):
+        return augment.open_data(folder)[0].fingerprint()
+
+    for folder in (small, large):
+        shutil.copytree(folder, tmp_path / folder.name)
+        assert number(folder) == number(tmp_path / folder.name) < 2 ** 48       # wherever it lies
+        one = sorted((tmp_path / folder.name / "train/b").iterdir())[0]
+        one.rename(one.parents[1] / "a" / one.name)                             # the same files, another label
+        assert number(folder) != number(tmp_path / folder.name)
+
+
+IMPATIENT = ("import datetime, sys; sys.path.insert(0, sys.argv.pop(1)); import augment, simsiam\n"
+             "simsiam.PATIENCE, augment.LOADER_TIMEOUT = datetime.timedelta(seconds=3), 3\n"
+             "simsiam.leave(simsiam.launch('simsiam.py', simsiam.pretrain, simsiam.parse()))")
+
+
+def test_a_process_that_is_left_alone_ends_by_itself(tmp_path, small):
+    alone = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with start("-c", IMPATIENT, HERE, small, *TINY, "--out", tmp_path / "run", env=alone) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the processes did not find each other within 0:00:03" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("fault", ["stuck", "killed"])
+def test_workers_that_are_stuck_or_killed_end_the_run_with_a_hint(tmp_path, large, fault):
+    """Stuck: reading a pipe into which nobody writes."""
+    data = write_folder(tmp_path / "data", "train", 60, (70, 80), suffix=".jpg")
+    (data / "train/a/003.jpg").unlink()
+    os.mkfifo(data / "train/a/003.jpg")
+    with start("-c", IMPATIENT, HERE, data, *TINY, "--knn-every", "0", "--batch", "2", "--out", tmp_path / "run") as process:
+        if fault == "killed":
+            while not (workers := set(processes_of(tmp_path / "run")) - {process.pid}):
+                time.sleep(0.01)
+            time.sleep(0.2)
+            os.kill(workers.pop(), signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    hint = "is the disk or the network under DATA still there" if fault == "stuck" else "a process that decodes images was killed"
+    assert process.returncode == 1 and hint in said and "Traceback" not in said
+    kill_all(tmp_path / "run")
+
+
+def test_a_name_cannot_lead_out_of_the_runs_folder():
+    for name in ("..", ".", "/", "a/../..", "/..", "x/...", ".hidden", "..pth", "a\nb", "../../etc/passwd", None):
+        place = os.path.normpath(os.path.join("runs", simsiam.name_of(name)))
+        assert re.fullmatch(r"runs/[^/]+", place, re.S), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images
+# ---------------------------------------------------------------------------------------------------------------------
+
+def odd_files(folder):
+    """{name: the mean colour that it should have, or None where it is bad}: one of each kind, (30, 20) pixels if there is nothing to say."""
+    def put(name, image, colour, *args, **options):
+        image.save(folder / name, *args, **options)
+        expected[name] = colour
+
+    folder.mkdir(parents=True)
+    expected, red = {}, Image.new("RGB", (30, 20), (200, 0, 0))
+    put("cmyk.jpg", red.convert("CMYK"), (200, 0, 0)), put("grey.png", Image.new("L", (30, 20), 77), (77,) * 3)
+    put("bits16.png", Image.fromarray(np.full((20, 30), 0x8123, np.uint16)), (0x81,) * 3)
+    put("bits16.tif", Image.fromarray(np.full((20, 30), 0x8123, np.uint16)), (0x81,) * 3)
+    put("palette.png", red.convert("P"), (200, 0, 0), transparency=0)
+    put("alpha.png", Image.new("RGBA", (30, 20), (200, 0, 0, 0)), (200, 0, 0)), put("bilevel.png", Image.new("1", (30, 20), 1), (255,) * 3)
+    put("animated.webp", red, (200, 0, 0), save_all=True, append_images=[Image.new("RGB", (30, 20), (0, 0, 200))], lossless=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put("rotated.jpg", red, (200, 0, 0), exif=exif)
+    put("dot.png", Image.new("RGB", (1, 1), (9, 9, 9)), (9,) * 3), put("line.png", Image.new("RGB", (1, 5000), (9, 9, 9)), (9,) * 3)
+    whole = (folder / "rotated.jpg").read_bytes()
+    bad = {"truncated.jpg": whole[:len(whole) // 2], "empty.png": b"", "text.jpg": b"not an image", "zeros.bmp": bytes(1000),
+           "new\nline\x1b[31m.png": b"",
+           "bomb.png": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    os.symlink(folder / "loop.png", folder / "loop.png")
+    return expected | dict.fromkeys([*bad, "loop.png"])
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_what_pillow_opens_becomes_rgb_and_what_it_does_not_is_bad(tmp_path):
+    for name, colour in odd_files(tmp_path / "odd").items():
+        path = os.fsencode(tmp_path / "odd" / name)
+        if colour is None:
+            with pytest.raises(augment.BadImage, match="can't be read as an image"):
+                augment.read_image(path)
+        else:
+            image = augment.read_image(path)
+            assert image.dtype == torch.uint8 and image.dim() == 3 and image.shape[2] == 3, name
+            assert np.allclose(image.float().mean((0, 1)), colour, atol=3), name
+            assert tuple(image.shape[:2]) == {"dot.png": (1, 1), "line.png": (5000, 1)}.get(name, (20, 30)), name
+
+
+def test_check_lists_what_is_bad(tmp_path):
+    expected = odd_files(tmp_path / "odd")
+    out = subprocess.run([sys.executable, HERE / "augment.py", tmp_path / "odd", "--check"], capture_output=True, text=True)
+    bad = [name for name, colour in expected.items() if colour is None]
+    assert out.returncode == 1 and out.stderr == f"augment.py: {len(bad)} of {len(expected)} image files are bad\n"
+    named = [re.match(r".*/odd/(.*?): can't be read", line)[1] for line in out.stdout.splitlines()]
+    assert sorted(named) == sorted(augment.printable(name) for name in bad)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_run_goes_on_without_its_bad_images(tmp_path, workers):
+    write_folder(tmp_path / "good", "train", 40, (70, 80)), write_folder(tmp_path / "good", "val", 6, (70, 80))
+    expected = odd_files(tmp_path / "good/train/odd")
+    bad = [name for name, colour in expected.items() if colour is None]
+    options = [*TINY, "--batch", "6", "--epochs", "2", "--size", "24", "--workers", workers]
+    out = program(tmp_path / "good", *options, "--out", tmp_path / "run")
+    assert out.returncode == 0, out.stderr
+    assert sorted(re.findall(r"^bad image, replaced by the next good one: .*/odd/(.*?): can't", out.stderr, re.M)) == sorted(map(augment.printable, bad))
+    assert [r["bad_images"] for r in log_of(tmp_path / "run") if r["event"] == "epoch"][1:] == [len(bad)] * 2
+    source = augment.open_data(tmp_path / "good")[0]
+    good = [i for i in range(len(source)) if expected.get(os.path.basename(os.fsdecode(source.files[i])), 1) is not None]
+    for i in range(len(source)):                                               # the next good one, whoever asks
+        following = next(j for k in range(len(source)) if (j := (i + k) % len(source)) in good)
+        assert torch.equal(source.image(i), augment.read_image(source.files[following]))
+
+
+def test_too_many_bad_images_end_the_run(tmp_path):
+    write_folder(tmp_path, "train", 40, (70, 80), suffix=".jpg")
+    for path in sorted((tmp_path / "train").rglob("*.jpg"))[::3]:
+        path.write_bytes(b"")
+    said = here("simsiam.py", tmp_path, *TINY, "--size", "24", "--knn-every", "0", "--out", tmp_path / "run")
+    assert re.search(r"1[1-4] of 40 images can't be read, which is too many; python augment.py DATA --check lists them", said)
+
+
+def obey_permissions():
+    """In a child: root no longer reads and writes what its permissions forbid. (Of others, nothing is taken.)"""
+    if os.geteuid() == 0:
+        for capability in (1, 2):       # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; the bounding set counts at the next exec
+            assert ctypes.CDLL(None, use_errno=True).prctl(24, capability, 0, 0, 0) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_files_and_folders_without_permission(tmp_path):
+    data = write_folder(tmp_path / "data", "train", 40, (70, 80))
+    (data / "train/a/006.png").chmod(0)
+    child = {"capture_output": True, "text": True, "preexec_fn": obey_permissions}
+    out = subprocess.run([sys.executable, HERE / "augment.py", data, "--check"], **child)
+    assert out.returncode == 1 and out.stdout.count("\n") == 1 and "006.png: can't be read as an image (PermissionError" in out.stdout, out
+    (tmp_path / "locked").mkdir(mode=0o555)
+    out = subprocess.run([sys.executable, HERE / "simsiam.py", data, *TINY, "--size", "24", "--out", tmp_path / "locked/run"], **child)
+    assert out.returncode == 1 and re.search(r"^simsiam.py: .*Permission denied.*locked/run", out.stderr, re.M) and "Traceback" not in out.stderr, out.stderr
+    made = subprocess.run([sys.executable, HERE / "simsiam.py", data, *TINY, "--size", "24", "--out", tmp_path / "run"], **child)
+    assert made.returncode == 0, made.stderr
+    before = (tmp_path / "run/checkpoint.pth").read_bytes()
+    (tmp_path / "run").chmod(0o555)
+    options = [*TINY, "--epochs", "4", "--override", "epochs", "--size", "24", "--out", tmp_path / "run", "--resume"]
+    out = subprocess.run([sys.executable, HERE / "simsiam.py", data, *options], **child)
+    assert out.returncode == 1 and "log.jsonl: can't be written" in out.stderr and (tmp_path / "run/checkpoint.pth").read_bytes() == before, out.stderr
 
 
 def test_checkpoints_are_whole_at_every_instant(tmp_path, monkeypatch):
@@ -1102,7 +1444,7 @@ REFUSALS = [
     (["{small}", "--out", "{whole}", "--resume", "--seed", "5"], "seed 0 -> 5"),
     (["{small}", "--out", "{damaged}", "--resume"], "can't be read"),
     (["{small}", "--out", "{small}/train/a/000.png/run"], "000.png"),
-    (["{broken}"], "003.jpg: can't be read as an image"),
+    (["{broken}"], "20 files in a row can't be read as images, the first: "),
 ]
 
 
@@ -1112,7 +1454,8 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(tmp_path, small, large
     damaged.mkdir()
     (damaged / "checkpoint.pth").write_bytes((finished[0] / "checkpoint.pth").read_bytes()[:5000])
     write_folder(broken, "train", 20, (70, 80), suffix=".jpg")
-    (broken / "train/a/003.jpg").write_bytes(b"no image")
+    for path in broken.rglob("*.jpg"):
+        path.write_bytes(b"no image")
     before = (finished[0] / "checkpoint.pth").read_bytes()
     filled = [a.format(small=small, large=large, whole=finished[0], damaged=damaged, broken=broken) for a in arguments]
     options = TINY if "--out" in filled else [*TINY, "--out", tmp_path / "new"]
@@ -1145,7 +1488,7 @@ def test_unlabelled_photographs_train_without_knn(large, tmp_path):
 
 def test_eq02_symmetrised_loss():
     p1, p2, z1, z2 = vectors()
-    L = numpy_D(p1, z2) / 2 + numpy_D(p2, z1) / 2                       # Eq. (2): L = 1/2 D(p1, z2) + 1/2 D(p2, z1)
+    L = numpy_D(p1, z2) / 2 + numpy_D(p2, z1) / 2
     assert simsiam.loss(p1, p2, z1, z2).item() == pytest.approx(L, abs=1e-14)
     assert simsiam.loss_without_stopgrad(p1, p2, z1, z2).item() == pytest.approx(L, abs=1e-14)
     assert simsiam.loss(z1, z2, 3 * z2, 2 * z1).item() == pytest.approx(-1)          # the minimum
@@ -1236,7 +1579,7 @@ def test_every_experiment_trains(tmp_path, small, experiment, recipe):
         assert has_moved == (not name.startswith("predictor.") or experiment != "table1-b-fixed-predictor"), name
 
 
-def test_sec42_without_a_predictor_the_gradient_is_half_of_the_unstopped_one():
+def test_sec42_no_h_gradient_is_half_of_the_unstopped_one():
     model = tiny_model(predictor="none").double()
     x1, x2 = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
     p1, p2, z1, z2 = model(x1, x2)
@@ -1336,7 +1679,7 @@ def test_eq06_alternating_lowers_the_loss_until_it_is_at_the_minimum_over_both()
     """Under a constraint, |theta's columns| = 1, without which theta = 0 is the minimum: collapse."""
     assert toy_L(np.zeros((3, 1)), np.zeros((5, 1))) == 0
     within = TOY - TOY.mean(axis=1, keepdims=True)
-    minimum = np.linalg.eigvalsh(np.einsum("xti,xtj->ij", within, within) / 20)[0]   # Eq. (6): min over theta and eta of L(theta, eta)
+    minimum = np.linalg.eigvalsh(np.einsum("xti,xtj->ij", within, within) / 20)[0]   # Eq. (6): min over theta and eta of L(theta, eta), |theta| = 1
     theta, losses = np.ones((3, 1)) / 3 ** 0.5, []
     for _ in range(2000):
         eta = toy_eta(theta)
@@ -1349,7 +1692,7 @@ def test_eq06_alternating_lowers_the_loss_until_it_is_at_the_minimum_over_both()
 def test_eq08_the_problem_of_eta_is_one_per_image():
     theta = np.random.default_rng(1).normal(size=(3, 2))
     for x in range(5):                                                  # each image by itself, by least squares
-        alone = np.linalg.lstsq(np.ones((4, 1)), TOY[x] @ theta, rcond=None)[0]  # Eq. (8): eta <- argmin_eta L(theta, eta)
+        alone = np.linalg.lstsq(np.ones((4, 1)), TOY[x] @ theta, rcond=None)[0]  # Eq. (8): eta_x <- argmin_eta_x L(theta, eta)
         assert np.allclose(alone, toy_eta(theta)[x])
 
 
@@ -1369,7 +1712,7 @@ def test_eq07_theta_is_fitted_to_an_eta_that_stays():
     assert [g is not None for g in gradients] == [True, True, False, False, False, False]
     unit = [v / v.norm(dim=1, keepdim=True) for v in (p1, p2, eta1.detach(), eta2.detach())]
     error = (((unit[0] - unit[3]) ** 2).sum(1).mean() + ((unit[1] - unit[2]) ** 2).sum(1).mean()) / 2
-    twice = torch.autograd.grad(error, (p1, p2))                        # Eq. (5)'s gradient is twice D's
+    twice = torch.autograd.grad(error, (p1, p2))                        # the gradient of the squared error is twice D's
     assert all(torch.allclose(a, 2 * b, atol=1e-14) for a, b in zip(twice, gradients))
 
 
@@ -1514,11 +1857,12 @@ for _ in range(6):
     seen.append(simsiam.all_sum(store.get(index[share]).sum(dim=0)))
     store.put(index[share], vectors[share])
 whole = store.state_dict()
-again = simsiam.Spread(11, 3, device)
-again.load_state_dict(whole)
-assert torch.equal(again.mine, store.mine)
 if rank == 0:
     torch.save({{"seen": torch.stack(seen), **whole}}, sys.argv[1])
+torch.distributed.barrier()
+again = simsiam.Spread(11, 3, device)
+again.load_state_dict(torch.load(sys.argv[1]))
+assert torch.equal(again.mine, store.mine)
 torch.distributed.destroy_process_group()
 """
 
@@ -1774,7 +2118,7 @@ def here(script, *arguments):
     """Run a script's program in this process: its lineval.json or None, and what it says when it gives up or None."""
     run, parse = {"lineval.py": (lineval.evaluate, lineval.parse), "simsiam.py": (simsiam.pretrain, simsiam.parse)}[script]
     try:
-        simsiam.launch(script, run, parse([str(a) for a in arguments]))
+        return simsiam.launch(script, run, parse([str(a) for a in arguments]))
     except SystemExit as end:
         return str(end.code)
     finally:
@@ -2069,11 +2413,13 @@ def test_linear_evaluation_of_the_shapes_run_beats_the_untrained_network(tmp_pat
 # The map from the paper to the code. A tag that trails a line of code claims that the line is the equation
 # ---------------------------------------------------------------------------------------------------------------------
 
-CLAIMED = [*(f"Eq. ({n})" for n in range(1, 12)), "Alg. 1", "Sec. 3 (lr)", "Sec. 3 (schedule)", "Sec. 4.1 (std)", "Sec. 4.5", "Sec. 5.1 (h)",
+CLAIMED = [*(f"Eq. ({n})" for n in range(1, 12)), "Alg. 1", "Sec. 3 (lr)", "Sec. 3 (schedule)", "Sec. 4.1 (std)", "Sec. 4.2 (no h)", "Sec. 4.5",
+           "Sec. 4.6", "Sec. 5.1 (h)",
            "Sec. 5.2 (k-step)", "Sec. 5.2 (moving average)", "LARS Alg. 1"]
 TAG = re.compile(r"# ((?:LARS )?(?:Eq|Alg|Sec)\. [\d.()]+(?: \([\w -]+\))?): ")
 MUTANTS = {  # tag: (what the line has, what a wrong one has)
-    "Eq. (1)": ("-(l2", "(l2"), "Eq. (3)": ("z.detach()", "z"), "Eq. (4)": ("stopgrad(z1)", "stopgrad(z2)"), "Alg. 1": ("optimizer.step()", "pass"),
+    "Eq. (1)": ("-(l2", "(l2"), "Eq. (2)": ("D(p2, z1)", "D(p2, z2)"), "Sec. 4.2 (no h)": ("nn.Identity()", "nn.ReLU()"),
+    "Sec. 4.6": ("stopgrad(z2)", "stopgrad(z1)"), "Eq. (3)": ("z.detach()", "z"), "Eq. (4)": ("stopgrad(z1)", "stopgrad(z2)"), "Alg. 1": ("optimizer.step()", "pass"),
     "Sec. 3 (lr)": ("256", "512"), "Sec. 3 (schedule)": ("math.pi", "2 * math.pi"), "Sec. 4.1 (std)": (".sqrt()", ""), "Sec. 4.5": ("log_softmax", "softmax"),
     "Sec. 5.1 (h)": ("h(z_i)", "z_i"), "Eq. (7)": ("eta1, eta2)  ", "eta2, eta1)  "), "Eq. (10)": ("next(views)[1]", "next(views)[1][::-1]"),
     "Eq. (11)": ("yield x", "yield x[:1] * 2"), "Sec. 5.2 (k-step)": ("towards(eta1, eta2)", "towards(eta2, eta1)"),
@@ -2218,7 +2564,7 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
 
 def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 180
+    assert len(text.splitlines()) <= 215
     commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
     for script, parse in (("simsiam.py", simsiam.parse), ("lineval.py", lineval.parse)):
         ours = [shlex.split(c.split(script, 1)[1]) for c in commands if script in c]
@@ -2237,7 +2583,7 @@ def test_readmes_first_command_runs(tmp_path):
             said.append(line)
             if line.startswith("epoch 1/24"):
                 run.send_signal(signal.SIGINT)
-    assert said[-1].startswith("simsiam.py: interrupted; the same command with --resume"), said
+    assert "; the same command with --resume goes on" in said[-1] and run.returncode == 128 + signal.SIGINT, said
     start, untrained, one = log_of(tmp_path / "runs/shapes")
     assert start["command"].endswith("simsiam.py") and one["epoch"] == 1 and one["loss"] < -0.1 and untrained["knn"] < start["knn_pixels"]
 
@@ -2277,7 +2623,7 @@ def test_readme_shows_the_algorithm_as_it_is():
 
 
 def test_line_budgets():
-    budgets = {"resnet.py": 170, "augment.py": 630, "simsiam.py": 1100, "lineval.py": 485}
+    budgets = {"resnet.py": 170, "augment.py": 730, "simsiam.py": 1310, "lineval.py": 485}
     assert {name: lines for name, lines in ((n, (HERE / n).read_text().count("\n")) for n in budgets) if lines > budgets[name]} == {}
 
 
