@@ -769,7 +769,7 @@ class Run:
         self.seconds, self.waited = 0.0, 0.0                                # in this epoch: altogether, and for data
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)      # of what is watched, over this epoch's steps
         self.log, self.saved, self.origin = [], time.monotonic(), 0.0
-        self.signal, self.late, self.notes = 0, None, []
+        self.signal, self.late, self.notes, self.damaged = 0, None, [], False
         if resuming:
             checkpoint, path = self.last_checkpoint()
             then = checkpoint.get("settings", {})
@@ -802,6 +802,7 @@ class Run:
             if not os.path.exists(older):
                 raise
             self.notes.append(f"{printable(error)}; going on from {older}")
+            self.damaged = True
             return read(older), older
 
     def read_log(self):
@@ -850,7 +851,9 @@ class Run:
         self.insist(torch.stack([t.isfinite().all() for t in parts["model"].values()]).all(), "a weight")
         if self.first:
             save({"format": FORMAT, **parts, "epoch": self.epoch, "step": self.step, "sums": self.sums.tolist(), "seconds": self.seconds,
-                  "waited": self.waited, "settings": self.settings}, self.path("checkpoint.pth"), keep=self.path("checkpoint-previous.pth"))
+                  "waited": self.waited, "settings": self.settings}, self.path("checkpoint.pth"),
+                 keep=None if self.damaged else self.path("checkpoint-previous.pth"))  # a damaged one must not take the place of the good one
+            self.damaged = False
         self.saved = time.monotonic()
 
     def watch(self, L, optimizer, spread):

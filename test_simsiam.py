@@ -1138,6 +1138,17 @@ def test_a_signal_ends_a_run_after_its_step_with_everything_saved(tmp_path, smal
     assert equal(weights_of(out), longer[1])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_last_steps(tmp_path, large, number):
+    """As a scheduler sends SIGTERM, and a terminal SIGINT: to the loader's workers too."""
+    out = tmp_path / "run"
+    with start(HERE / "simsiam.py", large, *LONGER, "--epochs", "500", "--workers", "2", "--out", out, start_new_session=True) as process:
+        wait_for_epoch(process, out)
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and said.count("\n") == 1 and (0, 0) < stopped_at(said, out) < (500, 0)
+
+
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, longer):
     """The tenth step hangs."""
     code = ("import itertools, sys, time; sys.path.insert(0, sys.argv.pop(1)); import simsiam\nstep, count = simsiam.train_step, itertools.count()\n"
@@ -1211,14 +1222,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, small, finished):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:9000] + bytes([b[9000] ^ 1]) + b[9001:]])
-def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, damage):
+def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, damage, monkeypatch, capsys):
+    """And from then on too, one of the two is good at every instant."""
     shutil.copytree(finished[0], tmp_path / "run")
-    path = tmp_path / "run/checkpoint.pth"
+    path, replace, renamed = tmp_path / "run/checkpoint.pth", os.replace, []
     damaged = damage(path.read_bytes())
     path.write_bytes(damaged)
-    out = program(small, *TINY, "--out", tmp_path / "run", "--resume")
-    assert out.returncode == 0 and "checkpoint.pth: can't be read" in out.stdout and "going on from" in out.stdout and "after 1 epochs and 3 steps" in out.stdout
-    assert equal(weights_of(tmp_path / "run"), weights_of(finished[0]))
+
+    def watched(a, b):
+        replace(a, b)
+        good = []
+        for name in ("checkpoint.pth", "checkpoint-previous.pth"):
+            with contextlib.suppress(augment.Refused):
+                good.append(simsiam.read(tmp_path / "run" / name)["epoch"])
+        assert good
+        renamed.append(os.path.basename(b))
+
+    monkeypatch.setattr(os, "replace", watched)
+    capsys.readouterr()
+    assert here("simsiam.py", small, *TINY, "--out", tmp_path / "run", "--resume") is None
+    said = capsys.readouterr().out
+    assert "checkpoint.pth: can't be read" in said and "going on from" in said and "after 1 epochs and 3 steps" in said
+    assert "checkpoint.pth" in renamed and equal(weights_of(tmp_path / "run"), weights_of(finished[0]))
     for name in ("checkpoint.pth", "checkpoint-previous.pth"):
         (tmp_path / "run" / name).write_bytes(damaged)
     assert "can't be read" in here("simsiam.py", small, *TINY, "--out", tmp_path / "run", "--resume")
@@ -2586,7 +2611,7 @@ def test_readme_commands_parse():
         ours = [shlex.split(c.split(script, 1)[1]) for c in commands if script in c]
         assert len(ours) >= 5
         for arguments in ours:
-            with pytest.raises(SystemExit, match="^None$") if "list" in arguments else contextlib.nullcontext():
+            with pytest.raises(SystemExit, match="^$") if "list" in arguments else contextlib.nullcontext():
                 parse(arguments)
 
 
@@ -2618,6 +2643,18 @@ def test_readmes_figures_are_those_of_the_logs_in_results():
         assert f"{result['top1']:.1f}%" in text, evaluation
         if "cifar10-width4" in result["backbone"]:
             assert result["sha256"] == hashlib.sha256((HERE / "results/cifar10-width4/backbone.pth").read_bytes()).hexdigest()
+
+
+def test_reliability_figures_are_those_in_results():
+    text = (HERE / "README.md").read_text()
+    kills, fuzz = (json.loads((HERE / f"results/{name}.json").read_text()) for name in ("kills", "fuzz"))
+    assert kills["ended with the uninterrupted weights"] == kills["runs"] and sum(kills["hits"].values()) == kills["kills"] >= 100
+    assert kills["hits"]["writing a checkpoint"] >= 20 and kills["hits"]["in a step"] >= 20
+    assert fuzz["images"].keys() | fuzz["checkpoints"].keys() == {"read", "refused"} and fuzz["whole program"].keys() == {"went on"}
+    for figure in (f"{kills['kills']} kills", f"{kills['hits']['writing a checkpoint']} of them while a checkpoint was written", f"{kills['hits']['in a step']} in a step",
+                   f"{sum(fuzz['images'].values()):,} damaged images", f"{sum(fuzz['checkpoints'].values()):,} damaged checkpoints",
+                   f"{fuzz['checkpoints']['read']} of them unharmed"):
+        assert figure in text, figure
 
 
 def test_readme_shows_the_algorithm_as_it_is():
