@@ -324,7 +324,7 @@ class Source:
         else:
             above = len(os.path.commonprefix([min(self.files), max(self.files)]))
             content = [b"\n".join(name[above:] for name in self.files)]
-        content += [] if self.labels is None else [np.asarray(self.labels, np.int64)]
+        content += [] if self.labels is None else [np.ascontiguousarray(self.labels, np.int64)]
         return int(hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()[:12], 16)
 
     def note(self, bad):

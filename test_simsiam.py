@@ -9,6 +9,7 @@ import colorsys
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -1261,12 +1262,13 @@ def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
     assert log_of(tmp_path / "run")[-2]["epoch"] == 4
 
 
-def test_what_is_not_finite_ends_the_run(tmp_path, small):
-    said = here("simsiam.py", small, *LONGER, "--base-lr", "1e6", "--weight-decay", "1", "--save-minutes", "0", "--out", tmp_path / "run")
-    assert re.search(r"at lr \S+ the loss, \S+, or the gradient, of norm \S+, is not finite in epoch \d+, step \d+; the last good checkpoint is .*/checkpoint.pth"
-                     r"|a weight is not finite in epoch \d+, step \d+;", said), said
+@pytest.mark.parametrize("save_minutes, what", [("0", "a weight|at lr .*"), ("10", r"at lr \S+ the loss, \S+, or the gradient, of norm \S+,")])
+def test_what_is_not_finite_ends_the_run(tmp_path, small, save_minutes, what):
+    """Saved or not in between: found in the weights before they are saved, or in the loss and gradient."""
+    said = here("simsiam.py", small, *LONGER, "--base-lr", "1e6", "--weight-decay", "1", "--save-minutes", save_minutes, "--out", tmp_path / "run")
+    assert re.match(rf"simsiam.py: ({what}) is not finite in epoch \d+, step \d+; the last good checkpoint is .*/checkpoint.pth\. Try", said), said
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
-    assert all(t.isfinite().all() for t in checkpoint["model"].values()) and checkpoint["step"] > 0
+    assert all(t.isfinite().all() for t in checkpoint["model"].values()) and (checkpoint["step"] > 0) == (save_minutes == "0")
 
 
 def test_processes_that_see_different_images_are_found_out(tmp_path, small):
@@ -1288,6 +1290,8 @@ def test_fingerprint_tells_data_sets_apart(small, large, tmp_path):
         one = sorted((tmp_path / folder.name / "train/b").iterdir())[0]
         one.rename(one.parents[1] / "a" / one.name)                             # the same files, another label
         assert number(folder) != number(tmp_path / folder.name)
+    source = augment.draw_shapes(0, 0, 20, 16)
+    assert source.fingerprint() != dataclasses.replace(source, labels=source.labels[::-1]).fingerprint()
 
 
 IMPATIENT = ("import datetime, sys; sys.path.insert(0, sys.argv.pop(1)); import augment, simsiam\n"
