@@ -632,9 +632,12 @@ def decode(source, cut, batches, device, workers):
         yield epoch, index, pixels.to(device, non_blocking=True)
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # signals that end a run after its step
+
+
 def outlive_signals(worker):
     """In a worker: a signal to the whole job must leave the main process with batches for the steps that it has to finish."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

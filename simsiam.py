@@ -45,7 +45,7 @@ from torch import nn
 
 import augment
 import resnet
-from augment import Refused, printable
+from augment import STOPPING, Refused, printable
 
 # --- Algorithm 1: the loss and the step (Sec. 3) ---------------------------------------------------------------------
 
@@ -439,7 +439,7 @@ def join_world(device):
         store, rank, world = meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
         dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:  # dist.DistError, and what is missing in the environment
-        raise Refused(f"the processes did not find each other within {PATIENCE} ({printable(error).partition('. ')[0]}): the same --nnodes and --rdzv-endpoint "
+        raise Refused(f"the processes did not find each other within {PATIENCE} ({str(error).partition('. ')[0]}): the same --nnodes and --rdzv-endpoint "
                       "on all machines? Its port open? As many machines started as --nnodes says?") from None
     return device, rank, world
 
@@ -744,9 +744,6 @@ def holds_run(out, names, resume, device):
             (resume or not found, f"{out}: holds a run already; continue it with --resume, or give another folder with --out"),
             (resume != "yes" or found, f"{out}: nothing to resume; leave --resume out to start, or name the run's folder with --out"))
     return found
-
-
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -1117,7 +1114,8 @@ def launch(script, run, args):
         return None
     except Stopped as stopped:
         number, message = stopped.args
-        print(f"{script}: {message}" * (os.environ.get("RANK", "0") == "0"), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script}: {message}", file=sys.stderr)
         return 128 + number
     except (Refused, OSError) as error:
         message = error
