@@ -9,7 +9,7 @@
 Every protocol looks at pooled features of the frozen backbone in eval mode, and is judged on each validation image once:
 
     --lars      the paper's: 90 epochs, batch 4096, SGD with layer-wise rates, cosine      the default for recipe imagenet
-    --sgd       MoCo's, which the paper names too: 100 epochs, batch 256, lr 30 in steps    the default for cifar10
+    --sgd       MoCo's, the paper's alternative: 100 epochs, batch 256, lr 30 in steps    the default for cifar10
     --cached    not the paper's: features computed once, without augmentation, then a linear layer on them      for shapes
     --knn       not the paper's: no training, the classifier that pre-training is monitored with
 
@@ -40,11 +40,11 @@ from simsiam import all_sum, require
 # lr = base_lr x batch / 256, as in pre-training
 PROTOCOLS = {
     "lars": {"base_lr": 0.1, "batch": 4096, "epochs": 90},   # supp. A. DEPARTURE: the released code's lr; the paper says 0.02
-    "sgd": {"base_lr": 30.0, "batch": 256, "epochs": 100},   # MoCo's, which supp. A follows
+    "sgd": {"base_lr": 30.0, "batch": 256, "epochs": 100},   # supp. A's alternative, MoCo's
     "cached": {"base_lr": None, "batch": 256, "epochs": 100},
     "knn": {},
 }
-NOTE = {"lars": "the paper's protocol (supplement A), at the released code's base lr", "sgd": "MoCo's protocol, which supplement A follows",
+NOTE = {"lars": "the paper's protocol (supplement A), at the released code's base lr", "sgd": "MoCo's protocol, supplement A's alternative",
         "cached": "NOT the paper's protocol: a linear layer on features computed once, without augmentation",
         "knn": "NOT the paper's protocol: weighted kNN, no training"}
 DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
@@ -77,7 +77,7 @@ class LARS(torch.optim.SGD):
     def step(self):
         for w in self.param_groups[0]["params"]:
             norm, grad_norm, wd = w.norm(), w.grad.norm(), self.lars_weight_decay
-            rate = self.trust * norm / (grad_norm + wd * norm + self.eps)                   # LARS Alg. 1: the local lr
+            rate = self.trust * norm / (grad_norm + wd * norm + self.eps)                   # LARS Alg. 1: local lr = trust |w| / (|gradient| + wd |w| + eps)
             w.grad = torch.where((norm > 0) & (grad_norm > 0), rate * (w.grad + wd * w), w.grad)
         super().step()
 

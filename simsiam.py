@@ -80,7 +80,7 @@ def train_step(network, objective, optimizer, autocast, views):
         L = objective(*outputs)
     optimizer.zero_grad()
     L.backward()
-    optimizer.step()                                                    # Alg. 1: update(f, h), its last line; this function is all of it
+    optimizer.step()                                                    # Alg. 1: update(f, h), its last line; z and p are made in SimSiam.forward
     return L.detach(), [z.detach() for z in outputs[len(views):]]
 
 
@@ -172,7 +172,7 @@ class SimSiam(nn.Module):
         self.encoder.fc = projection_mlp(self.encoder.num_features, proj_hidden, dim, proj_layers, *bn[:2], affine)
         self.predictor = prediction_mlp(dim, pred_dim, *bn[2:])
         if predictor == "none":
-            self.predictor = nn.Identity()                              # Sec. 4.2 (no h): p = z, half the gradient of D(z1, z2)
+            self.predictor = nn.Identity()                              # Sec. 4.2 (no h): p = z; Eq. (4)'s gradient is half of D(z1, z2)'s
         self.predictor.requires_grad_(predictor == "mlp")
         for module in self.modules():
             if isinstance(module, nn.Linear) and fc_std > 0:
@@ -186,7 +186,7 @@ class SimSiam(nn.Module):
         """
         f, h = self.encoder, self.predictor
         z = [f(x) for x in views]
-        p = [h(z_i) for z_i in z]                                       # Sec. 5.1 (h): h approximates the best h(z1) = E_T[z2]
+        p = [h(z_i) for z_i in z]                                       # Sec. 5.1 (h): it learns the best h(z1) = E_z[z2] = E_T[f(T(x))]
         return *p, *z
 
 
@@ -215,7 +215,7 @@ def cosine(step, total_steps, warmup_steps):
     DEPARTURE: set at every step, where the released code does so once an epoch; the paper doesn't say.
     """
     progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return (1 + math.cos(math.pi * progress)) / 2                       # Sec. 3 (schedule): cosine decay to 0
+    return (1 + math.cos(math.pi * progress)) / 2                       # Sec. 3 (schedule): cosine decay to 0, (1 + cos(pi t / T)) / 2
 
 
 def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
@@ -227,8 +227,8 @@ def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
 
 # --- SimSiam as alternating optimisation (Sec. 5) --------------------------------------------------------------------
 # There, theta (the weights of F, which is f; here those of h too) is fitted to eta, one constant vector per image, and eta is
-# computed anew from theta, in turns. Plain training, and the two variants of Sec. 5.2, are streams of (views, objective), which
-# stand between the loader and the step.
+# computed anew from theta, in turns. The paper's error is the squared one; with normalised vectors (footnote 5) it is 2 D + 2.
+# Plain training, and the two variants of Sec. 5.2, are streams of (views, objective), which stand between the loader and the step.
 
 def towards(eta1, eta2):
     """The objective that fits theta to eta (N, d), computed from view 1 and view 2 of each image: each view to the other's."""
@@ -236,10 +236,10 @@ def towards(eta1, eta2):
 
 
 def plain(views, objective):
-    """eta_x = F_theta^t(T'(x)) of the current theta, which is what stopgrad(z) in `loss` is, and one step an inner loop. h and the
+    """eta_x = F_{theta^t}(T'(x)) of the current theta, which is what stopgrad(z) in `loss` is, and one step an inner loop. h and the
     symmetrisation, which `loss` has too, are not in Eq. (11); Sec. 5.1 says why h is there."""
     for _, x in views:
-        yield x, objective                                              # Eq. (11): theta <- argmin_theta E |F_theta(T(x)) - F_theta^t(T'(x))|^2
+        yield x, objective                                              # Eq. (11): theta^{t+1} <- argmin_theta E |F_theta(T(x)) - F_{theta^t}(T'(x))|^2
 
 
 def twice(batches, k, step):
@@ -269,7 +269,7 @@ def alternate(views, model, theta, k, step, total_steps, autocast):
         if step % k == 0:
             theta.load_state_dict(model.state_dict())
         inner = min(k - step % k, total_steps - step)
-        eta = [embed(theta, next(views)[1], autocast) for _ in range(inner)]            # Eq. (10): eta_x <- F_theta^t(T'(x))
+        eta = [embed(theta, next(views)[1], autocast) for _ in range(inner)]            # Eq. (10): eta_x^t <- F_{theta^t}(T'(x))
         for eta1, eta2 in eta:
             yield next(views)[1], towards(eta1, eta2)                   # Sec. 5.2 (k-step): k steps of theta, eta constant
         step += inner
@@ -670,6 +670,17 @@ def replacing(path, mode="wb", keep=None):
     os.close(folder)
 
 
+@contextlib.contextmanager
+def suspicious(path, verdict):
+    """Raise Refused for whatever is raised within: what is in a foreign or a hostile file can raise anything."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{path}: {verdict} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+
+
 def save(what, path, keep=None):
     with replacing(path, keep=keep) as f:
         torch.save(what, f)
@@ -693,28 +704,36 @@ def read(path):
     raise Refused(f"{path}: can't be read ({reason})")
 
 
+NEEDED = {"data": lambda data: data and str(data), "seed": int, "images": int, "batch": int, "size": int, "width": float, "centre": float}  # to evaluate
+
+
 def read_weights(path):
     """The tensors in a file of weights, by the names that it has for them: of ours (checkpoint.pth, backbone.pth), the
     authors' released layout, MoCo's, torchvision's. -> (state_dict, epochs done if known, settings of the run if ours, else {})
     An fc bias before a BN is folded into that BN's running mean: the released projector has one, we have none.
     """
     content = read(path)
-    state = content.get("model", content.get("state_dict", content))
-    for name, t in state.items() if isinstance(state, dict) else [("model", state)]:
-        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
-        require((plain, f"{path}: not a file of weights ({name} in it is a {type(t).__name__}, not a plain tensor)"))
-        require((t.isfinite().all(), f"{path}: {name} has values that are not finite; the run that wrote it had diverged"))
-    state = {str(name): t for name, t in state.items()}
-    for name in list(state):
-        place = re.fullmatch(r"(.*\bfc)\.(\d+)\.bias", name)
-        mean = place and f"{place[1]}.{int(place[2]) + 1}.running_mean"
-        if mean in state and state[mean].shape == state[name].shape:
-            state[mean] = state[mean] - state.pop(name)
-    if "format" not in content:
-        return state, content.get("epoch"), {}
-    settings, needed = content.get("settings", {}), {"recipe", "seed", "data", "width", "images", "batch", "size", "mean", "std", "centre"}
-    require((content["format"] == FORMAT and settings.keys() >= needed, f"{path}: not a checkpoint in this program's format {FORMAT}"))
-    return state, content["epoch"] + content["step"] // (settings["images"] // settings["batch"]), settings
+    with suspicious(path, "not a file of weights"):
+        state = content.get("model", content.get("state_dict", content))
+        for name, t in state.items():
+            plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized and t.untyped_storage().nbytes() >= t.nbytes
+            require((plain, f"{path}: not a file of weights ({name} in it is a {type(t).__name__}, not a plain tensor)"))
+            require((t.isfinite().all(), f"{path}: {name} has values that are not finite; the run that wrote it had diverged"))
+        state = {str(name): t for name, t in state.items()}
+        for name in list(state):
+            place = re.fullmatch(r"(.*\bfc)\.(\d+)\.bias", name)
+            mean = place and f"{place[1]}.{int(place[2]) + 1}.running_mean"
+            if mean in state and state[mean].shape == state[name].shape:
+                state[mean] = state[mean] - state.pop(name)
+        if "format" not in content:
+            return state, content.get("epoch"), {}
+        require((content["format"] == FORMAT and "recipe" in content["settings"], f"{path}: not a checkpoint in this program's format {FORMAT}"))
+        settings = content["settings"]
+        settings |= {name: kind(settings[name]) for name, kind in NEEDED.items()}
+        check_limits(settings)
+        if settings["recipe"] not in RECIPES or np.array([settings["mean"], settings["std"]], float).shape != (2, 3):
+            raise ValueError(f"recipe {settings['recipe']}, mean {settings['mean']}, std {settings['std']}")
+        return state, int(content["epoch"]) + int(content["step"]) // (settings["images"] // settings["batch"]), settings
 
 
 def load_strictly(module, state, path):
@@ -769,26 +788,36 @@ class Run:
         self.signal, self.late, self.notes, self.damaged = 0, None, [], False
         if resuming:
             checkpoint, path = self.last_checkpoint()
-            then = checkpoint.get("settings", {})
-            changed = {key: f"{key} {then.get(key)} -> {settings.get(key)}" for key in sorted({*then, *settings}) if then.get(key) != settings.get(key)}
-            fatal = [text for key, text in changed.items() if key not in {*self.MAY_CHANGE, *override}]
-            require((checkpoint.get("format") == FORMAT, f"{path}: not a checkpoint in this program's format {FORMAT}"),
-                    (not fatal, f"{path}: was made with other settings ({'; '.join(fatal)}); give the same command, or another --out, or name what "
-                                "may change: --override " + " ".join(key for key in changed if key not in self.MAY_CHANGE)))
-            self.notes += [f"other settings than so far: {'; '.join(changed.values())}"] if changed else []
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(checkpoint[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise Refused(f"{path}: doesn't fit this run ({' '.join(str(error).split())[:300]})") from None
-            require((same_everywhere(checkpoint["epoch"] * steps_per_epoch + checkpoint["step"], device),
+            with suspicious(path, "doesn't fit this run"):
+                self.take(checkpoint, path, override)
+            require((same_everywhere(self.epoch * steps_per_epoch + self.step, device),
                      f"{path}: the processes have read different ones; --out must be a folder that all machines share"))
-            self.epoch, self.step, self.seconds, self.waited = (checkpoint[key] for key in ("epoch", "step", "seconds", "waited"))
-            self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=device)
             self.log = self.read_log()
 
     def path(self, name):
         return os.path.join(self.out, name)
+
+    def take(self, checkpoint, path, override):
+        """Go on from what a checkpoint holds."""
+        then, now = checkpoint["settings"], self.settings
+        changed = {key: f"{key} {then.get(key)} -> {now.get(key)}" for key in sorted({*then, *now}, key=str) if then.get(key) != now.get(key)}
+        fatal = [text for key, text in changed.items() if key not in {*self.MAY_CHANGE, *override}]
+        require((checkpoint["format"] == FORMAT, f"{path}: not a checkpoint in this program's format {FORMAT}"),
+                (not fatal, f"{path}: was made with other settings ({'; '.join(fatal)}); give the same command, or another --out, or name what "
+                            "may change: --override " + " ".join(str(key) for key in changed if key not in self.MAY_CHANGE)))
+        self.notes += [f"other settings than so far: {'; '.join(changed.values())}"] if changed else []
+        for name, part in self.parts.items():
+            state = checkpoint[name]
+            if isinstance(part, torch.optim.Optimizer):  # its weight decay and momentum are this run's, which may have been overridden
+                state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
+            part.load_state_dict(state)
+            if isinstance(part, torch.optim.Optimizer) and any(t.shape != w.shape for w, kept in part.state.items() for t in kept.values()):
+                raise ValueError("momentum of other shapes")
+        self.epoch, self.step, self.seconds, self.waited = (kind(checkpoint[key]) for key, kind in
+                                                            (("epoch", int), ("step", int), ("seconds", float), ("waited", float)))
+        require((0 <= self.epoch <= now["epochs"] and 0 <= self.step <= self.steps_per_epoch * (self.epoch < now["epochs"]),
+                 f"{path}: stands at epoch {self.epoch}, step {self.step}, beyond this run's {now['epochs']} epochs of {self.steps_per_epoch} steps"))
+        self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
 
     def last_checkpoint(self):
         """The newest checkpoint that can be read, of the two that are kept -> its content, its path"""
@@ -804,11 +833,14 @@ class Run:
 
     def read_log(self):
         """The records that the checkpoint has behind it: no epochs beyond it, and no end."""
-        with open(self.path("log.jsonl")) as f:
+        behind, path = self.epoch if (self.epoch, self.step) != (0, 0) else -1, self.path("log.jsonl")
+        with suspicious(path, "no log of this run; restore it, or give another --out"), open(path) as f:
             log = [json.loads(line) for line in f if line.endswith("}\n")]  # a kill may have cut the last line short
-        require((log and log[0]["event"] == "start", f"{self.path('log.jsonl')}: has no start record; restore it, or give another --out"))
-        behind = self.epoch if (self.epoch, self.step) != (0, 0) else -1
-        return [r for r in log if r["event"] in ("start", "resume") or r["event"] == "epoch" and r["epoch"] <= behind]
+            log = [r for r in log if r["event"] in ("start", "resume") or r["event"] == "epoch" and r["epoch"] <= behind]
+            odd = [v for r in log if r["event"] == "epoch" for v in r.values() if not isinstance(v, (int, float, str, type(None)))]
+            if log[0]["event"] != "start" or odd:
+                raise ValueError(odd or "no start")
+        return log
 
     def begin(self, **more):
         """Write the first record of the log, with all that the run could depend on, and a checkpoint; or that it goes on. From now on
@@ -1215,7 +1247,7 @@ def pretrain(args):
         """A finished epoch, on the screen, in the log, in the picture."""
         record = run.record("epoch", epoch=number, step=number * steps_per_epoch, **{**dict.fromkeys(MEASURED), **measured})
         if run.first:
-            draw_curves(run.path("curves.png"), run.epochs(), run.log[0]["knn_pixels"], minimum)
+            draw_curves(run.path("curves.png"), run.epochs(), run.log[0].get("knn_pixels"), minimum)
         progress.line(f"epoch {number}/{s['epochs']}" + f"  {'as loaded' if args.init else 'untrained'} (kNN: with BN calibrated)" * (number == 0) + "".join(
             "  " + shown.format(record[key], minimum) for key, shown in MEASURED.items() if shown and record[key] is not None))
 

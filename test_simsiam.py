@@ -684,7 +684,7 @@ def test_eq01_D_is_the_negative_cosine():
     p, z, *_ = vectors()
     assert simsiam.D(p, z).item() == pytest.approx(numpy_D(p, z), abs=1e-14)
     unit = [v.detach().numpy() / np.linalg.norm(v.detach().numpy(), axis=1, keepdims=True) for v in (p, z)]
-    mse = np.mean(np.sum((unit[0] - unit[1]) ** 2, axis=1))         # half of Eq. (1), less a constant
+    mse = np.mean(np.sum((unit[0] - unit[1]) ** 2, axis=1))         # twice Eq. (1), and 2
     assert simsiam.D(p, z).item() == pytest.approx(mse / 2 - 1, abs=1e-14)
     assert simsiam.D(p, 3 * p).item() == pytest.approx(-1) and simsiam.D(p, -p).item() == pytest.approx(1)
     simsiam.D(p, z).backward()
@@ -1260,6 +1260,54 @@ def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
     assert here("simsiam.py", *options, "--override", "epochs", "weight_decay") is None
     assert "other settings than so far: epochs 3 -> 4; weight_decay 0.0005 -> 0.1; workers 1 -> 0\n" in capsys.readouterr().out
     assert log_of(tmp_path / "run")[-2]["epoch"] == 4
+    assert {group["weight_decay"] for group in torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]} == {0.1}
+
+
+def crafted(whole):
+    """Checkpoints that torch reads without complaint, and that no run has written."""
+    for key in ("format", "model", "optimizer", "epoch", "step", "sums", "seconds", "settings"):
+        yield {name: value for name, value in whole.items() if name != key}
+        yield from ({**whole, key: value} for value in (None, "x", [], torch.zeros(3)))
+    yield from ({**whole, key: value} for key, value in (("epoch", 10 ** 9), ("step", 10 ** 9), ("step", -1), ("sums", [1, 2, 3])))
+    yield {**whole, "optimizer": {**whole["optimizer"], "state": {k: {"momentum_buffer": torch.zeros(1)} for k in whole["optimizer"]["state"]}}}
+    yield from ({**whole, "settings": {**whole["settings"], key: [1]}} for key in ("seed", "images", "batch", "size", "width", "centre", "mean", "recipe"))
+    yield {**whole, "settings": {**whole["settings"], 5: 6, "\x1b[2J": 7}}
+    yield from ({**whole, "model": model} for model in ({1: torch.zeros(3)}, {name: torch.zeros(()).expand(10 ** 6, 10 ** 6) for name in whole["model"]}))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_crafted_checkpoint_is_refused_in_one_line(tmp_path, small, finished):
+    """None is harmless enough to go on from."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/checkpoint-previous.pth").unlink()
+    path = tmp_path / "run/checkpoint.pth"
+    for content in crafted(torch.load(path, weights_only=True)):
+        torch.save(content, path)
+        before = path.read_bytes()
+        said = here("simsiam.py", small, *TINY, "--out", tmp_path / "run", "--resume")
+        assert said and str(path) in said and "\n" not in said and "\x1b" not in said and path.read_bytes() == before
+
+
+def test_weights_of_a_crafted_checkpoint_are_refused_or_read(tmp_path, finished):
+    whole = torch.load(finished[0] / "checkpoint.pth", weights_only=True)
+    read = 0
+    for content in crafted(whole):
+        torch.save(content, tmp_path / "file.pth")
+        with contextlib.suppress(augment.Refused):
+            state, epochs, settings = simsiam.read_weights(tmp_path / "file.pth")
+            read += 1
+            assert all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in state.items())
+            assert settings == {} or settings["recipe"] == "cifar10" and settings["size"] == 16
+    assert 10 < read < 25                           # those whose optimiser, sums, or seconds are odd, which nobody asks for here
+
+
+@pytest.mark.parametrize("text", ["", "\x00\udcff{{\n", "[1]\n{}\n", '{"event": "start"}\n{"event": "epoch"}\n', '{"event": "start"}\n{"event": "epoch", "epoch": "x"}\n',
+                                  "[" * 100_000 + "}\n", '{"event": "start"}\n{"event": "epoch", "epoch": 1, "loss": []}\n'])
+def test_a_crafted_log_is_refused_in_one_line(tmp_path, small, finished, text):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/log.jsonl").write_text(text, errors="surrogateescape")
+    said = here("simsiam.py", small, *TINY, "--out", tmp_path / "run", "--resume")
+    assert "log.jsonl: no log of this run; restore it, or give another --out (" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("save_minutes, what", [("0", "a weight|at lr .*"), ("10", r"at lr \S+ the loss, \S+, or the gradient, of norm \S+,")])
@@ -1724,7 +1772,7 @@ def test_eq06_alternating_lowers_the_loss_until_it_is_at_the_minimum_over_both()
     """Under a constraint, |theta's columns| = 1, without which theta = 0 is the minimum: collapse."""
     assert toy_L(np.zeros((3, 1)), np.zeros((5, 1))) == 0
     within = TOY - TOY.mean(axis=1, keepdims=True)
-    minimum = np.linalg.eigvalsh(np.einsum("xti,xtj->ij", within, within) / 20)[0]   # Eq. (6): min over theta and eta of L(theta, eta), |theta| = 1
+    minimum = np.linalg.eigvalsh(np.einsum("xti,xtj->ij", within, within) / 20)[0]   # Eq. (6): min over theta and eta of L(theta, eta), |theta| = 1; eta by Eq. (9)
     theta, losses = np.ones((3, 1)) / 3 ** 0.5, []
     for _ in range(2000):
         eta = toy_eta(theta)
