@@ -2,6 +2,7 @@
 
     python augment.py PHOTO_OR_DATA --out views.png       a contact sheet: originals beside several pairs of views
     python augment.py DATA --check                        reads every image file, on all cores, and lists the bad ones
+    python augment.py DATA --bench                        what each part costs here, and what the conventional way would
 
 A view is made in two steps that meet only in plain numbers:
 
@@ -11,18 +12,21 @@ A view is made in two steps that meet only in plain numbers:
 Every random number is a pure function of (seed, epoch, image, view, draw number). So a view does not depend on how many
 workers, processes or interruptions there were, and any view of any epoch can be shown again by asking for it.
 
-Order of this file: drawing, applying, sources (folders, lists, CIFAR-10, shapes), loading, the contact sheet.
+Order of this file: drawing, applying, sources (folders, lists, CIFAR-10, shapes), loading; the contact sheet, the benchmark.
 Shapes in comments: N images or views, H x W pixels as stored, S pixels a side as trained, V views per image.
 """
 import argparse
 import codecs
 import hashlib
+import math
 import multiprocessing
 import os
 import pickle
 import re
 import signal
+import statistics
 import sys
+import time
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -32,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 
 class Refused(Exception):
@@ -44,6 +48,7 @@ class BadImage(Refused):
 
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files that it reads all the same, from every worker in every epoch
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # a decoded image, which nobody writes to
 
 
 # --- Drawing: random numbers without state ---------------------------------------------------------------------------
@@ -151,10 +156,14 @@ def crop_resize(image, crop, n, size):
 
 def crop_resize_batch(images, crop, size):
     """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, all at once."""
-    top, left, height, width, flip = on(images, np.stack(crop).astype(np.float32))
-    rows = resize_matrix(top, height, torch.zeros_like(flip), images.shape[2], size)   # (N, S, H)
-    cols = resize_matrix(left, width, flip, images.shape[3], size)                     # (N, S, W)
-    return separable(images.float(), rows, cols).round_().clamp_(0, 255).to(torch.uint8)
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
+    boxes = on(images, np.stack(crop).astype(np.float32))                              # (5, N)
+    for part in pieces(images):
+        top, left, height, width, flip = boxes[:, part]
+        rows = resize_matrix(top, height, torch.zeros_like(flip), images.shape[2], size)
+        cols = resize_matrix(left, width, flip, images.shape[3], size)
+        out[part] = separable(images[part].float(), rows, cols).round_().clamp_(0, 255)
+    return out
 
 
 def resize_matrix(start, length, flip, side, size):
@@ -192,19 +201,20 @@ def resize_centre(images, policy):
 # and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's
 # HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05).
 
-CACHE = 2 ** 20  # floats: on a CPU, a batch is worked on in pieces of this size, so that a piece stays in the cache
+def pieces(x):
+    """Slices of a batch x that are worked on one after the other: on a CPU, of as many pixels as stay in its cache; elsewhere, all."""
+    size = max(1, 2 ** 18 // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def photometric(x, colour, policy):
     """Cropped views (N, 3, S, S) uint8 and their Colour -> normalised views (N, 3, S, S) float32, on x's device."""
     hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # (N,): 0 to 3, 4 = no colour changes
     by_hue = np.argsort(hue_at, kind="stable")  # views whose hue comes k-th are neighbours: see change_colour
-    piece = max(1, CACHE // x[0].numel()) if x.device.type == "cpu" else len(x)
     out = torch.empty(x.shape, device=x.device)
-    for start in range(0, len(x), piece):
-        rows = by_hue[start:start + piece]
+    for rows in (by_hue[piece] for piece in pieces(x)):
         part = Colour(*(a[rows] for a in colour))
-        view = x[on(x, rows)].float() / 255
+        view = x.index_select(0, on(x, rows)).float().div_(255)
         change_colour(view, part, hue_at[rows])
         gray, blurred = (on(x, np.flatnonzero(chosen)) for chosen in (part.gray, part.sigma))
         view[gray] = luma(view[gray]).expand(-1, 3, -1, -1)
@@ -228,7 +238,7 @@ def normalize(x, policy):
 
 def luma(x):
     """ITU-R 601-2 luma, Pillow's grayscale: (N, 3, S, S) -> (N, 1, S, S)"""
-    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+    return (0.299 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
 def change_colour(x, colour, hue_at):
@@ -258,17 +268,22 @@ def change_colour(x, colour, hue_at):
 def shift_hue(x, shift):
     """Rotate the hue of x (N, 3, S, S) in [0, 1] by `shift` (N, 1, 1, 1) turns, at most half a turn. HSV, without HSV.
 
-    With c = max - min and h the hue in sixths of a turn, HSV's way back to RGB is, for n = 5, 3, 1 (red, green, blue),
-    max - c clamp(2 - |k - 2|, 0, 1) where k = (n + h) mod 6 (Smith 1978). Multiplying by c makes every division go: c h
-    is a difference of two channels. For |k - 2| stands |||h + n - 5| - 6| - 3|, which equals it on [-12, 12].
+    With c = max - min and h in [0, 6) the hue in sixths of a turn, HSV's way back to RGB is (Smith 1978) min + c times
+    |h - 3| - 1 for red, 2 - |h - 2| for green, 2 - |h - 4| for blue, each clamped to [0, 1]. Multiplied by c throughout, every
+    division goes: c h is a difference of two channels. Conditions are weights of 0 and 1 (torch.where takes as long as thirty of these).
     """
     r, g, b = x.unbind(dim=1)
-    top, bottom = x.amax(dim=1), x.amin(dim=1)
+    top, bottom = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
     c = top - bottom
-    ch = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * c, r - g + 4 * c))
-    ch = ch + 6 * shift[:, 0] * c
-    distance = [(((ch + (n - 5) * c).abs() - 6 * c).abs() - 3 * c).abs() for n in (5, 3, 1)]
-    return torch.stack([top - (2 * c - d).clamp(min=0).minimum(c) for d in distance], dim=1)
+    is_r, is_g = (torch.eq(top, v, out=torch.empty_like(c)) for v in (r, g))
+    ch = (r - g).add_(c, alpha=4).lerp_((b - r).add_(c, alpha=2), is_g).lerp_(g - b, is_r)
+    ch.addcmul_(6 * shift[:, 0], c)                                   # now in [-4c, 8c), and wrapped:
+    ch.addcmul_(torch.lt(ch, 0, out=torch.empty_like(c)), c, value=6)
+    ch.addcmul_(torch.ge(ch, 6 * c, out=torch.empty_like(c)), c, value=-6)
+    red = ch.sub(c, alpha=3).abs_().sub_(c)
+    green = ch.sub(c, alpha=2).abs_().neg_().add_(c, alpha=2)
+    blue = ch.sub(c, alpha=4).abs_().neg_().add_(c, alpha=2)
+    return torch.stack([v.clamp_(min=0).minimum(c).add_(bottom) for v in (red, green, blue)], dim=1)
 
 
 REACH = 8  # pixels: four times the paper's largest std, beyond which a Gaussian holds 6e-5 of its mass
@@ -276,11 +291,12 @@ REACH = 8  # pixels: four times the paper's largest std, beyond which a Gaussian
 
 def blur_matrix(sigma, side):
     """Gaussian blur along a line of `side` pixels whose ends repeat for ever. sigma (N,) > 0, pixels -> (N, side, side)"""
+    distance = torch.arange(REACH + 2, device=sigma.device)                            # (10,)
+    kernel = torch.exp(-distance ** 2 / (2 * sigma[:, None] ** 2)) * (distance <= REACH)        # (N, 10)
+    kernel = kernel / (2 * kernel.sum(dim=1, keepdim=True) - kernel[:, :1])            # (N, 10)
     output = torch.arange(side, device=sigma.device)[:, None]
     pixel = torch.arange(-REACH, side + REACH, device=sigma.device)
-    distance = (pixel - output).float()                                                # (side, side + 2 REACH)
-    weight = torch.exp(-distance ** 2 / (2 * sigma[:, None, None] ** 2)) * (distance.abs() <= REACH)
-    weight = weight / weight.sum(dim=-1, keepdim=True)
+    weight = kernel[:, (pixel - output).abs().clamp(max=REACH + 1)]                    # (N, side, side + 16)
     matrix = weight[..., REACH:-REACH].clone()
     matrix[..., 0] += weight[..., :REACH].sum(dim=-1)
     matrix[..., -1] += weight[..., -REACH:].sum(dim=-1)
@@ -405,14 +421,15 @@ def read_list(path):
 
 
 def read_image(path):
-    """A file -> (H, W, 3) uint8 tensor. What Pillow opens becomes RGB: its first frame, as it lies there (EXIF turns nothing),
+    """A file -> (H, W, 3) uint8 tensor, to be read only. What Pillow opens becomes RGB: its first frame, as it lies there (EXIF turns nothing),
     without transparency; of 16 bits the higher 8. What Pillow doesn't open or decode whole is bad: raises BadImage."""
     path = os.fsdecode(path)
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # Pillow itself would cut all above 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+            image = image if image.mode == "RGB" else image.convert("RGB")
+            return torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
     except Exception as error:  # a damaged file can raise anything
         raise BadImage(f"{path}: can't be read as an image ({type(error).__name__}: {error}); mend it or take it away") from None
 
@@ -594,42 +611,41 @@ def load_centres(source, policy, batches, device, workers):
     if source.pixels is None:
         stored = decode(source, partial(cut_centre, policy), batches, device, workers)
     else:
-        stored = ((epoch, i, resize_centre(source.pixels[torch.from_numpy(i)], policy)[None].to(device)) for epoch, i in batches)
-    for _, index, x in stored:
-        yield index, normalize(x[0].float() / 255, policy)
+        stored = ((epoch, i, [resize_centre(source.pixels[torch.from_numpy(i)], policy).to(device)]) for epoch, i in batches)
+    for _, index, (x,) in stored:
+        yield index, normalize(x.float() / 255, policy)
 
 
 def cut_views(policy, seed, views, image, epoch, i):
-    """The geometry of an image's views: (H, W, 3) uint8 -> (V, 3, S, S) uint8"""
-    numbers = np.arange(views)
-    crop = draw_crop(policy, seed, epoch, np.full(views, i), numbers, *image.shape[:2])
-    return torch.stack([crop_resize(image, crop, v, policy.size) for v in numbers])
+    """The geometry of an image's views: (H, W, 3) uint8 -> [(3, S, S) uint8, one per view]"""
+    crop = draw_crop(policy, seed, epoch, np.full(views, i), np.arange(views), *image.shape[:2])
+    return [crop_resize(image, crop, v, policy.size) for v in range(views)]
 
 
 def cut_centre(policy, image, epoch, i):
-    return resize_centre(image.permute(2, 0, 1)[None], policy)
+    return list(resize_centre(image.permute(2, 0, 1)[None], policy))
 
 
 def cut_views_in_memory(pixels, policy, seed, batches, views):
     for epoch, index in batches:
         images = pixels[on(pixels, index)]
         crops = [draw_crop(policy, seed, epoch, index, np.full(len(index), v), *images.shape[2:]) for v in range(views)]
-        yield epoch, index, torch.stack([crop_resize_batch(images, crop, policy.size) for crop in crops])
+        yield epoch, index, [crop_resize_batch(images, crop, policy.size) for crop in crops]
 
 
 LOADER_TIMEOUT = 600  # seconds
 
 
 def decode(source, cut, batches, device, workers):
-    """Yield (epoch, indices, pixels (V, N, 3, S, S) uint8 on the device), decoded and cut by worker processes."""
+    """Yield (epoch, indices, [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by worker processes."""
     loader = torch.utils.data.DataLoader(Decoder(source.files, cut), batch_sampler=batches, num_workers=workers, collate_fn=tuple,
                                          prefetch_factor=(2 if workers <= 4 else 1) if workers else None,  # fewer in /dev/shm
                                          timeout=LOADER_TIMEOUT if workers else 0, worker_init_fn=outlive_signals, pin_memory=device.type == "cuda")
-    for epoch, index, pixels, bad in loader:
+    for epoch, index, views, bad in loader:
         if isinstance(bad, BadImage):
             raise bad
         source.note(bad)
-        yield epoch, index, pixels.to(device, non_blocking=True)
+        yield epoch, index, [x.to(device, non_blocking=True) for x in views]
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # signals that end a run after its step
@@ -655,7 +671,7 @@ class Decoder(torch.utils.data.Dataset):
                 image, met = read_or_replace(self.files, i)
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
-            return epoch, index, torch.stack(cuts, dim=1), bad
+            return epoch, index, torch.utils.data.default_collate(cuts), bad  # into memory that the main process shares
         except BadImage as error:
             return epoch, index, None, error  # raised in the main process: from here it would arrive wrapped in a traceback
 
@@ -676,11 +692,97 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
         for pair in range(pairs):
             crops = cut_views(policy, seed, 2, stored, epoch + pair, i)
             for v in range(2):
-                x = photometric(crops[v:v + 1], draw_colour(policy, seed, epoch + pair, [i], v), policy)[0] * std + mean
+                x = photometric(crops[v][None], draw_colour(policy, seed, epoch + pair, [i], v), policy)[0] * std + mean
                 view = Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
                 left = tile + 2 * gap + pair * (2 * tile + 3 * gap) + v * (tile + gap)
                 sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (left, y))
     return sheet
+
+
+# --- The benchmark: what each part costs on this machine, and what the conventional way would ------------------------
+
+def opened(source, i):
+    """The i-th image as a PIL image, decoded."""
+    if source.pixels is not None:
+        return Image.fromarray(source.image(i).numpy())
+    with Image.open(os.fsdecode(source.files[i])) as image:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def view_by_pillow(image, crop, colour, policy):
+    """A view of a PIL image as the released code's kind of pipeline makes it: by Pillow's operations, in floats at the very end.
+    crop, colour: of this one view -> (3, S, S) float32, normalised"""
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    view = image.crop(box).resize((policy.size, policy.size), Image.Resampling.BILINEAR)
+    for change in colour.order if colour.jitter else ():
+        if change < 3:
+            view = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change](view).enhance(colour.factor[change])
+        else:
+            h, s, v = view.convert("HSV").split()
+            h = Image.fromarray(np.asarray(h) + np.uint8(round(255 * colour.factor[3]) % 256))
+            view = Image.merge("HSV", (h, s, v)).convert("RGB")
+    view = view.convert("L").convert("RGB") if colour.gray else view
+    view = view.filter(ImageFilter.GaussianBlur(float(colour.sigma))) if colour.sigma > 0 else view
+    view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else view
+    return normalize(torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().float() / 255, policy)
+
+
+def views_by_pillow(source, policy, seed, epoch, index):
+    """What load_views makes of these images, the conventional way, one view after the other: [x1, x2]"""
+    colour, views = [draw_colour(policy, seed, epoch, index, v) for v in range(2)], ([], [])
+    for k, i in enumerate(index):
+        image = opened(source, i)
+        crop = draw_crop(policy, seed, epoch, np.full(2, i), np.arange(2), image.height, image.width)
+        for v in range(2):
+            views[v].append(view_by_pillow(image, Crop(*(a[v] for a in crop)), Colour(*(a[k] for a in colour[v])), policy))
+    return [torch.stack(x) for x in views]
+
+
+def rate(source, policy, device, part):
+    """Images a second that this process does of a part of the pipeline, by two views of each image of the source."""
+    index = np.arange(len(source))
+    cut = Decoder(source.files, partial(cut_views, policy, 0, 2)).__getitems__ if source.pixels is None else \
+        lambda batch: next(cut_views_in_memory(source.pixels.to(device), policy, 0, [batch], 2))
+    x = [x_v.to(device) for x_v in cut((0, index))[2]]
+    work = {"decode": lambda: [opened(source, i) for i in index],
+            "decode and cut": lambda: cut((0, index)),
+            "colour": lambda: [photometric(x[v], draw_colour(policy, 0, 0, index, v), policy) for v in range(2)],
+            "all": lambda: list(load_views(source, policy, 0, [(0, index)], device, 0)),
+            "all, by Pillow": lambda: views_by_pillow(source, policy, 0, 0, index)}[part]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return len(source) / (time.perf_counter() - began)
+
+
+def loader_rate(source, policy, device, workers):
+    """Images a second that the DataLoader brings, decoded and cut, from when its queues have been emptied once."""
+    batches, start = [(0, np.arange(len(source)))] * 12 * workers, 4 * workers
+    arrivals = [time.perf_counter() for _ in decode(source, partial(cut_views, policy, 0, 2), batches, device, workers)]
+    return len(source) * (len(arrivals) - 1 - start) / (arrivals[-1] - arrivals[start])
+
+
+def bench(source, policy, device, repeats=9):
+    """Print what each part of the pipeline costs -> {part: images/s on one core, on all}, medians of interleaved repeats. On one core the
+    device is used; on all, each has the whole of its work."""
+    torch.set_num_threads(1)
+    parts = ["decode"] * (source.pixels is None) + ["decode and cut", "colour", "all", "all, by Pillow"]
+    found, cores = {part: ([], []) for part in parts}, os.cpu_count()
+    with multiprocessing.Pool(cores, torch.set_num_threads, (1,)) as pool:
+        for part in parts * repeats:
+            found[part][0].append(rate(source, policy, device, part))
+            found[part][1].append(sum(pool.map(partial(rate, source, policy, torch.device("cpu")), [part] * cores, chunksize=1)))
+    if source.pixels is None:
+        found["DataLoader, 1 and 2 workers"] = [[loader_rate(source, policy, device, workers) for _ in range(max(1, repeats // 3))] for workers in (1, 2)]
+    found = {part: [statistics.median(rates) for rates in both] for part, both in found.items()}
+    print(f"{'images/s (times Pillow; times decode)':40}{f'one core, {device.type}':>26}{f'{cores} cores':>26}")
+    for part, both in found.items():
+        shown = [f"{r:.0f} ({r / pillow:.2f}; {r / floor:.2f})" for r, pillow, floor in zip(both, found["all, by Pillow"], found.get("decode", [math.inf] * 2))]
+        print(f"{part:40}{shown[0]:>26}{shown[1]:>26}")
+    return found
 
 
 def complaint(path):
@@ -712,6 +814,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epoch", type=int, default=0, help="of the views (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="read every image instead, and list what is wrong with which")
+    parser.add_argument("--bench", action="store_true", help="measure the pipeline instead, on 48 of the images, or 512 that are in memory")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="for --bench")
     args = parser.parse_args()
     try:
         train, val = open_data(args.data, args.seed)
@@ -720,6 +824,10 @@ def main():
             bad = check_files(files)
             sys.exit(f"augment.py: {bad} of {len(files)} image files are bad" if bad else print(f"all {len(files)} image files are good"))
         policy = Policy() if train.pixels is None else Policy(size=max(train.pixels.shape[2:]), blur=0)
+        if args.bench:
+            chosen = np.linspace(0, len(train) - 1, 48 if train.pixels is None else 512).astype(int)
+            few = Source(files=train.files[chosen]) if train.pixels is None else Source(pixels=train.pixels[chosen])
+            return bench(few, policy, torch.device(args.device))
         contact_sheet(train, policy, args.seed, args.epoch).save(args.out)
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"augment.py: {printable(error)}")

@@ -776,7 +776,7 @@ class Run:
     override: names of settings that may differ from the checkpoint's. Raises Refused where it is to go on from a checkpoint that is
     foreign, or of other settings, and where both of the two that are kept are damaged.
     """
-    MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes"}
+    MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile"}
 
     def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=()):
         self.out, self.parts, self.settings, self.steps_per_epoch, self.device = out, parts, settings, steps_per_epoch, device
@@ -1044,6 +1044,8 @@ def parse(argv=None):
                         f"{augment.SMALL} pixels a side, else imagenet")
     parser.add_argument("--experiment", choices=(*EXPERIMENTS, "list"), default="simsiam", metavar="NAME",
                         help="a row of the paper; list shows them all (default: %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="fuse the network's operations with torch.compile, "
+                        "which takes a minute or more at the start and a C++ compiler on a CPU (default: no)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint.pth, or of one in the released layout")
     choices = {"arch": tuple(resnet.ARCHS), "pred_lr": ("constant", "cosine"), "predictor": ("mlp", "fixed", "none"),
                "objective": tuple(OBJECTIVES), "eta": ("current", "alternate", "average")}
@@ -1091,7 +1093,7 @@ def resolve(args, train, world):
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     settings.update({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     settings.update(experiment=args.experiment, init=args.init, seed=args.seed, data=args.data, images=len(train), device=args.device,
-                    amp=args.amp if args.amp is not None else args.device == "cuda", world=world, workers=args.workers,
+                    amp=args.amp if args.amp is not None else args.device == "cuda", compile=args.compile, world=world, workers=args.workers,
                     save_minutes=args.save_minutes if settings["eta"] != "average" else 1e9)  # its checkpoint takes all processes at once
     check(settings)
     for name in ("area", "aspect", "sigma"):
@@ -1169,6 +1171,7 @@ def launch(script, run, args):
 HINTS = {  # torch's words: what to do
     "DataLoader timed out": f"no images for {augment.LOADER_TIMEOUT} s; is the disk or the network under DATA still there?",
     "DataLoader worker": "a process that decodes images was killed, mostly for want of memory or of /dev/shm; use fewer --workers",
+    "C\\+\\+ compiler|[Tt]riton": "--compile needs what torch.compile needs on this machine; without it the run goes as well, only slower",
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message"}
 
 
@@ -1210,6 +1213,8 @@ def pretrain(args):
     layout = resnet.fastest_layout(model.encoder, device)
     model = model.to(device, memory_format=layout)
     network = distribute(model, device)
+    if s["compile"]:
+        network.compile()  # in place: names in checkpoints stay
     optimizer = sgd(model, s["momentum"], s["weight_decay"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])  # what stays in float32 has TF32 convolutions
 
@@ -1317,7 +1322,7 @@ def describe(args, s, train, val, device, lr, watch_knn, out):
 
 def hardware(s, device):
     precision = "bf16 autocast" if s["amp"] else "float32 (convolutions TF32)" if device.type == "cuda" else "float32"
-    return f"{device_name(device)}, {precision}, {s['workers']} workers"
+    return f"{device_name(device)}, {precision}{', compiled' * s.get('compile', False)}, {s['workers']} workers"
 
 
 def device_name(device):

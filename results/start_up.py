@@ -3,7 +3,8 @@
     python results/start_up.py --files 1300000          from the repository's root, on Linux; needs a folder with as many free inodes: TMPDIR
 
 The files are links to one photograph-sized JPEG, in 1000 folders. Listing, fingerprint and order are timed once each, after the links were made,
-and so with a warm cache: a network's disk takes longer. Memory is each process's share (Pss), which adds up.
+and so with a warm cache: a network's disk takes longer. Memory is each process's share (Pss), which adds up; batches on their way from a worker
+lie in memory that both share, and come and go, so that they are counted apart. Views are small here, 32 pixels a side, to see many batches.
 """
 import argparse
 import json
@@ -21,9 +22,10 @@ from PIL import Image
 
 
 def memory(pid):
-    """MiB that this process has, with its share of what it has in common with others."""
+    """MiB that this process has, with its share of what it has in common with others, without and of shared memory."""
     with open(f"/proc/{pid}/smaps_rollup") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("Pss:")) / 1024
+        values = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in f if line.startswith("Pss")}
+    return round(values["Pss"] - values["Pss_Shmem"]), round(values["Pss_Shmem"])
 
 
 def children():
@@ -34,7 +36,7 @@ def children():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=1_300_000)
-    parser.add_argument("--steps", type=int, default=60, help="of 64 images (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of 64 images (default: %(default)s)")
     args = parser.parse_args()
     result = {"command": shlex.join(["python", *sys.argv]), "files": args.files, "torch": torch.__version__}
 
@@ -51,18 +53,18 @@ def main():
             os.makedirs(place := os.path.join(folder, "data", "train", f"n{c:08}"))
             for i in range(args.files // 1000):
                 os.symlink(photo, os.path.join(place, f"n{c:08}_{i:06}.JPEG"))
-        result["memory before, MiB"] = round(memory("self"))
+        result["memory before, MiB"] = memory("self")[0]
         train, _ = timed("listing", augment.open_data, os.path.join(folder, "data"))
-        result["memory with the names, MiB"] = round(memory("self"))
+        result["memory with the names, MiB"] = memory("self")[0]
         timed("fingerprint", train.fingerprint)
         timed("order of an epoch", augment.permutation, 0, 0, len(train))
         batches = augment.steps(0, len(train), 64, 1)
-        views = augment.load_views(train, augment.Policy(), 0, batches, torch.device("cpu"), 2)
+        views = augment.load_views(train, augment.Policy(size=32), 0, batches, torch.device("cpu"), 2)
         timed("first batch, 2 workers", next, views)
         for step in range(1, args.steps + 1):
             next(views)
-            if step in (args.steps // 3, args.steps):
-                result[f"memory after {step} steps, MiB: main, each worker"] = [round(memory(pid)) for pid in ("self", *children())]
+            if step in (20, args.steps // 10, args.steps // 2, args.steps):
+                result[f"memory after {step} steps, MiB: main, workers; and shared"] = [memory(pid) for pid in ("self", *children())]
     with open("results/start-up.json", "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -1,0 +1,207 @@
+"""How fast it is, beside the plain or conventional way, measured in one run: results/speed-cpu.json or speed-cuda.json, and speed.md from both.
+
+    python results/speed.py --photos PHOTOS --cifar CIFAR          about 15 minutes on 2 cores; on a GPU, under 10. Not run on a GPU by us yet
+
+From the repository's root. PHOTOS: a folder of photographs (default: drawn JPEGs of 500 x 375); CIFAR: a CIFAR-10 folder (default: the drawn shapes).
+Variants are interleaved, and medians reported: ratios within a table count more than the figures.
+"""
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.getcwd())
+import augment
+import numpy as np
+import resnet
+import simsiam
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bf16 TFLOP/s, from the data sheets
+VARIANTS = {"plain": (False, False), "ours": (True, False), "ours, compiled": (True, True)}
+WAIT = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+
+def drawn_photos(folder):
+    """JPEGs about as large, and as hard to decode, as photographs."""
+    rng = np.random.default_rng(0)
+    for k in range(64):
+        image = sum(s * np.kron(rng.normal(size=(3, 375 // s + 1, 500 // s + 1)), np.ones((s, s)))[:, :375, :500] for s in (64, 16, 4, 1))
+        Image.fromarray((128 + 0.6 * image).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
+
+
+def make_step(device, recipe, batch, ours, compiled):
+    """A training step on fixed views, as simsiam.py does it or plainly: NCHW, no autocast (on a GPU, TF32 in the convolutions), the default SGD.
+    -> a function that makes n steps and returns the seconds of one"""
+    torch.manual_seed(0)
+    s = {name: values[simsiam.RECIPES.index(recipe)] for name, values in simsiam.SETTINGS.items()}
+    model = simsiam.SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"])
+    layout = resnet.fastest_layout(model.encoder, device) if ours else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    views = [torch.randn(batch, 3, s["size"], s["size"], device=device).contiguous(memory_format=layout) for _ in range(2)]
+    optimizer = simsiam.sgd(model, 0.9, 1e-4)
+    if not ours:
+        optimizer = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=0.0, momentum=0.9, weight_decay=1e-4)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=ours and device.type == "cuda")
+    if compiled:
+        model.compile()
+
+    def run(n):
+        WAIT()
+        began = time.perf_counter()
+        for _ in range(n):
+            simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
+        WAIT()
+        return (time.perf_counter() - began) / n
+
+    return run
+
+
+def steps(device, recipe, batch, n, repeats=5):
+    """Each variant's images/s (an image: two views, forward and backward), TFLOP/s, seconds until the first step is done, peak MiB on a GPU."""
+    made, found = {}, {}
+    for name, how in VARIANTS.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        made[name] = make_step(device, recipe, batch, *how)
+        found[name] = {"first step, s": round(made[name](1), 1)}
+        made[name](2)
+        found[name]["MiB"] = simsiam.peak_memory(device) if device.type == "cuda" else None
+    times = {name: [] for name in made}
+    for name in list(made) * repeats:
+        times[name].append(made[name](n))
+    with FlopCounterMode(display=False) as counter:
+        made["plain"](1)
+    for name, seconds in times.items():
+        ms = 1000 * statistics.median(seconds)
+        found[name] |= {"ms": round(ms, 1), "images/s": round(1000 * batch / ms, 1), "TFLOP/s": round(counter.get_total_flops() / ms / 1e9, 2)}
+    return {"recipe": recipe, "batch": batch, "GFLOP an image": round(counter.get_total_flops() / batch / 1e9, 2), "variants": found}
+
+
+def imagenet_knn(device):
+    """Seconds and MiB for the kNN of all of ImageNet's validation images: 50,000 against 1,281,167, 2048 features each; on a CPU from 208 of them."""
+    bank = torch.empty(1_281_167, 2048, device=device)
+    for part in bank.split(2 ** 14):
+        part.normal_()
+    queries, labels = torch.randn(50_000 if device.type == "cuda" else 208, 2048, device=device), torch.arange(len(bank), device=device) % 1000
+    WAIT()
+    began = time.perf_counter()
+    simsiam.knn(bank, labels, queries)
+    WAIT()
+    return {"queries": len(queries), "seconds for 50,000": round((time.perf_counter() - began) * 50_000 / len(queries), 1),
+            "MiB": simsiam.peak_memory(device), "of these, the bank": bank.nbytes >> 20}
+
+
+def communication(recipe):
+    """MiB that each process gives to others in a step: gradients, and BN's sums, for forward and backward, of both views."""
+    s = {name: values[simsiam.RECIPES.index(recipe)] for name, values in simsiam.SETTINGS.items()}
+    model = simsiam.SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"])
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return {"recipe": recipe, "gradients, MiB": round(sum(w.numel() for w in model.parameters()) * 4 / 2 ** 20, 1), "BN layers": len(norms),
+            "BN collectives": 2 * 2 * len(norms), "BN, MiB": round(2 * sum(4 * m.num_features + 1 for m in norms) * 4 / 2 ** 20, 2)}
+
+
+def run_of(*command):
+    """A program's run in a folder that goes -> its log's records, or lineval.json's content, and the seconds that it all took."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *command, "--out", folder], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            epochs = [r for r in map(json.loads, f) if r["event"] == "epoch"]
+        linear = None
+        if torch.cuda.is_available():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "lineval.py", "--cached", "--ckpt", os.path.join(folder, "checkpoint.pth")], check=True, stdout=subprocess.DEVNULL)
+            linear = round(time.perf_counter() - began, 1)
+        return {"command": shlex.join(["python", *(part for part in command)]), "seconds in all": round(seconds, 1),
+                "seconds of each epoch": [round(r["seconds"], 2) for r in epochs[1:]], "images/s": [round(r["images_per_s"]) for r in epochs[1:]],
+                "waiting for data": [round(r["data_wait"], 3) for r in epochs[1:]], "lineval --cached, s": linear}
+
+
+def measure(photos, cifar, device):
+    cuda = device.type == "cuda"
+    found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cores": os.cpu_count()}
+    print(json.dumps(found))
+    threads = torch.get_num_threads()
+    found["photos"] = augment.bench(few(augment.open_data(photos)[0], 48), augment.Policy(), device)
+    found["in memory"] = augment.bench(few(augment.open_data(cifar)[0], 512), augment.Policy(size=32, blur=0), device)
+    torch.set_num_threads(threads)
+    sizes = [("imagenet", 512, 10), ("imagenet", 256, 10), ("cifar10", 512, 20)] if cuda else [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]
+    found["steps"] = []
+    for recipe, batch, n in sizes:
+        try:
+            found["steps"].append(steps(device, recipe, batch, n))
+            print(json.dumps(found["steps"][-1]), flush=True)
+        except torch.OutOfMemoryError:
+            print(f"{recipe}: a batch of {batch} doesn't fit", flush=True)
+    found["knn"] = imagenet_knn(device)
+    print(json.dumps(found["knn"]), flush=True)
+    found["communication"] = [communication(recipe) for recipe in ("imagenet", "cifar10")]
+    data = [] if cifar is None else [cifar]
+    found["runs"] = [run_of("simsiam.py", *(data if cuda else []), "--epochs", "3", "--knn-every", "0", *more) for more in ([], ["--compile"])]
+    for run in found["runs"]:
+        run["command"] = run["command"].replace(str(cifar), "CIFAR")
+    with open(f"results/speed-{device.type}.json", "w") as f:
+        f.write(json.dumps(found, indent=1) + "\n")
+
+
+def few(source, n):
+    chosen = np.linspace(0, len(source) - 1, n).astype(int)
+    return augment.Source(files=source.files[chosen]) if source.pixels is None else augment.Source(pixels=source.pixels[chosen])
+
+
+def table(heads, rows):
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows), ""]
+
+
+def page(found):
+    """One machine's section of speed.md."""
+    out = [f"## {found['device']}", "", f"torch {found['torch']}, {found['cores']} cores.", ""]
+    for what, title in (("photos", "photographs, two views of 224 pixels"), ("in memory", "32-pixel images in memory, two views")):
+        rates, heads, beside = found[what], ["part", "one core", "all cores", "times Pillow, one core", "all cores"], [found[what]["all, by Pillow"]]
+        if "decode" in rates:
+            heads, beside = heads + ["share of decoding, one core", "all cores"], beside + [rates["decode"]]
+        out += [f"**Input pipeline**, {title}, images/s:", ""]
+        out += table(heads, [[part, *(f"{r:.0f}" for r in both), *(f"{r / b:.2f}" for other in beside for r, b in zip(both, other))] for part, both in rates.items()])
+    for s in found["steps"]:
+        plain = s["variants"]["plain"]["images/s"]
+        peak = next((value for name, value in PEAK.items() if name in found["device"]), None)
+        out += [f"**Training step**, {s['recipe']}, batch {s['batch']}, {s['GFLOP an image']} GFLOP an image:", ""]
+        out += table(["variant", "ms", "images/s", "times plain", "TFLOP/s", "share of the peak", "first step, s", "MiB"],
+                     [[name, v["ms"], v["images/s"], f"{v['images/s'] / plain:.2f}", v["TFLOP/s"], f"{v['TFLOP/s'] / peak:.2f}" if peak else "-",
+                       v["first step, s"], v["MiB"] or "-"] for name, v in s["variants"].items()])
+    out += ["**kNN at ImageNet's size**: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", "", "**Whole runs**:", ""]
+    out += table(list(found["runs"][0]), [list(run.values()) for run in found["runs"]])
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos")
+    parser.add_argument("--cifar")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.photos is None:
+            drawn_photos(folder)
+        measure(args.photos or folder, args.cifar, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lines = ["Made by `results/speed.py`; what it means is in `results/README.md`.", ""]
+    for device in ("cuda", "cpu"):
+        if os.path.exists(f"results/speed-{device}.json"):
+            with open(f"results/speed-{device}.json") as f:
+                found = json.load(f)
+            lines += page(found)
+    lines += ["## Communication", "", "What a step sends, by counting:", "", *table(list(found["communication"][0]), [list(c.values()) for c in found["communication"]])]
+    with open("results/speed.md", "w") as f:
+        f.write("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
