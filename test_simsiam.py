@@ -1201,7 +1201,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("fault", ["SIGTERM to the agent", "a worker killed", pytest.param("a worker killed, of two agents", marks=slow),
+@pytest.mark.parametrize("fault", ["SIGTERM to the agent", "a worker killed", "a worker killed, at its start", pytest.param("a worker killed, of two agents", marks=slow),
                                    "all killed, resumed", "all killed, resumed by one process"])
 def test_torchrun_survives(tmp_path, small, longer, fault):
     out, agents = tmp_path / "run", 2 if "two agents" in fault else 1
@@ -1212,14 +1212,21 @@ def test_torchrun_survives(tmp_path, small, longer, fault):
         cores = sorted(os.sched_getaffinity(0))             # of two agents, each has a machine of its own: half of the cores
         processes = [stack.enter_context(start(*command, preexec_fn=functools.partial(os.sched_setaffinity, 0, cores[k::agents] or cores)))
                      for k in range(agents)]
-        wait_for_epoch(processes[0], out)
+
+        def workers():
+            return sorted(set(processes_of(out)) - {process.pid for process in processes} - set(processes_of(out, "torch.distributed.run")))
+
+        while "at its start" in fault and not workers():
+            time.sleep(0.01)
+        if "at its start" not in fault:
+            wait_for_epoch(processes[0], out)
         if "SIGTERM" in fault:
             processes[0].send_signal(signal.SIGTERM)
         elif "all killed" in fault:
             kill_all(out)
         else:
-            workers = sorted(set(processes_of(out)) - {process.pid for process in processes} - set(processes_of(out, "torch.distributed.run")))
-            os.kill(workers[-1], signal.SIGKILL)
+            os.kill(workers()[-1], signal.SIGKILL)
+            assert ("at its start" in fault) == (not (out / "checkpoint.pth").exists())
         said = [process.communicate(timeout=120)[1] for process in processes]
     if "SIGTERM" in fault:
         assert processes[0].returncode != 0 and (0, 0) < stopped_at(said[0], out) < (6, 0)
@@ -1231,7 +1238,7 @@ def test_torchrun_survives(tmp_path, small, longer, fault):
     else:
         assert [process.returncode for process in processes] == [0] * agents, said
     events = [r["event"] for r in log_of(out)]
-    assert events.count("resume") == 1 and events[-1] == "end"
+    assert events.count("resume") == ("at its start" not in fault) and events[-1] == "end"
     if "by one process" in fault:      # the sums are in another order from there on
         assert log_of(out)[-2]["loss"] == pytest.approx(longer["losses"][6], abs=2e-3) and abs(longer["losses"][6] - longer["losses"][5]) > 4e-3
         assert losses_of(out) == pytest.approx(longer["losses"], abs=2e-3)

@@ -45,7 +45,7 @@ CLAIMS = {"fig2-without-stopgrad": ("collapses", "fig2-with-stopgrad"), "table1-
 # Claims that did not hold on shapes at first: what we guessed, the option that would show it, and the rows to run with it again
 GUESSES = [("lr 0.25 is too high without BN", ["--base-lr", "0.1"], ["simsiam", "table3-a-no-bn", "table3-b-hidden-bn"]),
            ("lr 0.25 is too low for the instability", ["--base-lr", "4"], ["simsiam", "table3-d-all-bn"]),
-           ("6 epochs are too few for the difference", ["--epochs", "12"], ["simsiam", "sec46-asymmetric", "sec52-moving-average"])]
+           ("6 epochs are too few for the difference", ["--epochs", "12"], ["simsiam", "sec46-asymmetric", "sec52-moving-average", "table2-batch-64", "suppB-dim-256"])]
 
 
 def kind(runs, baseline):

@@ -128,7 +128,7 @@ def run_of(*command):
 
 def measure(photos, cifar, device):
     cuda = device.type == "cuda"
-    found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cores": os.cpu_count()}
+    found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cuda": cuda, "cores": os.cpu_count()}
     print(json.dumps(found))
     threads = torch.get_num_threads()
     found["photos"] = augment.bench(few(augment.open_data(photos)[0], 48), augment.Policy(), device)
@@ -178,6 +178,10 @@ def page(found):
         out += table(["variant", "ms", "images/s", "times plain", "TFLOP/s", "share of the peak", "first step, s", "MiB"],
                      [[name, v["ms"], v["images/s"], f"{v['images/s'] / plain:.2f}", v["TFLOP/s"], f"{v['TFLOP/s'] / peak:.2f}" if peak else "-",
                        v["first step, s"], v["MiB"] or "-"] for name, v in s["variants"].items()])
+    if found["cuda"]:
+        fastest = max(v["images/s"] for s in found["steps"] if s["recipe"] == "imagenet" for v in s["variants"].values())
+        out += [f"**Feeding it**: {fastest:.0f} images/s of ResNet-50 take " + " and ".join(
+            f"{fastest / found['photos'][part][0]:.0f} cores ({part})" for part in ("decode and cut", "all, by Pillow")) + ".", ""]
     out += ["**kNN at ImageNet's size**: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", "", "**Whole runs**:", ""]
     out += table(list(found["runs"][0]), [list(run.values()) for run in found["runs"]])
     return out
