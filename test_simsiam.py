@@ -2676,7 +2676,7 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
         places |= found
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(globals(), name, module)
-    assert collections.Counter(name for name, *_ in places) == {"augment": 15, "simsiam": 5, "lineval": 3}
+    assert collections.Counter(name for name, *_ in places) == {"augment": 18, "simsiam": 5, "lineval": 3}
     assert here("simsiam.py", ten, *TINY, "--epochs", "1", "--workers", "0", "--out", tmp_path / "small") is None
     assert here("simsiam.py", large, *TINY, "--recipe", "imagenet", "--epochs", "1", "--workers", "0", "--size", "24", "--out", tmp_path / "large") is None
     assert here("lineval.py", ten, "--ckpt", tmp_path / "small/checkpoint.pth", "--cached", "--epochs", "1", "--workers", "0") is None
@@ -2692,7 +2692,7 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
 
 def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 215
+    assert len(text.splitlines()) <= 235
     commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
     for script, parse in (("simsiam.py", simsiam.parse), ("lineval.py", lineval.parse)):
         ours = [shlex.split(c.split(script, 1)[1]) for c in commands if script in c]
@@ -2764,7 +2764,7 @@ def test_readme_shows_the_algorithm_as_it_is():
 
 
 def test_line_budgets():
-    budgets = {"resnet.py": 170, "augment.py": 730, "simsiam.py": 1310, "lineval.py": 485}
+    budgets = {"resnet.py": 170, "augment.py": 840, "simsiam.py": 1340, "lineval.py": 485}
     assert {name: lines for name, lines in ((n, (HERE / n).read_text().count("\n")) for n in budgets) if lines > budgets[name]} == {}
 
 
