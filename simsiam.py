@@ -809,7 +809,8 @@ class Run:
         for name, part in self.parts.items():
             state = checkpoint[name]
             if isinstance(part, torch.optim.Optimizer):  # its weight decay and momentum are this run's, which may have been overridden
-                state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
+                groups = [{**mine, "lr": float(group["lr"])} for mine, group in zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)]
+                state = {"state": state["state"], "param_groups": groups}
             part.load_state_dict(state)
             if isinstance(part, torch.optim.Optimizer) and any(t.shape != w.shape for w, kept in part.state.items() for t in kept.values()):
                 raise ValueError("momentum of other shapes")

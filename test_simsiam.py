@@ -1630,9 +1630,11 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(small, tmp_path):
 def test_resume_auto_starts_and_then_continues(small, tmp_path):
     first = program(small, *TINY, "--epochs", "1", "--out", tmp_path / "run", "--resume", "auto")
     assert first.returncode == 0, first.stderr
+    lr = log_of(tmp_path / "run")[-2]["lr"]
     again = program(small, *TINY, "--epochs", "1", "--out", tmp_path / "run", "--resume", "auto")
     assert again.returncode == 0 and "continuing" in again.stdout
     assert [r["event"] for r in log_of(tmp_path / "run")] == ["start", "epoch", "resume", "epoch", "end"]
+    assert log_of(tmp_path / "run")[-2]["lr"] == lr > 0
 
 
 def test_unlabelled_photographs_train_without_knn(large, tmp_path):
