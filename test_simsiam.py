@@ -2749,12 +2749,12 @@ def test_readmes_first_command_runs(tmp_path):
 
 def test_readmes_figures_are_those_of_the_logs_in_results():
     text = (HERE / "README.md").read_text()
-    for run in ("shapes", "shapes-intel", "shapes-fig2-without-stopgrad", "cifar10-width4"):
+    for run in ("shapes", "shapes-intel", "shapes-intel-2", "shapes-fig2-without-stopgrad", "cifar10-width4"):
         start, first, *_, last, end = log_of(HERE / "results" / run)
         assert end["event"] == "end"
-        for figure in (f"{last['loss']:.3f}", f"{last['std']:.2f}" * (run != "shapes-intel"), f"{last['knn']:.1f}%", f"{first['knn']:.1f}%", f"{start['knn_pixels']:.1f}%"):
+        for figure in (f"{last['loss']:.3f}", f"{last['std']:.2f}" * ("intel" not in run), f"{last['knn']:.1f}%", f"{first['knn']:.1f}%", f"{start['knn_pixels']:.1f}%"):
             assert figure in text, (run, figure)
-    for evaluation in ("shapes-cached", "shapes-untrained-cached", "shapes-intel", "cifar10-width4-cached", "cifar10-width4-untrained-cached",
+    for evaluation in ("shapes-cached", "shapes-untrained-cached", "shapes-intel", "shapes-intel-2", "cifar10-width4-cached", "cifar10-width4-untrained-cached",
                        "cifar10-width4-sgd", "cifar10-width4-lars"):
         result = result_of(HERE / "results" / evaluation)
         assert f"{result['top1']:.1f}%" in text, evaluation
