@@ -18,7 +18,6 @@ Shapes in comments: N images or views, H x W pixels as stored, S pixels a side a
 import argparse
 import codecs
 import hashlib
-import math
 import multiprocessing
 import os
 import pickle
@@ -420,18 +419,24 @@ def read_list(path):
     return np.array(names)
 
 
-def read_image(path):
-    """A file -> (H, W, 3) uint8 tensor, to be read only. What Pillow opens becomes RGB: its first frame, as it lies there (EXIF turns nothing),
+def read_rgb(path):
+    """A file -> RGB PIL image, decoded. What Pillow opens becomes RGB: its first frame, as it lies there (EXIF turns nothing),
     without transparency; of 16 bits the higher 8. What Pillow doesn't open or decode whole is bad: raises BadImage."""
     path = os.fsdecode(path)
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # Pillow itself would cut all above 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image if image.mode == "RGB" else image.convert("RGB")
-            return torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a damaged file can raise anything
         raise BadImage(f"{path}: can't be read as an image ({type(error).__name__}: {error}); mend it or take it away") from None
+
+
+def read_image(path):
+    """A file -> (H, W, 3) uint8 tensor, to be read only. Raises BadImage as read_rgb does."""
+    image = read_rgb(path)
+    return torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
 def read_or_replace(files, i):
@@ -703,11 +708,7 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
 
 def opened(source, i):
     """The i-th image as a PIL image, decoded."""
-    if source.pixels is not None:
-        return Image.fromarray(source.image(i).numpy())
-    with Image.open(os.fsdecode(source.files[i])) as image:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+    return read_rgb(source.files[i]) if source.pixels is None else Image.fromarray(source.image(i).numpy())
 
 
 def view_by_pillow(image, crop, colour, policy):
@@ -744,7 +745,7 @@ def rate(source, policy, device, part):
     index = np.arange(len(source))
     cut = Decoder(source.files, partial(cut_views, policy, 0, 2)).__getitems__ if source.pixels is None else \
         lambda batch: next(cut_views_in_memory(source.pixels.to(device), policy, 0, [batch], 2))
-    x = [x_v.to(device) for x_v in cut((0, index))[2]]
+    x = [x_v.to(device) for x_v in cut((0, index))[2]] if part == "colour" else None
     work = {"decode": lambda: [opened(source, i) for i in index],
             "decode and cut": lambda: cut((0, index)),
             "colour": lambda: [photometric(x[v], draw_colour(policy, 0, 0, index, v), policy) for v in range(2)],
@@ -766,21 +767,24 @@ def loader_rate(source, policy, device, workers):
 
 
 def bench(source, policy, device, repeats=9):
-    """Print what each part of the pipeline costs -> {part: images/s on one core, on all}, medians of interleaved repeats. On one core the
-    device is used; on all, each has the whole of its work."""
+    """Print what each part of the pipeline costs, for 48 of the images, or 512 that are in memory -> {part: images/s on one core, on all},
+    medians of interleaved repeats. On one core the device is used; on all, each has the whole of its work."""
+    cores, threads, chosen = os.cpu_count(), torch.get_num_threads(), np.linspace(0, len(source) - 1, 48 if source.pixels is None else 512).astype(int)
+    source = Source(files=source.files[chosen]) if source.pixels is None else Source(pixels=source.pixels[chosen])
     torch.set_num_threads(1)
-    parts = ["decode"] * (source.pixels is None) + ["decode and cut", "colour", "all", "all, by Pillow"]
-    found, cores = {part: ([], []) for part in parts}, os.cpu_count()
+    found = {part: ([], []) for part in ["decode"] * (source.pixels is None) + ["decode and cut", "colour", "all", "all, by Pillow"]}
     with multiprocessing.Pool(cores, torch.set_num_threads, (1,)) as pool:
-        for part in parts * repeats:
+        for part in list(found) * repeats:
             found[part][0].append(rate(source, policy, device, part))
             found[part][1].append(sum(pool.map(partial(rate, source, policy, torch.device("cpu")), [part] * cores, chunksize=1)))
     if source.pixels is None:
         found["DataLoader, 1 and 2 workers"] = [[loader_rate(source, policy, device, workers) for _ in range(max(1, repeats // 3))] for workers in (1, 2)]
+    torch.set_num_threads(threads)
     found = {part: [statistics.median(rates) for rates in both] for part, both in found.items()}
-    print(f"{'images/s (times Pillow; times decode)':40}{f'one core, {device.type}':>26}{f'{cores} cores':>26}")
+    beside = {name: found[part] for name, part in (("times Pillow", "all, by Pillow"), ("times decode", "decode")) if part in found}
+    print(f"{'images/s (' + '; '.join(beside) + ')':40}{f'one core, {device.type}':>26}{f'{cores} cores':>26}")
     for part, both in found.items():
-        shown = [f"{r:.0f} ({r / pillow:.2f}; {r / floor:.2f})" for r, pillow, floor in zip(both, found["all, by Pillow"], found.get("decode", [math.inf] * 2))]
+        shown = [f"{r:.0f} ({'; '.join(f'{r / b:.2f}' for b in others)})" for r, *others in zip(both, *beside.values())]
         print(f"{part:40}{shown[0]:>26}{shown[1]:>26}")
     return found
 
@@ -825,9 +829,7 @@ def main():
             sys.exit(f"augment.py: {bad} of {len(files)} image files are bad" if bad else print(f"all {len(files)} image files are good"))
         policy = Policy() if train.pixels is None else Policy(size=max(train.pixels.shape[2:]), blur=0)
         if args.bench:
-            chosen = np.linspace(0, len(train) - 1, 48 if train.pixels is None else 512).astype(int)
-            few = Source(files=train.files[chosen]) if train.pixels is None else Source(pixels=train.pixels[chosen])
-            return bench(few, policy, torch.device(args.device))
+            return bench(train, policy, torch.device(args.device))
         contact_sheet(train, policy, args.seed, args.epoch).save(args.out)
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"augment.py: {printable(error)}")

@@ -808,12 +808,12 @@ class Run:
         self.notes += [f"other settings than so far: {'; '.join(changed.values())}"] if changed else []
         for name, part in self.parts.items():
             state = checkpoint[name]
-            if isinstance(part, torch.optim.Optimizer):  # its weight decay and momentum are this run's, which may have been overridden
+            if name == "optimizer":  # its weight decay and momentum are this run's, which may have been overridden
                 groups = [{**mine, "lr": float(group["lr"])} for mine, group in zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)]
                 state = {"state": state["state"], "param_groups": groups}
             part.load_state_dict(state)
-            if isinstance(part, torch.optim.Optimizer) and any(t.shape != w.shape for w, kept in part.state.items() for t in kept.values()):
-                raise ValueError("momentum of other shapes")
+        if any(t.shape != w.shape for w, kept in self.parts["optimizer"].state.items() for t in kept.values()):
+            raise ValueError("momentum of other shapes")
         self.epoch, self.step, self.seconds, self.waited = (kind(checkpoint[key]) for key, kind in
                                                             (("epoch", int), ("step", int), ("seconds", float), ("waited", float)))
         require((0 <= self.epoch <= now["epochs"] and 0 <= self.step <= self.steps_per_epoch * (self.epoch < now["epochs"]),

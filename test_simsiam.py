@@ -676,7 +676,7 @@ def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos):
 
 
 def test_the_benchmark_measures_every_part(large, capsys):
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()      # which it leaves as they were
     parts = ["decode and cut", "colour", "all", "all, by Pillow"]
     for source, policy, names in ((augment.open_data(large)[0], augment.Policy(size=24), ["decode", *parts, "DataLoader, 1 and 2 workers"]),
                                   (augment.draw_shapes(0, 0, 16), augment.Policy(size=32, blur=0), parts)):
@@ -684,7 +684,7 @@ def test_the_benchmark_measures_every_part(large, capsys):
         assert list(found) == names and all(0 < rate < 1e7 for both in found.values() for rate in both)
         assert all(found["all"][0] < 1.5 * found[part][0] for part in ("decode and cut", "colour"))
         assert [line[:40].strip() for line in capsys.readouterr().out.splitlines()[1:]] == names
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
 
 
 def test_contact_sheet_from_the_command_line(tmp_path, large):

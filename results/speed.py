@@ -37,12 +37,17 @@ def drawn_photos(folder):
         Image.fromarray((128 + 0.6 * image).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
 
 
+def model_of(recipe):
+    """A recipe's model and settings."""
+    s = simsiam.recipe_for(None, augment.Source(), recipe)
+    return simsiam.SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"]), s
+
+
 def make_step(device, recipe, batch, ours, compiled):
     """A training step on fixed views, as simsiam.py does it or plainly: NCHW, no autocast (on a GPU, TF32 in the convolutions), the default SGD.
     -> a function that makes n steps and returns the seconds of one"""
     torch.manual_seed(0)
-    s = {name: values[simsiam.RECIPES.index(recipe)] for name, values in simsiam.SETTINGS.items()}
-    model = simsiam.SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"])
+    model, s = model_of(recipe)
     layout = resnet.fastest_layout(model.encoder, device) if ours else torch.contiguous_format
     model = model.to(device, memory_format=layout)
     views = [torch.randn(batch, 3, s["size"], s["size"], device=device).contiguous(memory_format=layout) for _ in range(2)]
@@ -101,15 +106,14 @@ def imagenet_knn(device):
 
 def communication(recipe):
     """MiB that each process gives to others in a step: gradients, and BN's sums, for forward and backward, of both views."""
-    s = {name: values[simsiam.RECIPES.index(recipe)] for name, values in simsiam.SETTINGS.items()}
-    model = simsiam.SimSiam(s["arch"], s["dim"], s["pred_dim"], s["proj_layers"], s["proj_hidden"], s["width"], s["cifar_stem"])
+    model, _ = model_of(recipe)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     return {"recipe": recipe, "gradients, MiB": round(sum(w.numel() for w in model.parameters()) * 4 / 2 ** 20, 1), "BN layers": len(norms),
             "BN collectives": 2 * 2 * len(norms), "BN, MiB": round(2 * sum(4 * m.num_features + 1 for m in norms) * 4 / 2 ** 20, 2)}
 
 
 def run_of(*command):
-    """A program's run in a folder that goes -> its log's records, or lineval.json's content, and the seconds that it all took."""
+    """A program's run in a folder that goes: how long it took, by the clock and by its log; on a GPU, the linear evaluation too."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         subprocess.run([sys.executable, *command, "--out", folder], check=True, stdout=subprocess.DEVNULL)
@@ -121,7 +125,7 @@ def run_of(*command):
             began = time.perf_counter()
             subprocess.run([sys.executable, "lineval.py", "--cached", "--ckpt", os.path.join(folder, "checkpoint.pth")], check=True, stdout=subprocess.DEVNULL)
             linear = round(time.perf_counter() - began, 1)
-        return {"command": shlex.join(["python", *(part for part in command)]), "seconds in all": round(seconds, 1),
+        return {"command": shlex.join(["python", *command]), "seconds in all": round(seconds, 1),
                 "seconds of each epoch": [round(r["seconds"], 2) for r in epochs[1:]], "images/s": [round(r["images_per_s"]) for r in epochs[1:]],
                 "waiting for data": [round(r["data_wait"], 3) for r in epochs[1:]], "lineval --cached, s": linear}
 
@@ -130,16 +134,16 @@ def measure(photos, cifar, device):
     cuda = device.type == "cuda"
     found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cuda": cuda, "cores": os.cpu_count()}
     print(json.dumps(found))
-    threads = torch.get_num_threads()
-    found["photos"] = augment.bench(few(augment.open_data(photos)[0], 48), augment.Policy(), device)
-    found["in memory"] = augment.bench(few(augment.open_data(cifar)[0], 512), augment.Policy(size=32, blur=0), device)
-    torch.set_num_threads(threads)
+    found["photos"] = augment.bench(augment.open_data(photos)[0], augment.Policy(), device)
+    found["in memory"] = augment.bench(augment.open_data(cifar)[0], augment.Policy(size=32, blur=0), device)
     found["steps"] = []
     for recipe, batch, n in [("imagenet", 512, 10), ("cifar10", 512, 20)] if cuda else [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]:
-        try:
-            found["steps"].append(steps(device, recipe, batch, n))
-        except torch.OutOfMemoryError:
-            found["steps"].append(steps(device, recipe, batch // 2, n))
+        for size in (batch, batch // 2):  # the second after the except block, which keeps the first one's memory alive
+            try:
+                found["steps"].append(steps(device, recipe, size, n))
+                break
+            except torch.OutOfMemoryError:
+                print(f"{recipe}: a batch of {size} doesn't fit", flush=True)
         print(json.dumps(found["steps"][-1]), flush=True)
     found["knn"] = imagenet_knn(device)
     print(json.dumps(found["knn"]), flush=True)
@@ -150,11 +154,6 @@ def measure(photos, cifar, device):
         run["command"] = run["command"].replace(str(cifar), "CIFAR")
     with open(f"results/speed-{device.type}.json", "w") as f:
         f.write(json.dumps(found, indent=1) + "\n")
-
-
-def few(source, n):
-    chosen = np.linspace(0, len(source) - 1, n).astype(int)
-    return augment.Source(files=source.files[chosen]) if source.pixels is None else augment.Source(pixels=source.pixels[chosen])
 
 
 def table(heads, rows):
