@@ -29,7 +29,7 @@ import time
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -154,34 +154,39 @@ def crop_resize(image, crop, n, size):
 
 
 def crop_resize_batch(images, crop, size):
-    """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, all at once."""
+    """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, all at once: a matrix
+    along the rows of each image, and one along its columns."""
+    height, width = images.shape[2:]
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
-    boxes = on(images, np.stack(crop).astype(np.float32))                              # (5, N)
-    for part in pieces(images):
-        top, left, height, width, flip = boxes[:, part]
-        rows = resize_matrix(top, height, torch.zeros_like(flip), images.shape[2], size)
-        cols = resize_matrix(left, width, flip, images.shape[3], size)
-        out[part] = separable(images[part].float(), rows, cols).round_().clamp_(0, 255)
+    rows, cols = (resize_matrices(side, size, images.device) for side in (height, width))
+    row = on(images, crop.top * (height + 1) + crop.height)
+    col = on(images, (crop.flip * width + crop.left) * (width + 1) + crop.width)
+    for part in pieces(images, 0, len(images)):
+        x = images[part].transpose(1, 2).contiguous().float()  # (n, H, 3, W) for n images: both products find their numbers in a row
+        x = rows.index_select(0, row[part]) @ x.flatten(2)
+        x = x.view(-1, size * 3, width) @ cols.index_select(0, col[part]).mT
+        out[part] = x.round_().view(-1, size, 3, size).transpose(1, 2)
     return out
 
 
-def resize_matrix(start, length, flip, side, size):
-    """Bilinear, antialiased resizing of [start, start + length) of a line of `side` pixels to `size`: (N, size, side).
-    Row i holds the weights of the pixels that make output i: a triangle around its centre, as far as one output pixel (one
-    input pixel where that is larger), nothing outside the crop. start, length, flip (0 or 1): (N,)."""
-    pixel = torch.arange(side, device=start.device) + 0.5                              # (side,)
-    output = torch.arange(size, device=start.device) + 0.5                             # (size,)
-    output = torch.where(flip[:, None] > 0, size - output, output)                     # (N, size)
-    scale = (length / size)[:, None, None]
-    start, length = start[:, None, None], length[:, None, None]
-    weight = (1 - (pixel - (start + output[..., None] * scale)).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight * ((pixel > start) & (pixel < start + length))                     # (N, size, side)
-    return weight / weight.sum(dim=-1, keepdim=True)
+@lru_cache
+def resize_matrices(side, size, device):
+    """Bilinear, antialiased resizing of every part [start, start + length) of a line of `side` pixels to `size`: one matrix each, at
+    start * (side + 1) + length, then all of them once more with the output flipped: (2 * side * (side + 1), size, side). There are so
+    few of them that they are made once: 9 MB for 32 pixels. (Those for parts that don't fit the line mean nothing.)
 
-
-def separable(x, rows, cols):
-    """One matrix along the columns of each image and one along its rows. x (N, 3, H, W) -> (N, 3, S, S)"""
-    return rows[:, None] @ x @ cols[:, None].mT
+    Row i of a matrix holds the weights of the pixels that make output i: a triangle around its centre, as far as one output pixel
+    (one input pixel where that is larger), nothing outside the part.
+    """
+    start, length = (torch.arange(n, dtype=torch.float32, device=device) for n in (side, side + 1))
+    start, length = start[:, None, None, None], length[:, None, None]
+    pixel = torch.arange(side, device=device) + 0.5                                    # (side,)
+    output = torch.arange(size, device=device)[:, None] + 0.5                          # (size, 1)
+    scale = length / size
+    weight = (1 - (pixel - (start + output * scale)).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight *= (pixel > start) & (pixel < start + length)
+    weight /= weight.sum(dim=3, keepdim=True)
+    return torch.stack([weight, weight.flip(2)]).flatten(0, 2)
 
 
 def resize_centre(images, policy):
@@ -199,28 +204,27 @@ def resize_centre(images, policy):
 # How far from Pillow's result for the same recipe, in levels of 255, worst pixel / mean (24 photographs at 224 pixels): crop
 # and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's
 # HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05).
+# On a CPU a pass over a view costs as much as its memory is far away: hence small pieces, operations in place, few passes.
 
-def pieces(x):
-    """Slices of a batch x that are worked on one after the other: on a CPU, of as many pixels as stay in its cache; elsewhere, all."""
-    size = max(1, 2 ** 18 // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+def pieces(x, start, end):
+    """Slices of x[start:end] that are worked on one after the other: on a CPU, of as many pixels as stay in its cache; elsewhere, all."""
+    size = max(1, 2 ** 19 // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return [slice(i, min(i + size, end)) for i in range(start, end, size)]
 
 
 def photometric(x, colour, policy):
     """Cropped views (N, 3, S, S) uint8 and their Colour -> normalised views (N, 3, S, S) float32, on x's device."""
-    hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # (N,): 0 to 3, 4 = no colour changes
-    by_hue = np.argsort(hue_at, kind="stable")  # views whose hue comes k-th are neighbours: see change_colour
-    out = torch.empty(x.shape, device=x.device)
-    for rows in (by_hue[piece] for piece in pieces(x)):
-        part = Colour(*(a[rows] for a in colour))
-        view = x.index_select(0, on(x, rows)).float().div_(255)
-        change_colour(view, part, hue_at[rows])
-        gray, blurred = (on(x, np.flatnonzero(chosen)) for chosen in (part.gray, part.sigma))
-        view[gray] = luma(view[gray]).expand(-1, 3, -1, -1)
-        matrix = blur_matrix(on(x, part.sigma[part.sigma > 0].astype(np.float32)), x.shape[-1])
-        view[blurred] = separable(view[blurred], matrix, matrix)
-        out[on(x, rows)] = normalize(view, policy)
-    return out
+    hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # 0 to 3, 4 = no colour changes
+    sort = np.argsort(hue_at, kind="stable")  # views that take hue at the same place are neighbours: see change_colours
+    x, colour = x.index_select(0, on(x, sort)).float(), Colour(*(a[sort] for a in colour))
+    change_colours(x, colour, np.searchsorted(hue_at[sort], range(5)))
+    for part in pieces(x, 0, len(x)):
+        view, sigma = x[part], colour.sigma[part].astype(np.float32)
+        gray, blurred = (on(x, np.flatnonzero(chosen)) for chosen in (colour.gray[part], sigma))
+        view.index_copy_(0, gray, luma(view.index_select(0, gray)).expand(-1, 3, -1, -1))
+        view.index_copy_(0, blurred, blur(view.index_select(0, blurred), on(x, sigma[sigma > 0])))
+        normalize(view, policy)
+    return x.index_select(0, on(x, np.argsort(sort)))
 
 
 def on(x, array):
@@ -230,9 +234,9 @@ def on(x, array):
 
 
 def normalize(x, policy):
-    """(x - mean) / std per channel. x (N, 3, S, S) float in [0, 1]"""
-    mean, std = on(x, np.array([policy.mean, policy.std], np.float32)[..., None, None])
-    return (x - mean) / std
+    """(x / 255 - mean) / std per channel, in place. x (N, 3, S, S) float in [0, 255]"""
+    mean, std = on(x, 255 * np.array([policy.mean, policy.std], np.float32)[..., None, None])
+    return x.sub_(mean).div_(std)
 
 
 def luma(x):
@@ -240,66 +244,70 @@ def luma(x):
     return (0.299 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
-def change_colour(x, colour, hue_at):
-    """Apply the four changes to x (N, 3, S, S) in [0, 1], in place, each view in its own order.
+def change_colours(x, colour, bounds):
+    """Apply the four changes to x (N, 3, S, S) in [0, 255], in place, each view in its own order.
 
-    Brightness, contrast and saturation all blend the image with something grey: f x + (1 - f) (a luma + b mean(luma)),
-    with (a, b) = (0, 0), (0, 1), (1, 0). Only hue is different, and the views come sorted by hue_at, the place that hue
-    has in their order: so at each of the four steps one slice takes hue, and the slices before and after it blend.
+    Only hue is different from the other three, which are one operation with three kinds of weights (see blend). The views of
+    x[bounds[k]:bounds[k + 1]] take hue as the k-th; so all views of such a group do the same operations in the same order.
     """
-    kind = np.clip(colour.order, 0, 2)                                # where it is hue (3), the value isn't used
-    f = np.take_along_axis(colour.factor, kind, axis=1)               # (N, 4): the factor of the k-th change
-    weights = np.stack([f, (1 - f) * (kind == 2), (1 - f) * (kind == 1)], axis=2)
-    weights = on(x, weights.astype(np.float32))[..., None, None, None]              # (N, 4, 3, 1, 1, 1)
-    shift = on(x, colour.factor[:, 3].astype(np.float32))[:, None, None, None]      # (N, 1, 1, 1)
-    end = np.searchsorted(hue_at, 4)                                  # from here on: no colour changes
-    for k in range(4):
-        first, last = np.searchsorted(hue_at, [k, k + 1])
-        if first < last:
-            x[first:last] = shift_hue(x[first:last], shift[first:last])
-        for part in (slice(0, first), slice(last, end)):
-            if part.start < part.stop:
-                w, gray = weights[part, k], luma(x[part])
-                grey = w[:, 1] * gray + w[:, 2] * gray.mean(dim=(1, 2, 3), keepdim=True)
-                x[part].mul_(w[:, 0]).add_(grey).clamp_(0, 1)
+    kind = np.minimum(colour.order, 2)                                # (N, 4): where it is hue (3), the value isn't used
+    f = np.take_along_axis(colour.factor, kind, axis=1)               # (N, 4)
+    weights = np.stack([1 - f, kind == 2, kind == 1]).astype(np.float32).transpose(2, 0, 1)     # (4, 3, N)
+    weights, shift = (on(x, w)[..., None, None, None] for w in (weights, colour.factor[:, 3].astype(np.float32)))
+    for hue_at in range(4):
+        for part in pieces(x, *bounds[hue_at:hue_at + 2]):
+            for k in range(4):
+                if k == hue_at:
+                    shift_hue(x[part], shift[part])
+                else:
+                    blend(x[part], *weights[k, :, part])
+
+
+def blend(x, share, to_luma, to_mean):
+    """(1 - share) x + share grey, in place, x (N, 3, S, S); the other three (N, 1, 1, 1). What is grey makes the change: black, brightness;
+    the mean of x's luma (to_mean = 1), contrast; its luma (to_luma = 1), saturation. A share below 0 leads away from it."""
+    gray = luma(x)                                                    # (N, 1, S, S)
+    mean = gray.mean(dim=(2, 3), keepdim=True)                        # (N, 1, 1, 1)
+    x.lerp_(gray.mul_(to_luma).add_(to_mean * mean), share).clamp_(0, 255)
 
 
 def shift_hue(x, shift):
-    """Rotate the hue of x (N, 3, S, S) in [0, 1] by `shift` (N, 1, 1, 1) turns, at most half a turn. HSV, without HSV.
+    """Rotate the hue of x (N, 3, S, S) by `shift` (N, 1, 1, 1) turns, at most half a turn, in place. What HSV does, without HSV.
 
-    With c = max - min and h in [0, 6) the hue in sixths of a turn, HSV's way back to RGB is (Smith 1978) min + c times
-    |h - 3| - 1 for red, 2 - |h - 2| for green, 2 - |h - 4| for blue, each clamped to [0, 1]. Multiplied by c throughout, every
-    division goes: c h is a difference of two channels. Conditions are weights of 0 and 1 (torch.where takes as long as thirty of these).
+    Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back to RGB (Smith 1978) gives each channel
+    min + c clamp(2 - d, 0, 1), where d is how far h is from that channel's own hue, around the circle. Two observations spare
+    all divisions and conditions:
+    - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g
+    - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is how far v is from 0 around a circle of 6
+    Both are computed times c.
     """
-    r, g, b = x.unbind(dim=1)
+    r, g, b = x.split(1, dim=1)                                       # (N, 1, S, S) each
     top, bottom = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
-    c = top - bottom
-    is_r, is_g = (torch.eq(top, v, out=torch.empty_like(c)) for v in (r, g))
-    ch = (r - g).add_(c, alpha=4).lerp_((b - r).add_(c, alpha=2), is_g).lerp_(g - b, is_r)
-    ch.addcmul_(6 * shift[:, 0], c)                                   # now in [-4c, 8c), and wrapped:
-    ch.addcmul_(torch.lt(ch, 0, out=torch.empty_like(c)), c, value=6)
-    ch.addcmul_(torch.ge(ch, 6 * c, out=torch.empty_like(c)), c, value=-6)
-    red = ch.sub(c, alpha=3).abs_().sub_(c)
-    green = ch.sub(c, alpha=2).abs_().neg_().add_(c, alpha=2)
-    blue = ch.sub(c, alpha=4).abs_().neg_().add_(c, alpha=2)
-    return torch.stack([v.clamp_(min=0).minimum(c).add_(bottom) for v in (red, green, blue)], dim=1)
+    c = top - bottom                                                  # (N, 1, S, S)
+    h_3 = (r - g).sub_(b).add_(top, alpha=2).sub_(bottom).copysign_(b - g)      # c (h - 3)
+    h_3.addcmul_(6 * shift, c)
+    channels = torch.arange(3, -2, -2, dtype=x.dtype, device=x.device)[:, None, None]   # 3 - hue, of red, green, blue
+    v = torch.addcmul(h_3, c, channels)                               # (N, 3, S, S)
+    d = v.abs_().sub_(c, alpha=3).abs_().sub_(c, alpha=3).abs_()      # (N, 3, S, S)
+    torch.clamp(top + c - d, bottom, top, out=x)
 
 
-REACH = 8  # pixels: four times the paper's largest std, beyond which a Gaussian holds 6e-5 of its mass
+REACH, BLOCK = 8, 16  # pixels. REACH: four times the paper's largest std, beyond which a Gaussian holds 6e-5 of its mass
 
 
-def blur_matrix(sigma, side):
-    """Gaussian blur along a line of `side` pixels whose ends repeat for ever. sigma (N,) > 0, pixels -> (N, side, side)"""
-    distance = torch.arange(REACH + 2, device=sigma.device)                            # (10,)
-    kernel = torch.exp(-distance ** 2 / (2 * sigma[:, None] ** 2)) * (distance <= REACH)        # (N, 10)
-    kernel = kernel / (2 * kernel.sum(dim=1, keepdim=True) - kernel[:, :1])            # (N, 10)
-    output = torch.arange(side, device=sigma.device)[:, None]
-    pixel = torch.arange(-REACH, side + REACH, device=sigma.device)
-    weight = kernel[:, (pixel - output).abs().clamp(max=REACH + 1)]                    # (N, side, side + 16)
-    matrix = weight[..., REACH:-REACH].clone()
-    matrix[..., 0] += weight[..., :REACH].sum(dim=-1)
-    matrix[..., -1] += weight[..., -REACH:].sum(dim=-1)
-    return matrix
+def blur(x, sigma):
+    """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels, as if the edges were repeated for ever. Each line is cut
+    into blocks, which overlap by what the Gaussian reaches, and multiplied by one small matrix; then the columns likewise."""
+    distance = torch.arange(BLOCK + 2 * REACH, device=x.device)[:, None] - torch.arange(REACH, REACH + BLOCK, device=x.device)
+    kernel = torch.exp(-distance ** 2 / (2 * sigma[:, None, None] ** 2)) * (distance.abs() <= REACH)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)                 # (N, 32, 16): a column makes a pixel from all that it sees
+    n, c, side, _ = x.shape
+    more = -side % BLOCK  # pixels that the last block has beyond the line
+    for _ in range(2):
+        lines = F.pad(x, (REACH, REACH + more, 0, 0), mode="replicate")
+        blocks = lines.unfold(3, BLOCK + 2 * REACH, BLOCK).flatten(1, 3)
+        x = (blocks @ kernel).view(n, c, side, side + more)[..., :side].mT      # (N, 3, S, S)
+    return x
 
 
 # --- Sources: what DATA can be ---------------------------------------------------------------------------------------
@@ -618,7 +626,7 @@ def load_centres(source, policy, batches, device, workers):
     else:
         stored = ((epoch, i, [resize_centre(source.pixels[torch.from_numpy(i)], policy).to(device)]) for epoch, i in batches)
     for _, index, (x,) in stored:
-        yield index, normalize(x.float() / 255, policy)
+        yield index, normalize(x.float(), policy)
 
 
 def cut_views(policy, seed, views, image, epoch, i):
@@ -633,7 +641,7 @@ def cut_centre(policy, image, epoch, i):
 
 def cut_views_in_memory(pixels, policy, seed, batches, views):
     for epoch, index in batches:
-        images = pixels[on(pixels, index)]
+        images = pixels.index_select(0, on(pixels, index))
         crops = [draw_crop(policy, seed, epoch, index, np.full(len(index), v), *images.shape[2:]) for v in range(views)]
         yield epoch, index, [crop_resize_batch(images, crop, policy.size) for crop in crops]
 
@@ -726,7 +734,7 @@ def view_by_pillow(image, crop, colour, policy):
     view = view.convert("L").convert("RGB") if colour.gray else view
     view = view.filter(ImageFilter.GaussianBlur(float(colour.sigma))) if colour.sigma > 0 else view
     view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else view
-    return normalize(torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().float() / 255, policy)
+    return normalize(torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().float(), policy)
 
 
 def views_by_pillow(source, policy, seed, epoch, index):
