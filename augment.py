@@ -222,7 +222,8 @@ def photometric(x, colour, policy):
         view, sigma = x[part], colour.sigma[part].astype(np.float32)
         gray, blurred = (on(x, np.flatnonzero(chosen)) for chosen in (colour.gray[part], sigma))
         view.index_copy_(0, gray, luma(view.index_select(0, gray)).expand(-1, 3, -1, -1))
-        view.index_copy_(0, blurred, blur(view.index_select(0, blurred), on(x, sigma[sigma > 0])))
+        if len(blurred):
+            view.index_copy_(0, blurred, blur(view.index_select(0, blurred), on(x, sigma[sigma > 0])))
         normalize(view, policy)
     return x.index_select(0, on(x, np.argsort(sort)))
 
@@ -256,11 +257,12 @@ def change_colours(x, colour, bounds):
     weights, shift = (on(x, w)[..., None, None, None] for w in (weights, colour.factor[:, 3].astype(np.float32)))
     for hue_at in range(4):
         for part in pieces(x, *bounds[hue_at:hue_at + 2]):
+            view = x[part]
             for k in range(4):
                 if k == hue_at:
-                    shift_hue(x[part], shift[part])
+                    shift_hue(view, shift[part])
                 else:
-                    blend(x[part], *weights[k, :, part])
+                    blend(view, *weights[k, :, part])
 
 
 def blend(x, share, to_luma, to_mean):
