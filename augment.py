@@ -154,8 +154,7 @@ def crop_resize(image, crop, n, size):
 
 
 def crop_resize_batch(images, crop, size):
-    """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, all at once: a matrix
-    along the rows of each image, and one along its columns."""
+    """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8. What crop_resize does, by two matrices an image."""
     height, width = images.shape[2:]
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images.device)
     rows, cols = (resize_matrices(side, size, images.device) for side in (height, width))
@@ -171,13 +170,10 @@ def crop_resize_batch(images, crop, size):
 
 @lru_cache
 def resize_matrices(side, size, device):
-    """Bilinear, antialiased resizing of every part [start, start + length) of a line of `side` pixels to `size`: one matrix each, at
-    start * (side + 1) + length, then all of them once more with the output flipped: (2 * side * (side + 1), size, side). There are so
-    few of them that they are made once: 9 MB for 32 pixels. (Those for parts that don't fit the line mean nothing.)
-
-    Row i of a matrix holds the weights of the pixels that make output i: a triangle around its centre, as far as one output pixel
-    (one input pixel where that is larger), nothing outside the part.
-    """
+    """Bilinear, antialiased resizing of every part [start, start + length) of a line of `side` pixels to `size`: a matrix (size, side)
+    each, at start * (side + 1) + length, then all once more with the output flipped; 9 MB for 32 pixels, so that they are made once.
+    Row i holds the weights of the pixels that make output i: a triangle around its centre, as far as one output pixel (one input
+    pixel where that is larger), nothing outside the part. Those for parts beyond the line mean nothing."""
     start, length = (torch.arange(n, dtype=torch.float32, device=device) for n in (side, side + 1))
     start, length = start[:, None, None, None], length[:, None, None]
     pixel = torch.arange(side, device=device) + 0.5                                    # (side,)
@@ -204,10 +200,10 @@ def resize_centre(images, policy):
 # How far from Pillow's result for the same recipe, in levels of 255, worst pixel / mean (24 photographs at 224 pixels): crop
 # and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's
 # HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05).
-# On a CPU a pass over a view costs as much as its memory is far away: hence small pieces, operations in place, few passes.
+# On a CPU, what costs is the passes over memory: hence few of them, in place, over pieces that the cache holds.
 
 def pieces(x, start, end):
-    """Slices of x[start:end] that are worked on one after the other: on a CPU, of as many pixels as stay in its cache; elsewhere, all."""
+    """Slices of x[start:end] to work on one after the other: on a CPU, of as many pixels as its cache holds; elsewhere, all."""
     size = max(1, 2 ** 19 // x[0].numel()) if x.device.type == "cpu" else len(x)
     return [slice(i, min(i + size, end)) for i in range(start, end, size)]
 
@@ -299,7 +295,7 @@ REACH, BLOCK = 8, 16  # pixels. REACH: four times the paper's largest std, beyon
 
 def blur(x, sigma):
     """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels, as if the edges were repeated for ever. Each line is cut
-    into blocks, which overlap by what the Gaussian reaches, and multiplied by one small matrix; then the columns likewise."""
+    into blocks, with what the Gaussian reaches on both sides, and multiplied by one small matrix; then each column."""
     distance = torch.arange(BLOCK + 2 * REACH, device=x.device)[:, None] - torch.arange(REACH, REACH + BLOCK, device=x.device)
     kernel = torch.exp(-distance ** 2 / (2 * sigma[:, None, None] ** 2)) * (distance.abs() <= REACH)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)                 # (N, 32, 16): a column makes a pixel from all that it sees
@@ -499,10 +495,8 @@ def read_cifar(folder, batches, read):
         path = os.path.join(folder, name)
         try:
             data, labels = read(path)
-            if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or len(data) != len(labels):
-                raise ValueError(f"data {data.dtype} {data.shape}, {len(labels)} labels")
-            if len(data) == 0 or min(labels) < 0 or max(labels) > 9:
-                raise ValueError("labels should be 0 to 9")
+            if data.dtype != np.uint8 or data.shape != (len(labels), 3072) or not {*labels} <= {*range(10)} or len(data) == 0:
+                raise ValueError(f"data {data.dtype} {data.shape}, {len(labels)} labels from {min(labels)} to {max(labels)}")
         except Exception as error:  # a damaged pickle can raise anything
             raise Refused(f"{path}: not a batch of CIFAR-10 ({type(error).__name__}: {error}); unpack the archive again") from None
         parts.append((data, np.asarray(labels, np.int64)))

@@ -432,12 +432,12 @@ def join_world(device):
             raise Refused(f"{wanted} processes on this machine, but {there} GPUs: start fewer processes, or give --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # as in the released code: shapes stay, so that it pays to try out which kernels are fastest
     else:
         torch.set_num_threads(cores())
-    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, world = meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:  # dist.DistError, and what is missing in the environment
         raise Refused(f"the processes did not find each other within {PATIENCE} ({str(error).partition('. ')[0]}): the same --nnodes and --rdzv-endpoint "
                       "on all machines? Its port open? As many machines started as --nnodes says?") from None
@@ -1045,8 +1045,8 @@ def parse(argv=None):
                         f"{augment.SMALL} pixels a side, else imagenet")
     parser.add_argument("--experiment", choices=(*EXPERIMENTS, "list"), default="simsiam", metavar="NAME",
                         help="a row of the paper; list shows them all (default: %(default)s)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="fuse the network's operations with torch.compile, "
-                        "which takes a minute or more at the start and a C++ compiler on a CPU (default: no)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="fuse the operations of the network and of the "
+                        "colour changes with torch.compile, which takes a minute or more at the start and a C++ compiler on a CPU (default: no)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint.pth, or of one in the released layout")
     choices = {"arch": tuple(resnet.ARCHS), "pred_lr": ("constant", "cosine"), "predictor": ("mlp", "fixed", "none"),
                "objective": tuple(OBJECTIVES), "eta": ("current", "alternate", "average")}
@@ -1216,6 +1216,7 @@ def pretrain(args):
     network = distribute(model, device)
     if s["compile"]:
         network.compile()  # in place: names in checkpoints stay
+        augment.blend, augment.shift_hue = (torch.compile(f, dynamic=True) for f in (augment.blend, augment.shift_hue))
     optimizer = sgd(model, s["momentum"], s["weight_decay"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])  # what stays in float32 has TF32 convolutions
 
@@ -1243,8 +1244,7 @@ def pretrain(args):
         progress.line("\n".join([*run.notes, f"continuing after {run.epoch} epochs and {run.step} steps"]))
         run.begin()
     else:
-        raw = watch_knn and train.pixels is not None
-        run.begin(knn_pixels=monitor(lambda x: x.flatten(1), data, policy, device, s["workers"]) if raw else None)
+        run.begin(knn_pixels=monitor(lambda x: x.flatten(1), data, policy, device, s["workers"]) if watch_knn and train.pixels is not None else None)
         if run.first:
             with replacing(run.path("views.png")) as f:
                 augment.contact_sheet(train, policy, s["seed"]).save(f, "png")

@@ -37,6 +37,20 @@ def drawn_photos(folder):
         Image.fromarray((128 + 0.6 * image).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
 
 
+def colours(source, policy, device, repeats=9):
+    """Images/s of the photometric part on one core, the colour changes as they are and compiled as --compile does it, interleaved."""
+    plain = augment.blend, augment.shift_hue
+    ways = {"plain": plain, "compiled": tuple(torch.compile(f, dynamic=True) for f in plain)}
+    threads, rates = torch.get_num_threads(), {name: [] for name in ways}
+    torch.set_num_threads(1)
+    for name in list(ways) * (1 + repeats):  # the first time compiles
+        augment.blend, augment.shift_hue = ways[name]
+        rates[name].append(augment.rate(source, policy, device, "colour"))
+    torch.set_num_threads(threads)
+    augment.blend, augment.shift_hue = plain
+    return {name: statistics.median(r[1:]) for name, r in rates.items()}
+
+
 def model_of(recipe):
     """A recipe's model and settings."""
     s = simsiam.recipe_for(None, augment.Source(), recipe)
@@ -132,10 +146,14 @@ def run_of(*command):
 
 def measure(photos, cifar, device):
     cuda = device.type == "cuda"
+    torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
     found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cuda": cuda, "cores": os.cpu_count()}
     print(json.dumps(found))
     found["photos"] = augment.bench(augment.open_data(photos)[0], augment.Policy(), device)
     found["in memory"] = augment.bench(augment.open_data(cifar)[0], augment.Policy(size=32, blur=0), device)
+    found["colours"] = {"224 pixels": colours(augment.Source(files=augment.open_data(photos)[0].files[:48]), augment.Policy(), device),
+                        "32 pixels": colours(augment.Source(pixels=augment.open_data(cifar)[0].pixels[:512]), augment.Policy(size=32, blur=0), device)}
+    print(json.dumps(found["colours"]), flush=True)
     found["steps"] = []
     for recipe, batch, n in [("imagenet", 512, 10), ("cifar10", 512, 20)] if cuda else [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]:
         for size in (batch, batch // 2):  # the second after the except block, which keeps the first one's memory alive
@@ -169,6 +187,9 @@ def page(found):
             heads, beside = heads + ["share of decoding, one core", "all cores"], beside + [rates["decode"]]
         out += [f"**Input pipeline**, {title}, images/s:", ""]
         out += table(heads, [[part, *(f"{r:.0f}" for r in both), *(f"{r / b:.2f}" for other in beside for r, b in zip(both, other))] for part, both in rates.items()])
+    out += ["**Colour changes compiled**, which `--compile` does too, the photometric part on one core, images/s:", ""]
+    out += table(["views", "plain", "compiled", "times plain"],
+                 [[size, *(f"{r:.0f}" for r in rates.values()), f"{rates['compiled'] / rates['plain']:.2f}"] for size, rates in found["colours"].items()])
     for s in found["steps"]:
         plain = s["variants"]["plain"]["images/s"]
         peak = next((value for name, value in PEAK.items() if name in found["device"]), None)
