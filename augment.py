@@ -141,7 +141,7 @@ def draw_colour(policy, seed, epoch, index, view):
 
 
 # --- Applying, first part: crop, resize, flip. uint8 -> uint8 --------------------------------------------------------
-# The flip comes last in the paper; here it comes first of all, which changes nothing: every later step treats left and
+# The flip comes last in the paper; here it comes with the crop, which changes nothing: every later step treats left and
 # right alike.
 
 def crop_resize(image, crop, n, size):
@@ -171,9 +171,9 @@ def crop_resize_batch(images, crop, size):
 @lru_cache
 def resize_matrices(side, size, device):
     """Bilinear, antialiased resizing of every part [start, start + length) of a line of `side` pixels to `size`: a matrix (size, side)
-    each, at start * (side + 1) + length, then all once more with the output flipped; 9 MB for 32 pixels, so that they are made once.
-    Row i holds the weights of the pixels that make output i: a triangle around its centre, as far as one output pixel (one input
-    pixel where that is larger), nothing outside the part. Those for parts beyond the line mean nothing."""
+    each, at start * (side + 1) + length, then all once more with the output flipped; made once: 9 MB for 32 pixels, 136 MB for 64.
+    Row i holds the weights of the pixels that make output i: a triangle around its centre that reaches one output pixel either way
+    (one input pixel where that is larger), nothing outside the part. Those for parts beyond the line mean nothing."""
     start, length = (torch.arange(n, dtype=torch.float32, device=device) for n in (side, side + 1))
     start, length = start[:, None, None, None], length[:, None, None]
     pixel = torch.arange(side, device=device) + 0.5                                    # (side,)
@@ -190,7 +190,7 @@ def resize_centre(images, policy):
     height, width = images.shape[2:]
     size, resize = policy.size, round(policy.size / policy.centre)
     if resize != min(height, width):
-        height, width = (max(resize, int(side * resize / min(height, width))) for side in (height, width))
+        height, width = (side * resize // min(height, width) for side in (height, width))
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
     top, left = round((height - size) / 2), round((width - size) / 2)
     return images[:, :, top:top + size, left:left + size]
@@ -199,11 +199,11 @@ def resize_centre(images, policy):
 # --- Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, CPU and GPU alike -----
 # How far from Pillow's result for the same recipe, in levels of 255, worst pixel / mean (24 photographs at 224 pixels): crop
 # and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's
-# HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05).
+# HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05 up to std 2).
 # On a CPU, what costs is the passes over memory: hence few of them, in place, over pieces that the cache holds.
 
 def pieces(x, start, end):
-    """Slices of x[start:end] to work on one after the other: on a CPU, of as many pixels as its cache holds; elsewhere, all."""
+    """Slices of x[start:end] to work on one after the other: on a CPU, of 2^19 numbers, which its cache holds as float32; elsewhere, all."""
     size = max(1, 2 ** 19 // x[0].numel()) if x.device.type == "cpu" else len(x)
     return [slice(i, min(i + size, end)) for i in range(start, end, size)]
 
@@ -245,11 +245,11 @@ def change_colours(x, colour, bounds):
     """Apply the four changes to x (N, 3, S, S) in [0, 255], in place, each view in its own order.
 
     Only hue is different from the other three, which are one operation with three kinds of weights (see blend). The views of
-    x[bounds[k]:bounds[k + 1]] take hue as the k-th; so all views of such a group do the same operations in the same order.
+    x[bounds[k]:bounds[k + 1]] take hue as the k-th, k = 0 to 3: so all views of such a group do the same operations in the same
+    order. Those from bounds[4] on are left as they are.
     """
-    kind = np.minimum(colour.order, 2)                                # (N, 4): where it is hue (3), the value isn't used
-    f = np.take_along_axis(colour.factor, kind, axis=1)               # (N, 4)
-    weights = np.stack([1 - f, kind == 2, kind == 1]).astype(np.float32).transpose(2, 0, 1)     # (4, 3, N)
+    f = np.take_along_axis(colour.factor, colour.order, axis=1)       # (N, 4): of the change that comes k-th
+    weights = np.stack([1 - f, colour.order == 2, colour.order == 1]).astype(np.float32).transpose(2, 0, 1)     # (4, 3, N)
     weights, shift = (on(x, w)[..., None, None, None] for w in (weights, colour.factor[:, 3].astype(np.float32)))
     for hue_at in range(4):
         for part in pieces(x, *bounds[hue_at:hue_at + 2]):
@@ -262,8 +262,8 @@ def change_colours(x, colour, bounds):
 
 
 def blend(x, share, to_luma, to_mean):
-    """(1 - share) x + share grey, in place, x (N, 3, S, S); the other three (N, 1, 1, 1). What is grey makes the change: black, brightness;
-    the mean of x's luma (to_mean = 1), contrast; its luma (to_luma = 1), saturation. A share below 0 leads away from it."""
+    """f x + (1 - f) grey, in place, where share is 1 - f. x (N, 3, S, S); share, to_luma, to_mean (N, 1, 1, 1). The grey is black for brightness
+    (the other two are 0), the mean of x's luma for contrast (to_mean is 1), x's luma for saturation (to_luma is 1)."""
     gray = luma(x)                                                    # (N, 1, S, S)
     mean = gray.mean(dim=(2, 3), keepdim=True)                        # (N, 1, 1, 1)
     x.lerp_(gray.mul_(to_luma).add_(to_mean * mean), share).clamp_(0, 255)
@@ -275,27 +275,27 @@ def shift_hue(x, shift):
     Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back to RGB (Smith 1978) gives each channel
     min + c clamp(2 - d, 0, 1), where d is how far h is from that channel's own hue, around the circle. Two observations spare
     all divisions and conditions:
-    - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g
+    - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g (at b = g either sign is right)
     - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is how far v is from 0 around a circle of 6
-    Both are computed times c.
+    Both are computed times c, so that a grey pixel, c = 0, stays as it is.
     """
     r, g, b = x.split(1, dim=1)                                       # (N, 1, S, S) each
     top, bottom = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
     c = top - bottom                                                  # (N, 1, S, S)
-    h_3 = (r - g).sub_(b).add_(top, alpha=2).sub_(bottom).copysign_(b - g)      # c (h - 3)
+    h_3 = (r - g).sub_(b).add_(bottom).add_(c, alpha=2).copysign_(b - g)        # c (h - 3)
     h_3.addcmul_(6 * shift, c)
-    channels = torch.arange(3, -2, -2, dtype=x.dtype, device=x.device)[:, None, None]   # 3 - hue, of red, green, blue
+    channels = torch.arange(3, -2, -2, dtype=x.dtype, device=x.device)[:, None, None]   # 3 - 0, 2, 4: the channels' own hues
     v = torch.addcmul(h_3, c, channels)                               # (N, 3, S, S)
     d = v.abs_().sub_(c, alpha=3).abs_().sub_(c, alpha=3).abs_()      # (N, 3, S, S)
-    torch.clamp(top + c - d, bottom, top, out=x)
+    torch.sub(top + c, d, out=x).clamp_(bottom, top)
 
 
 REACH, BLOCK = 8, 16  # pixels. REACH: four times the paper's largest std, beyond which a Gaussian holds 6e-5 of its mass
 
 
 def blur(x, sigma):
-    """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels, as if the edges were repeated for ever. Each line is cut
-    into blocks, with what the Gaussian reaches on both sides, and multiplied by one small matrix; then each column."""
+    """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels, the Gaussian cut at REACH, the edges repeated for ever. Each line
+    is cut into blocks, with what the Gaussian reaches on both sides, and multiplied by one small matrix; then each column."""
     distance = torch.arange(BLOCK + 2 * REACH, device=x.device)[:, None] - torch.arange(REACH, REACH + BLOCK, device=x.device)
     kernel = torch.exp(-distance ** 2 / (2 * sigma[:, None, None] ** 2)) * (distance.abs() <= REACH)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)                 # (N, 32, 16): a column makes a pixel from all that it sees
@@ -303,8 +303,8 @@ def blur(x, sigma):
     more = -side % BLOCK  # pixels that the last block has beyond the line
     for _ in range(2):
         lines = F.pad(x, (REACH, REACH + more, 0, 0), mode="replicate")
-        blocks = lines.unfold(3, BLOCK + 2 * REACH, BLOCK).flatten(1, 3)
-        x = (blocks @ kernel).view(n, c, side, side + more)[..., :side].mT      # (N, 3, S, S)
+        blocks = lines.unfold(3, BLOCK + 2 * REACH, BLOCK).flatten(1, 3)        # of 32 pixels each, overlapping
+        x = (blocks @ kernel).view(n, c, side, side + more)[..., :side].mT      # transposed: the second time, lines are columns
     return x
 
 

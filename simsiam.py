@@ -1116,7 +1116,7 @@ def require(*rules):
 LIMITS = {  # of what the command lines take
     "batch": (1, math.inf), "epochs": (1, math.inf), "warmup": (0, math.inf), "base_lr": (0, 1e6), "weight_decay": (0, 1e6),
     "momentum": (0, 0.9999), "width": (1 / 64, 64), "proj_layers": (1, 100), "proj_hidden": (1, 10 ** 6), "dim": (1, 10 ** 6),
-    "pred_dim": (1, 10 ** 6), "size": (1, 4096), "area": (1e-4, 1), "aspect": (0.01, 100), "sigma": (0.01, augment.REACH / 3),
+    "pred_dim": (1, 10 ** 6), "size": (2, 4096), "area": (1e-4, 1), "aspect": (0.01, 100), "sigma": (0.01, augment.REACH / 3),
     "strength": (0, 1), "jitter": (0, 1), "gray": (0, 1), "blur": (0, 1), "flip": (0, 1), "std": (1e-3, 1e3), "centre": (0.01, 1),
     "bn": (0, 1), "fc_std": (0, 10),
     "k": (0, math.inf), "m": (0, 0.9999), "knn_every": (0, math.inf), "workers": (0, 1024), "seed": (0, 2 ** 63 - 1), "save_minutes": (0, 1e9)}

@@ -23,6 +23,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -2717,7 +2718,7 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
         places |= found
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(globals(), name, module)
-    assert collections.Counter(name for name, *_ in places) == {"augment": 18, "simsiam": 5, "lineval": 3}
+    assert collections.Counter(name for name, *_ in places) == {"augment": 16, "simsiam": 5, "lineval": 3}
     assert here("simsiam.py", ten, *TINY, "--epochs", "1", "--workers", "0", "--out", tmp_path / "small") is None
     assert here("simsiam.py", large, *TINY, "--recipe", "imagenet", "--epochs", "1", "--workers", "0", "--size", "24", "--out", tmp_path / "large") is None
     assert here("lineval.py", ten, "--ckpt", tmp_path / "small/checkpoint.pth", "--cached", "--epochs", "1", "--workers", "0") is None
@@ -2771,6 +2772,30 @@ def test_readmes_figures_are_those_of_the_logs_in_results():
         assert f"{result['top1']:.1f}%" in text, evaluation
         if "cifar10-width4" in result["backbone"]:
             assert result["sha256"] == hashlib.sha256((HERE / "results/cifar10-width4/backbone.pth").read_bytes()).hexdigest()
+
+
+def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
+    monkeypatch.chdir(HERE)
+    page = (HERE / "results/cifar10.md").read_text()
+    note = re.search(r"`results/cifar10`\. (.*?) Top-1 in percent", page)[1]
+    assert runpy.run_path("results/cifar10.py")["page"](note) == page
+
+
+def test_readmes_results_are_those_of_the_logs():
+    rows = dict(re.findall(r"^\| `(small[\w-]*)`.*?(\| \d+ \|.*)\|$", (HERE / "README.md").read_text(), re.M))
+    assert {"small", "small-decayed-predictor", "small-affine"} <= rows.keys()
+    for name, cells in rows.items():
+        runs = [HERE / "results/cifar10" / f"{name}-{seed}" for seed in range(3)]
+        logs = [log_of(run) for run in runs]
+        assert all(log[-1]["event"] == "end" and log[0]["settings"]["seed"] == seed for seed, log in enumerate(logs))
+        assert cells.startswith(f"| {logs[0][-1]['epochs']} |")
+        found = [[log[-2]["knn"] for log in logs]]
+        for protocol in ("sgd", "lars", "cached"):
+            results = [json.loads((run / f"lineval-{protocol}.json").read_text()) for run in runs if (run / f"lineval-{protocol}.json").exists()]
+            assert all(r["val_images"] == 10_000 and r["protocol"] == protocol for r in results)
+            found += [[r["top1"] for r in results]] if results else []
+        for values in found:
+            assert f"| {np.mean(values):.1f} +- {np.std(values, ddof=1):.1f} |" in cells, (name, values)
 
 
 def test_reliability_figures_are_those_in_results():

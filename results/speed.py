@@ -1,6 +1,7 @@
 """How fast it is, beside the plain or conventional way, measured in one run: results/speed-cpu.json or speed-cuda.json, and speed.md from both.
 
     python results/speed.py --photos PHOTOS --cifar CIFAR          about 15 minutes on 2 cores; on a GPU, under 10. Not run on a GPU by us yet
+    add --resume to go on after an interruption: each part is written when it has been measured
 
 From the repository's root. PHOTOS: a folder of photographs (default: drawn JPEGs of 500 x 375); CIFAR: a CIFAR-10 folder (default: the drawn shapes).
 Variants are interleaved, and medians reported: ratios within a table count more than the figures.
@@ -144,34 +145,43 @@ def run_of(*command):
                 "waiting for data": [round(r["data_wait"], 3) for r in epochs[1:]], "lineval --cached, s": linear}
 
 
-def measure(photos, cifar, device):
-    cuda = device.type == "cuda"
-    torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
-    found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cuda": cuda, "cores": os.cpu_count()}
-    print(json.dumps(found))
-    found["photos"] = augment.bench(augment.open_data(photos)[0], augment.Policy(), device)
-    found["in memory"] = augment.bench(augment.open_data(cifar)[0], augment.Policy(size=32, blur=0), device)
-    found["colours"] = {"224 pixels": colours(augment.Source(files=augment.open_data(photos)[0].files[:48]), augment.Policy(), device),
-                        "32 pixels": colours(augment.Source(pixels=augment.open_data(cifar)[0].pixels[:512]), augment.Policy(size=32, blur=0), device)}
-    print(json.dumps(found["colours"]), flush=True)
-    found["steps"] = []
-    for recipe, batch, n in [("imagenet", 512, 10), ("cifar10", 512, 20)] if cuda else [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]:
+def train_steps(device):
+    """Of each recipe, at a batch that fits."""
+    found = []
+    for recipe, batch, n in [("imagenet", 512, 10), ("cifar10", 512, 20)] if device.type == "cuda" else [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]:
         for size in (batch, batch // 2):  # the second after the except block, which keeps the first one's memory alive
             try:
-                found["steps"].append(steps(device, recipe, size, n))
+                found.append(steps(device, recipe, size, n))
                 break
             except torch.OutOfMemoryError:
                 print(f"{recipe}: a batch of {size} doesn't fit", flush=True)
-        print(json.dumps(found["steps"][-1]), flush=True)
-    found["knn"] = imagenet_knn(device)
-    print(json.dumps(found["knn"]), flush=True)
-    found["communication"] = [communication(recipe) for recipe in ("imagenet", "cifar10")]
-    data = [] if cifar is None else [cifar]
-    found["runs"] = [run_of("simsiam.py", *(data if cuda else []), "--epochs", "3", "--knn-every", "0", *more) for more in ([], ["--compile"])]
-    for run in found["runs"]:
-        run["command"] = run["command"].replace(str(cifar), "CIFAR")
-    with open(f"results/speed-{device.type}.json", "w") as f:
-        f.write(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def measure(photos, cifar, device, path, resume):
+    """All parts, or with `resume` those that the file lacks; it is written after each."""
+    torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
+    photos, small = augment.open_data(photos)[0], augment.open_data(cifar)[0]
+    data = [cifar] if cifar and device.type == "cuda" else []
+    parts = {
+        "photos": lambda: augment.bench(photos, augment.Policy(), device),
+        "in memory": lambda: augment.bench(small, augment.Policy(size=32, blur=0), device),
+        "colours": lambda: {"224 pixels": colours(augment.Source(files=photos.files[:48]), augment.Policy(), device),
+                            "32 pixels": colours(augment.Source(pixels=small.pixels[:512]), augment.Policy(size=32, blur=0), device)},
+        "steps": lambda: train_steps(device),
+        "runs": lambda: [run_of("simsiam.py", *data, "--epochs", "3", "--knn-every", "0", *more) for more in ([], ["--compile"])],
+        "knn": lambda: imagenet_knn(device),
+        "communication": lambda: [communication(recipe) for recipe in ("imagenet", "cifar10")]}
+    found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cores": os.cpu_count()}
+    if resume and os.path.exists(path):
+        with open(path) as f:
+            found = json.load(f)
+    for name, part in parts.items():
+        if name not in found:
+            found[name] = part()
+            print(json.dumps({name: found[name]}), flush=True)
+            with simsiam.replacing(path, "w") as f:
+                f.write(json.dumps(found, indent=1).replace(str(cifar or "CIFAR"), "CIFAR") + "\n")
 
 
 def table(heads, rows):
@@ -182,27 +192,32 @@ def page(found):
     """One machine's section of speed.md."""
     out = [f"## {found['device']}", "", f"torch {found['torch']}, {found['cores']} cores.", ""]
     for what, title in (("photos", "photographs, two views of 224 pixels"), ("in memory", "32-pixel images in memory, two views")):
+        if what not in found:
+            continue
         rates, heads, beside = found[what], ["part", "one core", "all cores", "times Pillow, one core", "all cores"], [found[what]["all, by Pillow"]]
         if "decode" in rates:
             heads, beside = heads + ["share of decoding, one core", "all cores"], beside + [rates["decode"]]
         out += [f"**Input pipeline**, {title}, images/s:", ""]
         out += table(heads, [[part, *(f"{r:.0f}" for r in both), *(f"{r / b:.2f}" for other in beside for r, b in zip(both, other))] for part, both in rates.items()])
-    out += ["**Colour changes compiled**, which `--compile` does too, the photometric part on one core, images/s:", ""]
-    out += table(["views", "plain", "compiled", "times plain"],
-                 [[size, *(f"{r:.0f}" for r in rates.values()), f"{rates['compiled'] / rates['plain']:.2f}"] for size, rates in found["colours"].items()])
-    for s in found["steps"]:
+    if "colours" in found:
+        out += ["**Colour changes compiled**, which `--compile` does too, the photometric part on one core, images/s:", ""]
+        out += table(["views", "plain", "compiled", "times plain"],
+                     [[size, *(f"{r:.0f}" for r in rates.values()), f"{rates['compiled'] / rates['plain']:.2f}"] for size, rates in found["colours"].items()])
+    for s in found.get("steps", []):
         plain = s["variants"]["plain"]["images/s"]
         peak = next((value for name, value in PEAK.items() if name in found["device"]), None)
         out += [f"**Training step**, {s['recipe']}, batch {s['batch']}, {s['GFLOP an image']} GFLOP an image:", ""]
         out += table(["variant", "ms", "images/s", "times plain", "TFLOP/s", "share of the peak", "first step, s", "MiB"],
                      [[name, v["ms"], v["images/s"], f"{v['images/s'] / plain:.2f}", v["TFLOP/s"], f"{v['TFLOP/s'] / peak:.2f}" if peak else "-",
                        v["first step, s"], v["MiB"] or "-"] for name, v in s["variants"].items()])
-    if found["cuda"]:
-        fastest = max(v["images/s"] for s in found["steps"] if s["recipe"] == "imagenet" for v in s["variants"].values())
+    fastest = max((v["images/s"] for s in found.get("steps", []) if s["recipe"] == "imagenet" for v in s["variants"].values()), default=0)
+    if fastest and not found["device"].startswith("CPU"):
         out += [f"**Feeding it**: {fastest:.0f} images/s of ResNet-50 take " + " and ".join(
             f"{fastest / found['photos'][part][0]:.0f} cores ({part})" for part in ("decode and cut", "all, by Pillow")) + ".", ""]
-    out += ["**kNN at ImageNet's size**: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", "", "**Whole runs**:", ""]
-    out += table(list(found["runs"][0]), [list(run.values()) for run in found["runs"]])
+    if "runs" in found:
+        out += ["**Whole runs**:", "", *table(list(found["runs"][0]), [list(run.values()) for run in found["runs"]])]
+    if "knn" in found:
+        out += ["**kNN at ImageNet's size**: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", ""]
     return out
 
 
@@ -210,11 +225,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos")
     parser.add_argument("--cifar")
+    parser.add_argument("--resume", action="store_true", help="measure only what an interrupted start has not")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.photos is None:
             drawn_photos(folder)
-        measure(args.photos or folder, args.cifar, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        measure(args.photos or folder, args.cifar, device, f"results/speed-{device.type}.json", args.resume)
     lines = ["Made by `results/speed.py`; what it means is in `results/README.md`.", ""]
     for device in ("cuda", "cpu"):
         if os.path.exists(f"results/speed-{device}.json"):
