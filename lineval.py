@@ -364,6 +364,8 @@ def evaluate(args):
     run.begin() if trains else os.makedirs(out, exist_ok=True)
     if s["sha256"] is None:
         network = simsiam.calibrated(network, train, policy, device, s["workers"])
+        for statistics in network.buffers():
+            dist.broadcast(statistics, 0)  # GPUs can differ in the last bits
     network.eval().requires_grad_(False)
     loaded = fingerprint(network)
     digest = int(hashlib.sha256("".join(loaded.values()).encode()).hexdigest()[:8], 16)

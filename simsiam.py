@@ -1091,8 +1091,7 @@ def resolve(args, train, world):
         measure = {"warmup": "epochs"}.get(name, name)
         scale = min(1, settings[measure] / SETTINGS[measure][0]) if measure in ("batch", "dim", "pred_dim", "epochs") else 1
         settings[name] = max(1, round(scale * value)) if scale < 1 else value
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings.update({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    settings.update({name: tuple(value) if isinstance(value, list) else value for name in SETTINGS if (value := getattr(args, name)) is not None})
     settings.update(experiment=args.experiment, init=args.init, seed=args.seed, data=args.data, images=len(train), device=args.device,
                     amp=args.amp if args.amp is not None else args.device == "cuda", compile=args.compile, world=world, workers=args.workers,
                     save_minutes=args.save_minutes if settings["eta"] != "average" else 1e9)  # its checkpoint takes all processes at once
@@ -1172,7 +1171,8 @@ def launch(script, run, args):
 HINTS = {  # torch's words: what to do
     "DataLoader timed out": f"no images for {augment.LOADER_TIMEOUT} s; is the disk or the network under DATA still there?",
     "DataLoader worker": "a process that decodes images was killed, mostly for want of memory or of /dev/shm; use fewer --workers",
-    "C\\+\\+ compiler|[Tt]riton": "--compile needs what torch.compile needs on this machine; without it the run goes as well, only slower",
+    "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton": "--compile needs one; leave it out",
+    "out of memory": "use a smaller --batch, or more GPUs",
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message"}
 
 
@@ -1214,9 +1214,6 @@ def pretrain(args):
     layout = resnet.fastest_layout(model.encoder, device)
     model = model.to(device, memory_format=layout)
     network = distribute(model, device)
-    if s["compile"]:
-        network.compile()  # in place: names in checkpoints stay
-        augment.blend, augment.shift_hue = (torch.compile(f, dynamic=True) for f in (augment.blend, augment.shift_hue))
     optimizer = sgd(model, s["momentum"], s["weight_decay"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])  # what stays in float32 has TF32 convolutions
 
@@ -1258,6 +1255,9 @@ def pretrain(args):
             "  " + shown.format(record[key], minimum) for key, shown in MEASURED.items() if shown and record[key] is not None))
 
     # 4. Train
+    if s["compile"]:
+        network.compile()  # in place: names in checkpoints stay
+        augment.blend, augment.shift_hue = (torch.compile(f, dynamic=True) for f in (augment.blend, augment.shift_hue))
     step = run.epoch * steps_per_epoch + run.step
     batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
     batches = twice(batches, k, step) if s["eta"] == "alternate" else batches

@@ -2814,11 +2814,12 @@ def test_speed_figures_are_those_in_results():
     text = " ".join((HERE / "README.md").read_text().split())
     found = json.loads((HERE / "results/speed-cpu.json").read_text())
     files, memory = ({part: both[0] for part, both in found[what].items()} for what in ("photos", "in memory"))
-    steps = {s["recipe"]: {name: v["images/s"] for name, v in s["variants"].items()} for s in found["steps"]}
+    steps = {s["recipe"]: {name: v["images/s"] for name, v in s["variants"].items()} for r, s in found.items() if r.startswith("step of ")}
     for figure in (f"makes {files['decode and cut'] / files['all, by Pillow']:.2f} times", f"at {files['decode and cut'] / files['decode']:.2f} of",
                    f"make it {files['all'] / files['all, by Pillow']:.2f} times", f"is {memory['all'] / memory['all, by Pillow']:.2f} times as fast",
-                   f"gains {steps['cifar10']['ours'] / steps['cifar10']['plain']:.2f} from", f"and {steps['shapes']['ours, compiled'] / steps['shapes']['plain']:.2f} from"):
+                   *(f"{steps[recipe]['ours'] / steps[recipe]['plain']:.2f} {text}" for recipe, text in (("cifar10", "from channels_last"), ("imagenet", "with ResNet-50")))):
         assert figure in text, figure
+    assert all(0.9 < step["ours, compiled"] / step["ours"] < 1.1 for step in steps.values())  # "nothing from --compile"
 
 
 def test_readme_shows_the_algorithm_as_it_is():

@@ -10,7 +10,6 @@ which results/cifar10.md is made. Nothing is chosen by looking at test images, a
 import argparse
 import concurrent.futures
 import json
-import math
 import os
 import queue
 import shlex
@@ -26,24 +25,23 @@ import augment
 import numpy as np
 import torch
 
-# name: (options beside the recipe's, seeds, linear evaluations). What comes first is what is most worth having, should time run out
+# name: (options beside the recipe's, seeds, linear evaluations), in the order in which they are run
 ON_A_GPU = {
-    "800-epochs": ([], [0], ["--sgd", "--lars", "--cached"]),
-    "200-epochs": (["--epochs", "200"], [0, 1, 2], ["--sgd", "--cached"]),
-    "200-epochs-decayed-predictor": (["--epochs", "200", "--pred-lr", "cosine"], [0, 1, 2], ["--cached"]),
-    "50-epochs": (["--epochs", "50"], [0, 1, 2], ["--cached"]),
-    "50-epochs-float32": (["--epochs", "50", "--no-amp"], [0], ["--cached"]),
-    "50-epochs-compiled": (["--epochs", "50", "--compile"], [0], ["--cached"]),
-    "50-epochs-affine": (["--epochs", "50", "--affine"], [0], ["--cached"]),
-    "50-epochs-released-projection": (["--epochs", "50", "--proj-hidden", "512"], [0], ["--cached"]),
+    "200-epochs": (["--epochs", "200"], [0, 1, 2], ["sgd", "cached"]),
+    "800-epochs": ([], [0], ["sgd", "lars", "cached"]),
+    "200-epochs-decayed-predictor": (["--epochs", "200", "--pred-lr", "cosine"], [0, 1, 2], ["cached"]),
+    "50-epochs": (["--epochs", "50"], [0, 1, 2], ["cached"]),
+    "50-epochs-float32": (["--epochs", "50", "--no-amp"], [0], ["cached"]),
+    "50-epochs-compiled": (["--epochs", "50", "--compile"], [0], ["cached"]),
+    "50-epochs-affine": (["--epochs", "50", "--affine"], [0], ["cached"]),
+    "50-epochs-released-projection": (["--epochs", "50", "--proj-hidden", "512"], [0], ["cached"]),
 }
 # 1/8 of the width of backbone and heads. Batch and lr are those of an earlier run at 1/4 of the width (results/README.md), not tuned here
 SMALL = shlex.split("--width 1/8 --proj-hidden 256 --dim 256 --pred-dim 64 --batch 64 --base-lr 0.4 --epochs 40 --knn-every 5")
 ON_A_CPU = {
-    "small": (SMALL, [0, 1, 2], ["--sgd", "--lars", "--cached"]),
-    "small-decayed-predictor": ([*SMALL, "--pred-lr", "cosine"], [0, 1, 2], ["--cached"]),
-    "small-affine": ([*SMALL, "--affine"], [0, 1, 2], ["--cached"]),
-    "small-released-projection": ([*SMALL, "--proj-hidden", "64"], [0, 1, 2], ["--cached"]),
+    "small": (SMALL, [0, 1, 2], ["sgd", "lars", "cached"]),
+    "small-decayed-predictor": ([*SMALL, "--pred-lr", "cosine"], [0, 1, 2], ["cached"]),
+    "small-affine": ([*SMALL, "--affine"], [0, 1, 2], ["cached"]),
 }
 PUBLISHED = [  # who, epochs, what was measured
     ("the paper, supplement D", 800, "linear 91.8 (SimCLR in the same setting: 91.1)"), ("lightly, batch 512", 200, "kNN 76.4"),
@@ -75,14 +73,14 @@ def records(path):
 
 
 def jobs(data, programme):
-    """[[command, what it writes when it is done], ...] for each run: pre-training, then its linear evaluations."""
+    """For each run its name and, of pre-training and linear evaluations, the command, what it makes in the end, and what is kept of it."""
     for name, (options, seeds, protocols) in programme.items():
         for seed in seeds:
-            out = f"{RUNS}/{name}-{seed}"
+            out, kept = f"{RUNS}/{name}-{seed}", f"{KEPT}/{name}-{seed}"
             yield f"{name}-{seed}", [
-                (["simsiam.py", data, *options, "--seed", str(seed), "--out", out, "--resume", "auto"], f"{out}/backbone.pth"),
-                *((["lineval.py", data, "--ckpt", f"{out}/checkpoint.pth", protocol, "--resume", "auto"], f"{out}/lineval-{protocol[2:]}/lineval.json")
-                  for protocol in protocols)]
+                (["simsiam.py", data, *options, "--seed", str(seed), "--out", out, "--resume", "auto"], f"{out}/backbone.pth", f"{kept}/log.jsonl"),
+                *((["lineval.py", data, "--ckpt", f"{out}/checkpoint.pth", f"--{protocol}", "--resume", "auto"],
+                   f"{out}/lineval-{protocol}/lineval.json", f"{kept}/lineval-{protocol}.json") for protocol in protocols)]
 
 
 class Interrupted(Exception):
@@ -91,37 +89,27 @@ class Interrupted(Exception):
 
 def run(name, commands, deadline):
     """Do what is not done yet of a run, and keep its results. Raises Interrupted at the deadline, and RuntimeError where a command fails."""
-    for command, made in commands:
-        if os.path.exists(made) or os.path.exists(kept(name, made)):
-            continue
-        print("python", shlex.join(command), flush=True)
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _, said = process.communicate(timeout=max(0, deadline - time.monotonic()) if deadline else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves what it has
-            process.communicate()
-            raise Interrupted from None
-        if process.returncode != 0:
-            raise RuntimeError(f"python {shlex.join(command)}: {said}")
-        keep(name, made)
+    if all(os.path.exists(kept) for *_, kept in commands):
+        return name
+    for command, made, kept in commands:
+        if not os.path.exists(made):
+            print("python", shlex.join(command), flush=True)
+            process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            try:
+                _, said = process.communicate(timeout=max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)  # it saves what it has
+                process.communicate()
+                raise Interrupted from None
+            if process.returncode != 0:
+                raise RuntimeError(f"python {shlex.join(command)}: {said}")
+        folder = os.path.dirname(kept)
+        os.makedirs(folder, exist_ok=True)
+        for base in ("curves.png", "backbone.pth") if "simsiam.py" in command else ():
+            if os.path.getsize(f"{os.path.dirname(made)}/{base}") < 4 * 2 ** 20:
+                shutil.copy(f"{os.path.dirname(made)}/{base}", folder)
+        shutil.copy(f"{os.path.dirname(made)}/log.jsonl" if "simsiam.py" in command else made, kept)
     return name
-
-
-def kept(name, made):
-    """Where what a job has made is kept."""
-    folder, base = os.path.split(made)
-    return f"{KEPT}/{name}/{base if base == 'backbone.pth' else os.path.basename(folder) + '.json'}"
-
-
-def keep(name, made):
-    os.makedirs(f"{KEPT}/{name}", exist_ok=True)
-    if made.endswith("lineval.json"):
-        shutil.copy(made, kept(name, made))
-        return
-    for base in ("log.jsonl", "curves.png", "backbone.pth"):
-        if os.path.getsize(f"{os.path.dirname(made)}/{base}") < 4 * 2 ** 20:
-            shutil.copy(f"{os.path.dirname(made)}/{base}", f"{KEPT}/{name}/{base}")
 
 
 def cell(values):
@@ -172,7 +160,7 @@ def page(note):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="CIFAR", help="a CIFAR-10 folder")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, everything saved; the same command goes on")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many, everything saved; the same command goes on")
     parser.add_argument("--note", default="", help="what the page is to say of the data")
     args = parser.parse_args()
     cuda, cores = torch.cuda.is_available(), queue.SimpleQueue()
@@ -180,7 +168,7 @@ def main():
     for core in os.sched_getaffinity(0):
         cores.put(core)
     pin = (lambda: None) if cuda else (lambda: os.sched_setaffinity(0, {cores.get()}))  # of a thread; its runs inherit it
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes < math.inf else None
+    deadline = time.monotonic() + 60 * args.minutes
     pool = concurrent.futures.ThreadPoolExecutor(1 if cuda else cores.qsize(), initializer=pin)
     done = "all is done"
     try:

@@ -9,12 +9,15 @@ Variants are interleaved, and medians reported: ratios within a table count more
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from functools import partial
 
 sys.path.insert(0, os.getcwd())
 import augment
@@ -26,6 +29,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bf16 TFLOP/s, from the data sheets
+STEPS = {"cuda": [("imagenet", 512, 10), ("cifar10", 512, 20)], "cpu": [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]}  # recipe, batch, steps
 VARIANTS = {"plain": (False, False), "ours": (True, False), "ours, compiled": (True, True)}
 WAIT = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
@@ -71,6 +75,7 @@ def make_step(device, recipe, batch, ours, compiled):
         optimizer = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=0.0, momentum=0.9, weight_decay=1e-4)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=ours and device.type == "cuda")
     if compiled:
+        torch._dynamo.reset()  # or it would take other recipes' sizes for ones that vary
         model.compile()
 
     def run(n):
@@ -90,10 +95,11 @@ def steps(device, recipe, batch, n, repeats=5):
     for name, how in VARIANTS.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() >> 20 if device.type == "cuda" else 0
         made[name] = make_step(device, recipe, batch, *how)
         found[name] = {"first step, s": round(made[name](1), 1)}
         made[name](2)
-        found[name]["MiB"] = simsiam.peak_memory(device) if device.type == "cuda" else None
+        found[name]["MiB"] = simsiam.peak_memory(device) - before if device.type == "cuda" else None
     times = {name: [] for name in made}
     for name in list(made) * repeats:
         times[name].append(made[name](n))
@@ -107,6 +113,8 @@ def steps(device, recipe, batch, n, repeats=5):
 
 def imagenet_knn(device):
     """Seconds and MiB for the kNN of all of ImageNet's validation images: 50,000 against 1,281,167, 2048 features each; on a CPU from 208 of them."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     bank = torch.empty(1_281_167, 2048, device=device)
     for part in bank.split(2 ** 14):
         part.normal_()
@@ -129,6 +137,7 @@ def communication(recipe):
 
 def run_of(*command):
     """A program's run in a folder that goes: how long it took, by the clock and by its log; on a GPU, the linear evaluation too."""
+    torch.cuda.empty_cache()  # the program needs the memory
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         subprocess.run([sys.executable, *command, "--out", folder], check=True, stdout=subprocess.DEVNULL)
@@ -145,43 +154,46 @@ def run_of(*command):
                 "waiting for data": [round(r["data_wait"], 3) for r in epochs[1:]], "lineval --cached, s": linear}
 
 
-def train_steps(device):
-    """Of each recipe, at a batch that fits."""
-    found = []
-    for recipe, batch, n in [("imagenet", 512, 10), ("cifar10", 512, 20)] if device.type == "cuda" else [("shapes", 64, 4), ("cifar10", 64, 1), ("imagenet", 8, 1)]:
-        for size in (batch, batch // 2):  # the second after the except block, which keeps the first one's memory alive
-            try:
-                found.append(steps(device, recipe, size, n))
-                break
-            except torch.OutOfMemoryError:
-                print(f"{recipe}: a batch of {size} doesn't fit", flush=True)
-    return found
+def steps_that_fit(device, recipe, batch, n):
+    """steps at this batch, or at half of it."""
+    try:
+        return steps(device, recipe, batch, n)
+    except RuntimeError as error:  # cuDNN's words for too little memory are several
+        if not re.search("out of memory|ALLOC_FAILED|unable to find an engine", str(error)):
+            raise
+    print(f"{recipe}: a batch of {batch} doesn't fit", flush=True)
+    return steps(device, recipe, batch // 2, n)  # after the except block, which keeps the first one's memory alive
 
 
-def measure(photos, cifar, device, path, resume):
+def measure(folder, cifar, device, path, resume):
     """All parts, or with `resume` those that the file lacks; it is written after each."""
     torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
-    photos, small = augment.open_data(photos)[0], augment.open_data(cifar)[0]
+    photos, small = augment.open_data(folder)[0], augment.open_data(cifar)[0]
     data = [cifar] if cifar and device.type == "cuda" else []
     parts = {
         "photos": lambda: augment.bench(photos, augment.Policy(), device),
         "in memory": lambda: augment.bench(small, augment.Policy(size=32, blur=0), device),
         "colours": lambda: {"224 pixels": colours(augment.Source(files=photos.files[:48]), augment.Policy(), device),
                             "32 pixels": colours(augment.Source(pixels=small.pixels[:512]), augment.Policy(size=32, blur=0), device)},
-        "steps": lambda: train_steps(device),
-        "runs": lambda: [run_of("simsiam.py", *data, "--epochs", "3", "--knn-every", "0", *more) for more in ([], ["--compile"])],
+        **{f"step of {recipe}": partial(steps_that_fit, device, recipe, batch, n) for recipe, batch, n in STEPS[device.type]},
         "knn": lambda: imagenet_knn(device),
+        "run": lambda: run_of("simsiam.py", *data, "--epochs", "3", "--knn-every", "0"),
+        "run, compiled": lambda: run_of("simsiam.py", *data, "--epochs", "3", "--knn-every", "0", "--compile"),
         "communication": lambda: [communication(recipe) for recipe in ("imagenet", "cifar10")]}
-    found = {"command": shlex.join(["python", "results/speed.py"]), "torch": torch.__version__, "device": simsiam.device_name(device), "cores": os.cpu_count()}
+    found = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__, "device": simsiam.device_name(device), "cores": os.cpu_count()}
     if resume and os.path.exists(path):
         with open(path) as f:
             found = json.load(f)
     for name, part in parts.items():
         if name not in found:
-            found[name] = part()
+            try:
+                found[name] = part()
+            except Exception:  # the other parts are worth having all the same
+                traceback.print_exc()
+                continue
             print(json.dumps({name: found[name]}), flush=True)
             with simsiam.replacing(path, "w") as f:
-                f.write(json.dumps(found, indent=1).replace(str(cifar or "CIFAR"), "CIFAR") + "\n")
+                f.write(json.dumps(found, indent=1).replace(folder, "PHOTOS").replace(cifar or "CIFAR", "CIFAR") + "\n")
 
 
 def table(heads, rows):
@@ -203,19 +215,21 @@ def page(found):
         out += ["**Colour changes compiled**, which `--compile` does too, the photometric part on one core, images/s:", ""]
         out += table(["views", "plain", "compiled", "times plain"],
                      [[size, *(f"{r:.0f}" for r in rates.values()), f"{rates['compiled'] / rates['plain']:.2f}"] for size, rates in found["colours"].items()])
-    for s in found.get("steps", []):
+    steps = [part for name, part in found.items() if name.startswith("step of ")]
+    for s in steps:
         plain = s["variants"]["plain"]["images/s"]
         peak = next((value for name, value in PEAK.items() if name in found["device"]), None)
         out += [f"**Training step**, {s['recipe']}, batch {s['batch']}, {s['GFLOP an image']} GFLOP an image:", ""]
         out += table(["variant", "ms", "images/s", "times plain", "TFLOP/s", "share of the peak", "first step, s", "MiB"],
                      [[name, v["ms"], v["images/s"], f"{v['images/s'] / plain:.2f}", v["TFLOP/s"], f"{v['TFLOP/s'] / peak:.2f}" if peak else "-",
                        v["first step, s"], v["MiB"] or "-"] for name, v in s["variants"].items()])
-    fastest = max((v["images/s"] for s in found.get("steps", []) if s["recipe"] == "imagenet" for v in s["variants"].values()), default=0)
+    fastest = max((v["images/s"] for s in steps if s["recipe"] == "imagenet" for v in s["variants"].values()), default=0)
     if fastest and not found["device"].startswith("CPU"):
         out += [f"**Feeding it**: {fastest:.0f} images/s of ResNet-50 take " + " and ".join(
             f"{fastest / found['photos'][part][0]:.0f} cores ({part})" for part in ("decode and cut", "all, by Pillow")) + ".", ""]
-    if "runs" in found:
-        out += ["**Whole runs**:", "", *table(list(found["runs"][0]), [list(run.values()) for run in found["runs"]])]
+    runs = [part for name, part in found.items() if name.startswith("run")]
+    if runs:
+        out += ["**Whole runs**:", "", *table(list(runs[0]), [list(run.values()) for run in runs])]
     if "knn" in found:
         out += ["**kNN at ImageNet's size**: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", ""]
     return out
