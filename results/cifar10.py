@@ -93,7 +93,7 @@ def run(name, commands, deadline):
         return name
     for command, made, kept in commands:
         if not os.path.exists(made):
-            print("python", shlex.join(command), flush=True)
+            print(f"python {shlex.join(command)}", flush=True)
             process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             try:
                 _, said = process.communicate(timeout=max(0, deadline - time.monotonic()))
@@ -160,7 +160,7 @@ def page(note):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="CIFAR", help="a CIFAR-10 folder")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many, everything saved; the same command goes on")
+    parser.add_argument("--minutes", type=float, default=1e4, help="stop after so many, everything saved; the same command goes on")
     parser.add_argument("--note", default="", help="what the page is to say of the data")
     args = parser.parse_args()
     cuda, cores = torch.cuda.is_available(), queue.SimpleQueue()
@@ -173,7 +173,7 @@ def main():
     done = "all is done"
     try:
         for job in concurrent.futures.as_completed([pool.submit(run, *job, deadline) for job in jobs(data, programme)]):
-            print("done:", job.result(), flush=True)
+            print(f"done: {job.result()}", flush=True)
     except Interrupted:
         done = "time is up; the same command goes on"
     finally:
