@@ -1595,7 +1595,7 @@ def test_without_stopgrad_the_run_collapses_and_says_so(tmp_path):
     assert last["loss"] < -0.8 and last["std"] < 0.5 and log_of(tmp_path)[0]["settings"]["pred_lr"] == "cosine"
     assert ("collapsed: all outputs" in out.stdout) == last["collapsed"]
     whole = [json.loads(line) for line in (HERE / "results/shapes-fig2-without-stopgrad/log.jsonl").read_text().splitlines()]
-    assert whole[-2]["collapsed"] and whole[-2]["loss"] < -0.95 and whole[-2]["std"] < 0.26  # the full run, kept in results/
+    assert whole[-2]["collapsed"] and whole[-2]["loss"] < -0.95 and whole[-2]["std"] < 3 / math.sqrt(64)  # the full run, kept in results/
 
 
 REFUSALS = [
@@ -2782,7 +2782,7 @@ def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
 
 
 def test_readmes_results_are_those_of_the_logs():
-    rows = dict(re.findall(r"^\| `(small[\w-]*)`.*?(\| \d+ \|.*)\|$", (HERE / "README.md").read_text(), re.M))
+    rows = dict(re.findall(r"^\| `(small[\w-]*)`.*?(\| \d+ \|.*\|)$", (HERE / "README.md").read_text(), re.M))
     assert {"small", "small-decayed-predictor", "small-affine"} <= rows.keys()
     for name, cells in rows.items():
         runs = [HERE / "results/cifar10" / f"{name}-{seed}" for seed in range(3)]

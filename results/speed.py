@@ -223,10 +223,12 @@ def page(found):
         out += table(["variant", "ms", "images/s", "times plain", "TFLOP/s", "share of the peak", "first step, s", "MiB"],
                      [[name, v["ms"], v["images/s"], f"{v['images/s'] / plain:.2f}", v["TFLOP/s"], f"{v['TFLOP/s'] / peak:.2f}" if peak else "-",
                        v["first step, s"], v["MiB"] or "-"] for name, v in s["variants"].items()])
-    fastest = max((v["images/s"] for s in steps if s["recipe"] == "imagenet" for v in s["variants"].values()), default=0)
-    if fastest and not found["device"].startswith("CPU"):
-        out += [f"**Feeding it**: {fastest:.0f} images/s of ResNet-50 take " + " and ".join(
-            f"{fastest / found['photos'][part][0]:.0f} cores ({part})" for part in ("decode and cut", "all, by Pillow")) + ".", ""]
+    fastest = {s["recipe"]: max(v["images/s"] for v in s["variants"].values()) for s in steps}
+    if not found["device"].startswith("CPU") and {"imagenet", "cifar10"} <= fastest.keys() and {"photos", "in memory"} <= found.keys():
+        cores = " and ".join(f"{fastest['imagenet'] / found['photos'][part][0]:.0f} cores ({part})" for part in ("decode and cut", "all, by Pillow"))
+        out += [f"**Feeding it**: {fastest['imagenet']:.0f} images/s of ResNet-50 take {cores}. The views of CIFAR-10 take "
+                f"{fastest['cifar10'] / found['in memory']['all'][0]:.2f} of the time of their step; an epoch of steps, {50_000 / fastest['cifar10']:.1f} s, 800 of them, "
+                f"{800 / 60 * 50_000 / fastest['cifar10']:.1f} minutes.", ""]
     runs = [part for name, part in found.items() if name.startswith("run")]
     if runs:
         out += ["**Whole runs**:", "", *table(list(runs[0]), [list(run.values()) for run in runs])]
