@@ -50,10 +50,9 @@ PUBLISHED = [  # who, epochs, what was measured
 KEPT, RUNS = "results/cifar10", "runs/cifar10"
 
 
-def subset(data, n, folder):
+def subset(train, val, n, folder):
     """A folder in CIFAR-10's binary layout with the first n / 10 training images of each class, and all test images."""
     if not os.path.exists(folder):
-        train, val = augment.open_data(data)
         first = np.sort(np.concatenate([np.flatnonzero(train.labels == k)[:n // 10] for k in range(10)]))
         os.makedirs(f"{folder}.tmp", exist_ok=True)
         for names, source, index in zip(augment.CIFAR_BATCHES, (train, val), (first, np.arange(len(val)))):
@@ -163,19 +162,23 @@ def main():
     parser.add_argument("--minutes", type=float, default=1e4, help="stop after so many, everything saved; the same command goes on")
     parser.add_argument("--note", default="", help="what the page is to say of the data")
     args = parser.parse_args()
-    cuda, cores = torch.cuda.is_available(), queue.SimpleQueue()
-    programme, data = (ON_A_GPU, args.data) if cuda else (ON_A_CPU, subset(args.data, 10_000, "runs/cifar10-10000"))
+    cuda, cores, done = torch.cuda.is_available(), queue.SimpleQueue(), "all is done"
     for core in os.sched_getaffinity(0):
         cores.put(core)
     pin = (lambda: None) if cuda else (lambda: os.sched_setaffinity(0, {cores.get()}))  # of a thread; its runs inherit it
     deadline = time.monotonic() + 60 * args.minutes
     pool = concurrent.futures.ThreadPoolExecutor(1 if cuda else cores.qsize(), initializer=pin)
-    done = "all is done"
     try:
+        train, val = augment.open_data(args.data)
+        if val is None or train.labels is None or [len(train), len(val), len(train.classes)] != [50_000, 10_000, 10]:
+            raise augment.Refused(f"{args.data}: not CIFAR-10, which has 50,000 training and 10,000 test images of 10 classes")
+        programme, data = (ON_A_GPU, args.data) if cuda else (ON_A_CPU, subset(train, val, 10_000, "runs/cifar10-10000"))
         for job in concurrent.futures.as_completed([pool.submit(run, *job, deadline) for job in jobs(data, programme)]):
             print(f"done: {job.result()}", flush=True)
     except Interrupted:
         done = "time is up; the same command goes on"
+    except (augment.Refused, OSError, RuntimeError) as error:
+        sys.exit(f"cifar10.py: {error}")
     finally:
         pool.shutdown(cancel_futures=True)
     with open("results/cifar10.md", "w") as f:
