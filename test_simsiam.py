@@ -2766,8 +2766,7 @@ def test_readmes_figures_are_those_of_the_logs_in_results():
         assert end["event"] == "end"
         for figure in (f"{last['loss']:.3f}", f"{last['std']:.2f}" * ("intel" not in run), f"{last['knn']:.1f}%", f"{first['knn']:.1f}%", f"{start['knn_pixels']:.1f}%"):
             assert figure in text, (run, figure)
-    for evaluation in ("shapes-cached", "shapes-untrained-cached", "shapes-intel", "shapes-intel-2", "cifar10-width4-cached", "cifar10-width4-untrained-cached",
-                       "cifar10-width4-sgd", "cifar10-width4-lars"):
+    for evaluation in ("shapes-cached", "shapes-untrained-cached", "shapes-intel", "shapes-intel-2", "cifar10-width4-cached"):
         result = result_of(HERE / "results" / evaluation)
         assert f"{result['top1']:.1f}%" in text, evaluation
         if "cifar10-width4" in result["backbone"]:
