@@ -165,6 +165,14 @@ def steps_that_fit(device, recipe, batch, n):
     return steps(device, recipe, batch // 2, n)  # after the except block, which keeps the first one's memory alive
 
 
+def processor():
+    """The CPU's name, where Linux tells it."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return "a CPU"
+    with open("/proc/cpuinfo") as f:
+        return next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "a CPU")
+
+
 def measure(folder, cifar, device, path, resume):
     """All parts, or with `resume` those that the file lacks; it is written after each."""
     torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
@@ -180,7 +188,7 @@ def measure(folder, cifar, device, path, resume):
         "run": lambda: run_of("simsiam.py", *data, "--epochs", "3", "--knn-every", "0"),
         "run, compiled": lambda: run_of("simsiam.py", *data, "--epochs", "3", "--knn-every", "0", "--compile"),
         "communication": lambda: [communication(recipe) for recipe in ("imagenet", "cifar10")]}
-    found = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__, "device": simsiam.device_name(device), "cores": os.cpu_count()}
+    found = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__, "device": simsiam.device_name(device), "processor": processor(), "cores": os.cpu_count()}
     if resume and os.path.exists(path):
         with open(path) as f:
             found = json.load(f)
@@ -202,7 +210,7 @@ def table(heads, rows):
 
 def page(found):
     """One machine's section of speed.md."""
-    out = [f"## {found['device']}", "", f"torch {found['torch']}, {found['cores']} cores.", ""]
+    out = [f"## {found['device']}", "", f"`{found['command']}`: {found['processor']}, {found['cores']} cores; torch {found['torch']}. Medians of interleaved repeats.", ""]
     for what, title in (("photos", "photographs, two views of 224 pixels"), ("in memory", "32-pixel images in memory, two views")):
         if what not in found:
             continue
@@ -237,6 +245,14 @@ def page(found):
     return out
 
 
+NOT_RUN = [
+    "## Not run yet", "",
+    "- All of this on a GPU: the step in bf16, channels_last, compiled, against the plain one (aim: 1.5 times), peak memory, the cores that feed it, CIFAR-10's epochs (aim: 800 in 15 "
+    "minutes) and the share that views have of them (aim: a fifth), `lineval.py --cached` (aim: a minute), kNN of ImageNet's size: "
+    "`python results/speed.py --photos PHOTOS --cifar CIFAR`, some 10 minutes on an H100 by estimate; each part is written when it is there, and `--resume` goes on.",
+    "- Several GPUs: `torchrun --nproc-per-node 8 simsiam.py IMAGENET --epochs 1`, with and without `--compile`.", ""]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos")
@@ -255,6 +271,7 @@ def main():
                 found = json.load(f)
             lines += page(found)
     lines += ["## Communication", "", "What a step sends, by counting:", "", *table(list(found["communication"][0]), [list(c.values()) for c in found["communication"]])]
+    lines += NOT_RUN if not os.path.exists("results/speed-cuda.json") else []
     with open("results/speed.md", "w") as f:
         f.write("\n".join(lines))
 
