@@ -1159,7 +1159,7 @@ def launch(script, run, args):
             raise
         message = f"{str(error).splitlines()[0]}: {hint}"
     except KeyboardInterrupt:
-        message = "interrupted; the same command with --resume goes on from the last checkpoint"
+        message = "interrupted; what has a checkpoint goes on from it with --resume"
     finally:
         for number in STOPPING:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -2,10 +2,11 @@
 
     python results/cifar10.py CIFAR --minutes 9      on a GPU, until it says that all is done. Not run on a GPU by us yet
     python results/cifar10.py CIFAR                  on a CPU: the same commands on 10,000 of the images and a network an eighth as wide
+    ... --keep results/cifar10 --note TEXT           how the results in the repository were made; what is there already is not done again
 
 From the repository's root, on Linux. A job is one command; those that are done are not done again, and one that --minutes or Ctrl-C interrupts is
-resumed by the next start. On a CPU each job has a core of its own. Runs lie in runs/cifar10; what is kept of them is in results/cifar10, from
-which results/cifar10.md is made. Nothing is chosen by looking at test images, and every figure is the last epoch's, on all 10,000 of them.
+resumed by the next start. On a CPU each job has a core of its own. Runs lie in runs/cifar10; logs and accuracies are kept in the folder --keep, and
+a page beside it is made of them. Nothing is chosen by looking at test images, and every figure is the last epoch's, on all 10,000 of them.
 """
 import argparse
 import concurrent.futures
@@ -47,7 +48,7 @@ PUBLISHED = [  # who, epochs, what was measured
     ("the paper, supplement D", 800, "linear 91.8 (SimCLR in the same setting: 91.1)"), ("lightly, batch 512", 200, "kNN 76.4"),
     ("lightly", 800, "kNN 90.4, best epoch"), ("PatrickHua/SimSiam", 800, "kNN 90.3, on 9,728 test images; linear 90.8, and 91.9 on 9,984"),
     ("solo-learn's maintainer", 800, "linear 91.6")]
-KEPT, RUNS = "results/cifar10", "runs/cifar10"
+RUNS = "runs/cifar10"
 
 
 def subset(train, val, n, folder):
@@ -71,11 +72,11 @@ def records(path):
         return [json.loads(line) for line in f if line.endswith("}\n")]
 
 
-def jobs(data, programme):
+def jobs(data, programme, keep):
     """For each run its name and, of pre-training and linear evaluations, the command, what it makes in the end, and what is kept of it."""
     for name, (options, seeds, protocols) in programme.items():
         for seed in seeds:
-            out, kept = f"{RUNS}/{name}-{seed}", f"{KEPT}/{name}-{seed}"
+            out, kept = f"{RUNS}/{name}-{seed}", f"{keep}/{name}-{seed}"
             yield f"{name}-{seed}", [
                 (["simsiam.py", data, *options, "--seed", str(seed), "--out", out, "--resume", "auto"], f"{out}/backbone.pth", f"{kept}/log.jsonl"),
                 *((["lineval.py", data, "--ckpt", f"{out}/checkpoint.pth", f"--{protocol}", "--resume", "auto"],
@@ -92,6 +93,8 @@ def run(name, commands, deadline):
         return name
     for command, made, kept in commands:
         if not os.path.exists(made):
+            if time.monotonic() > deadline:
+                raise Interrupted
             print(f"python {shlex.join(command)}", flush=True)
             process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             try:
@@ -102,12 +105,15 @@ def run(name, commands, deadline):
                 raise Interrupted from None
             if process.returncode != 0:
                 raise RuntimeError(f"python {shlex.join(command)}: {said}")
-        folder = os.path.dirname(kept)
+        source, folder = os.path.dirname(made), os.path.dirname(kept)
         os.makedirs(folder, exist_ok=True)
-        for base in ("curves.png", "backbone.pth") if "simsiam.py" in command else ():
-            if os.path.getsize(f"{os.path.dirname(made)}/{base}") < 4 * 2 ** 20:
-                shutil.copy(f"{os.path.dirname(made)}/{base}", folder)
-        shutil.copy(f"{os.path.dirname(made)}/log.jsonl" if "simsiam.py" in command else made, kept)
+        pretraining = made.endswith("backbone.pth")
+        for base in ("curves.png", "backbone.pth") if pretraining else ():
+            if os.path.getsize(f"{source}/{base}") < 4 * 2 ** 20:
+                shutil.copy(f"{source}/{base}", folder)
+        if not pretraining and os.path.exists(f"{source}/log.jsonl"):
+            shutil.copy(f"{source}/log.jsonl", f"{kept}l")
+        shutil.copy(f"{source}/log.jsonl" if pretraining else made, kept)
     return name
 
 
@@ -119,14 +125,14 @@ def cell(values):
     return f"{statistics.mean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def page(note):
+def page(note, keep):
     """The page, from what is kept."""
-    out = [f"CIFAR-10, made by `results/cifar10.py` from the logs in `results/cifar10`. {note} Top-1 in percent on all 10,000 test images, of the last epoch; mean and standard "
+    out = [f"CIFAR-10, made by `results/cifar10.py` from the logs in `{keep}`. {note}{' ' * (note != '')}Top-1 in percent on all 10,000 test images, of the last epoch; mean and standard "
            "deviation over the seeds.", ""]
     for title, programme in (("As in supplement D", ON_A_GPU), ("Small, on a CPU", ON_A_CPU)):
         rows, curves, machines = [], [], set()
         for name, (options, seeds, protocols) in programme.items():
-            logs = [log for log in (records(f"{KEPT}/{name}-{seed}/log.jsonl") for seed in seeds) if log]
+            logs = [log for log in (records(f"{keep}/{name}-{seed}/log.jsonl") for seed in seeds) if log]
             if not logs:
                 rows.append(f"| {name} | not run | | | | | | | |")
                 continue
@@ -134,7 +140,7 @@ def page(note):
             epochs = [[r for r in log if r["event"] == "epoch"] for log in logs]
             linear = {}
             for protocol in ("sgd", "lars", "cached"):
-                files = [f"{KEPT}/{name}-{seed}/lineval-{protocol}.json" for seed in seeds]
+                files = [f"{keep}/{name}-{seed}/lineval-{protocol}.json" for seed in seeds]
                 linear[protocol] = []
                 for file in filter(os.path.exists, files):
                     with open(file) as f:
@@ -160,6 +166,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="CIFAR", help="a CIFAR-10 folder")
     parser.add_argument("--minutes", type=float, default=1e4, help="stop after so many, everything saved; the same command goes on")
+    parser.add_argument("--keep", default="runs/cifar10-kept", help="folder for logs and accuracies, and the page beside it (default: %(default)s)")
     parser.add_argument("--note", default="", help="what the page is to say of the data")
     args = parser.parse_args()
     cuda, cores, done = torch.cuda.is_available(), queue.SimpleQueue(), "all is done"
@@ -173,7 +180,7 @@ def main():
         if val is None or train.labels is None or [len(train), len(val), len(train.classes)] != [50_000, 10_000, 10]:
             raise augment.Refused(f"{args.data}: not CIFAR-10, which has 50,000 training and 10,000 test images of 10 classes")
         programme, data = (ON_A_GPU, args.data) if cuda else (ON_A_CPU, subset(train, val, 10_000, "runs/cifar10-10000"))
-        for job in concurrent.futures.as_completed([pool.submit(run, *job, deadline) for job in jobs(data, programme)]):
+        for job in concurrent.futures.as_completed([pool.submit(run, *job, deadline) for job in jobs(data, programme, args.keep)]):
             print(f"done: {job.result()}", flush=True)
     except Interrupted:
         done = "time is up; the same command goes on"
@@ -181,9 +188,10 @@ def main():
         sys.exit(f"cifar10.py: {error}")
     finally:
         pool.shutdown(cancel_futures=True)
-    with open("results/cifar10.md", "w") as f:
-        f.write(page(args.note))
-    print(done)
+    os.makedirs(args.keep, exist_ok=True)
+    with open(f"{args.keep}.md", "w") as f:
+        f.write(page(args.note, args.keep))
+    print(f"{done}; {args.keep}.md has the results so far")
 
 
 if __name__ == "__main__":

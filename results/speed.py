@@ -241,7 +241,7 @@ def page(found):
     if runs:
         out += ["**Whole runs**:", "", *table(list(runs[0]), [list(run.values()) for run in runs])]
     if "knn" in found:
-        out += ["**kNN at ImageNet's size**: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", ""]
+        out += ["**kNN at ImageNet's size**, from these queries: " + ", ".join(f"{key} {value}" for key, value in found["knn"].items()) + ".", ""]
     return out
 
 
