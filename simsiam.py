@@ -959,7 +959,7 @@ class Run:
 def draw_curves(path, records, knn_pixels, minimum):
     """The three panels of the paper's Fig. 2 from the log's epochs: loss, std with its 1/sqrt(d) line, accuracy (kNN)."""
     panels = [("loss", f"training loss (minimum {minimum})", minimum, minimum + 1, None, ""), ("std", "std x sqrt(d)  (1: scattered, 0: collapsed)", 0, 1.1, 1,
-              "1/sqrt(d)"), ("knn", "kNN top-1 (%)", 0, 100, knn_pixels, "raw pixels")]
+              "std = 1/sqrt(d)"), ("knn", "kNN top-1 (%)", 0, 100, knn_pixels, "raw pixels")]
     width, height, font, last = 420, 300, ImageFont.load_default(15), max(1, records[-1]["epoch"])
     image = Image.new("RGB", (len(panels) * width, height), "white")
     pen = ImageDraw.Draw(image)
