@@ -32,7 +32,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import tokenize
 import types
