@@ -141,8 +141,7 @@ def draw_colour(policy, seed, epoch, index, view):
 
 
 # --- Applying, first part: crop, resize, flip. uint8 -> uint8 --------------------------------------------------------
-# The flip comes last in the paper; here it comes with the crop, which changes nothing: every later step treats left and
-# right alike.
+# The flip comes last in the paper; here it comes with the crop, which changes nothing: later steps treat left and right alike.
 
 def crop_resize(image, crop, n, size):
     """One stored image (H, W, 3) uint8 and the n-th box of `crop` -> (3, S, S) uint8, on the CPU. Bilinear, antialiased.
@@ -198,9 +197,9 @@ def resize_centre(images, policy):
 
 # --- Applying, second part: colour, grayscale, blur, normalisation. uint8 -> float32, batched, CPU and GPU alike -----
 # How far from Pillow's result for the same recipe, in levels of 255, worst pixel / mean (24 photographs at 224 pixels): crop
-# and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's
-# HSV has 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05 up to std 2).
-# On a CPU, what costs is the passes over memory: hence few of them, in place, over pieces that the cache holds.
+# and resize 1 / 0.1; brightness, contrast, saturation 1.2 / 0.5 and gray 0.5 / 0.2 (Pillow rounds); hue 11 / 0.5 (Pillow's HSV has
+# 8 bits; ours is exact to 0.001); blur 28 / 0.5 (Pillow approximates by three boxes; ours is exact to 0.05 up to std 2). On a CPU,
+# what costs is the passes over memory: hence few of them, in place, over pieces that the cache holds.
 
 def pieces(x, start, end):
     """Slices of x[start:end] to work on one after the other: on a CPU, of 2^19 numbers, which its cache holds as float32; elsewhere, all."""
@@ -210,7 +209,7 @@ def pieces(x, start, end):
 
 def photometric(x, colour, policy):
     """Cropped views (N, 3, S, S) uint8 and their Colour -> normalised views (N, 3, S, S) float32, on x's device."""
-    hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # 0 to 3, 4 = no colour changes
+    hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # (N,): 0 to 3, 4 = no colour changes
     sort = np.argsort(hue_at, kind="stable")  # views that take hue at the same place are neighbours: see change_colours
     x, colour = x.index_select(0, on(x, sort)).float(), Colour(*(a[sort] for a in colour))
     change_colours(x, colour, np.searchsorted(hue_at[sort], range(5)))
@@ -244,9 +243,8 @@ def luma(x):
 def change_colours(x, colour, bounds):
     """Apply the four changes to x (N, 3, S, S) in [0, 255], in place, each view in its own order.
 
-    Only hue is different from the other three, which are one operation with three kinds of weights (see blend). The views of
-    x[bounds[k]:bounds[k + 1]] take hue as the k-th, k = 0 to 3: so all views of such a group do the same operations in the same
-    order. Those from bounds[4] on are left as they are.
+    Only hue differs from the other three, which are one operation with three kinds of weights (see blend). The views of a group,
+    x[bounds[k]:bounds[k + 1]], take hue as the k-th: so all do the same operations in the same order. x[bounds[4]:] stays as it is.
     """
     f = np.take_along_axis(colour.factor, colour.order, axis=1)       # (N, 4): of the change that comes k-th
     weights = np.stack([1 - f, colour.order == 2, colour.order == 1]).astype(np.float32).transpose(2, 0, 1)     # (4, 3, N)
@@ -272,9 +270,8 @@ def blend(x, share, to_luma, to_mean):
 def shift_hue(x, shift):
     """Rotate the hue of x (N, 3, S, S) by `shift` (N, 1, 1, 1) turns, at most half a turn, in place. What HSV does, without HSV.
 
-    Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back to RGB (Smith 1978) gives each channel
-    min + c clamp(2 - d, 0, 1), where d is how far h is from that channel's own hue, around the circle. Two observations spare
-    all divisions and conditions:
+    Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back to RGB (Smith 1978) gives each channel min +
+    c clamp(2 - d, 0, 1), where d is how far h is around the circle from that channel's own hue. No division, no condition is needed:
     - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g (at b = g either sign is right)
     - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is how far v is from 0 around a circle of 6
     Both are computed times c, so that a grey pixel, c = 0, stays as it is.
@@ -299,12 +296,11 @@ def blur(x, sigma):
     distance = torch.arange(BLOCK + 2 * REACH, device=x.device)[:, None] - torch.arange(REACH, REACH + BLOCK, device=x.device)
     kernel = torch.exp(-distance ** 2 / (2 * sigma[:, None, None] ** 2)) * (distance.abs() <= REACH)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)                 # (N, 32, 16): a column makes a pixel from all that it sees
-    n, c, side, _ = x.shape
-    more = -side % BLOCK  # pixels that the last block has beyond the line
+    (n, c, side, _), more = x.shape, -x.shape[3] % BLOCK  # more: pixels that the last block has beyond the line
     for _ in range(2):
         lines = F.pad(x, (REACH, REACH + more, 0, 0), mode="replicate")
         blocks = lines.unfold(3, BLOCK + 2 * REACH, BLOCK).flatten(1, 3)        # of 32 pixels each, overlapping
-        x = (blocks @ kernel).view(n, c, side, side + more)[..., :side].mT      # transposed: the second time, lines are columns
+        x = (blocks @ kernel).view(n, c, side, side + more)[..., :side].mT      # (N, 3, S, S): transposed, so that the second time lines are columns
     return x
 
 
