@@ -1151,8 +1151,8 @@ def launch(script, run, args):
         if os.environ.get("RANK", "0") == "0":
             print(f"{script}: {message}", file=sys.stderr)
         return 128 + number
-    except (Refused, OSError) as error:  # the connection is the one through which a worker, killed meanwhile, was to hand over a batch
-        message = f"{error}: {HINTS['DataLoader worker']}" if isinstance(error, ConnectionError) else error
+    except (Refused, OSError, EOFError) as error:  # the last, and a connection: a worker was killed while it handed over a batch
+        message = f"{error!r}: {HINTS['DataLoader worker']}" if isinstance(error, (ConnectionError, EOFError)) else error
     except RuntimeError as error:
         hint = next((text for words, text in HINTS.items() if re.search(words, str(error))), None)
         if hint is None:
