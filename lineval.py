@@ -1,26 +1,26 @@
 """Frozen linear classification: how the paper judges what was learned (Sec. 4, supplement A).
 
-    python lineval.py --ckpt runs/shapes/checkpoint.pth                 as its recipe calls for, on the data it was trained on
-    python lineval.py IMAGENET --ckpt checkpoint_0099.pth.tar           the authors' checkpoint; also MoCo's, torchvision's
-    python lineval.py CIFAR --ckpt random:resnet18                      an untrained network, to compare with
+    python lineval.py --ckpt runs/shapes/checkpoint.pth           as its recipe calls for, on its own data
+    python lineval.py IMAGENET --ckpt checkpoint_0099.pth.tar     the authors' file; MoCo's, torchvision's
+    python lineval.py CIFAR --ckpt random:resnet18                an untrained network, to compare with
     torchrun --nproc-per-node 8 lineval.py --ckpt runs/IMAGENET/checkpoint.pth
-    python lineval.py --ckpt runs/IMAGENET/checkpoint.pth --export torchvision          no evaluation: another file layout
+    python lineval.py --ckpt runs/IMAGENET/checkpoint.pth --export torchvision      another file layout
 
-Every protocol looks at pooled features of the frozen backbone in eval mode, and is judged on each validation image once:
+Every protocol looks at pooled features of the frozen backbone in eval mode, and is judged on each
+validation image once:
 
-    --lars      the paper's: 90 epochs, batch 4096, SGD with layer-wise rates, cosine      the default for recipe imagenet
-    --sgd       MoCo's, the paper's alternative: 100 epochs, batch 256, lr 30 in steps    the default for cifar10
-    --cached    not the paper's: features computed once, without augmentation, then a linear layer on them      for shapes
-    --knn       not the paper's: no training, the classifier that pre-training is monitored with
+    --lars    the paper's: 90 epochs, batch 4096, SGD with layer-wise rates, cosine     default for imagenet
+    --sgd     MoCo's, the paper's alternative: 100 epochs, batch 256, lr 30 in steps    default for cifar10
+    --cached  not the paper's: features computed once, then a linear layer on them      default for shapes
+    --knn     not the paper's: no training, the classifier that pre-training is monitored with
 
-Read top to bottom: the layer and its optimisers, the cached protocol, the backbone and its files, then the program.
+Order of this file: the layer, its optimisers and the four protocols, the paper's first; the backbone and
+the files it comes in; the program. Shapes in comments: n images of a split, N of a batch, D features, C
+classes, R learning rates.
 """
-import collections
-import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from typing import NamedTuple
@@ -29,29 +29,51 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 import augment
 import resnet
-import simsiam
-from simsiam import all_sum, require
+from harness.data import open_data
+from harness.draws import permutation
+from harness.ends import launch, leave
+from harness.errors import Refused
+from harness.evaluate import accuracy, bad_images, calibrated, check_frozen, extract, hits, tensor_hashes
+from harness.files import refusing, replacing, save
+from harness.folder import CHECKPOINTS, folder_name, holds_run
+from harness.loading import index_batches, to_device
+from harness.machine import device_name, fastest_layout, hardware
+from harness.options import check_limits, new_parser, number
+from harness.pictures import draw_neighbors
+from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
+from harness.progress import Progress
+from harness.run import Run
+from harness.weights import file_hash, find_resnet, load_strictly, name_groups, read_weights
+from simsiam import cosine, initial_lr, knn_accuracy, l2_normalize, recipe_for
 
-# lr = base_lr x batch / 256, as in pre-training
+# --- The layer and its optimisers (supplement A) ---------------------------------------------------------
+
+# What each protocol trains with. lr = base_lr x batch / 256, as in pre-training. Momentum is 0.9 and weight
+# decay 0 everywhere. The training view of lars and sgd is cropped (area 0.08 to 1) and flipped, as in the
+# released code.
+#
+# DEPARTURE: lars has the released code's lr, 0.1 a 256 images. The paper says 0.02.
 PROTOCOLS = {
-    "lars": {"base_lr": 0.1, "batch": 4096, "epochs": 90},   # supp. A. DEPARTURE: the released code's lr; the paper says 0.02
-    "sgd": {"base_lr": 30.0, "batch": 256, "epochs": 100},   # supp. A's alternative, MoCo's
-    "cached": {"base_lr": None, "batch": 256, "epochs": 100},
+    "lars": {"base_lr": 0.1, "batch": 4096, "epochs": 90},     # supp. A
+    "sgd": {"base_lr": 30.0, "batch": 256, "epochs": 100},     # supp. A's alternative, MoCo's
+    "cached": {"base_lr": None, "batch": 256, "epochs": 100},  # None: chosen among SWEEP
     "knn": {},
 }
-NOTE = {"lars": "the paper's protocol (supplement A), at the released code's base lr", "sgd": "MoCo's protocol, supplement A's alternative",
-        "cached": "NOT the paper's protocol: a linear layer on features computed once, without augmentation",
-        "knn": "NOT the paper's protocol: weighted kNN, no training"}
+# What is said of each, on the screen and in lineval.json, so that no figure is taken for the paper's that
+# isn't.
+NOTE = {
+    "lars": "the paper's protocol (supplement A), at the released code's base lr",
+    "sgd": "MoCo's protocol, supplement A's alternative",
+    "cached": "NOT the paper's protocol: a linear layer on features computed once, without augmentation",
+    "knn": "NOT the paper's protocol: weighted kNN, no training",
+}
 DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
 SWEEP = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)                # base_lr of the cached protocol
 
-
-# --- The layer and its optimisers (supplement A) ---------------------------------------------------------------------
 
 def linear_layer(features, classes):
     """All that is trained. Weight from a normal of std 0.01, bias 0, as in MoCo and the released code."""
@@ -62,23 +84,29 @@ def linear_layer(features, classes):
 
 
 class LARS(torch.optim.SGD):
-    """SGD in which each tensor's gradient first gets a norm in proportion to the tensor's own (You et al. 2017), in the
-    LARC form of the released code: no clipping, momentum after the scaling, bias included.
+    """SGD in which each tensor's gradient first gets a norm in proportion to the tensor's own (You et al.
+    2017).
 
-    A tensor or gradient that is zero takes the plain step, or a bias could never leave 0. At weight decay 0, the paper's, the
-    scaling is done all the same.
+    local lr = trust |w| / (|gradient| + wd |w| + eps), in the LARC form of the released code: no clipping,
+    momentum after the scaling, bias included. A tensor or gradient that is zero takes the plain step, or a
+    bias could never leave 0. At weight decay 0, the paper's, the scaling is done all the same.
     """
 
     def __init__(self, parameters, weight_decay=0.0, trust=0.001, eps=1e-8, **options):
         super().__init__(parameters, **options)
-        self.lars_weight_decay, self.trust, self.eps = weight_decay, trust, eps
+        self.lars_weight_decay = weight_decay
+        self.trust = trust
+        self.eps = eps
 
     @torch.no_grad()
     def step(self):
+        wd = self.lars_weight_decay
         for w in self.param_groups[0]["params"]:
-            norm, grad_norm, wd = w.norm(), w.grad.norm(), self.lars_weight_decay
-            rate = self.trust * norm / (grad_norm + wd * norm + self.eps)                   # LARS Alg. 1: local lr = trust |w| / (|gradient| + wd |w| + eps)
-            w.grad = torch.where((norm > 0) & (grad_norm > 0), rate * (w.grad + wd * w), w.grad)
+            norm = w.norm()
+            grad_norm = w.grad.norm()
+            rate = self.trust * norm / (grad_norm + wd * norm + self.eps)  # LARS Alg. 1: local lr
+            scaled = rate * (w.grad + wd * w)
+            w.grad = torch.where((norm > 0) & (grad_norm > 0), scaled, w.grad)
         super().step()
 
 
@@ -86,20 +114,29 @@ OPTIMIZERS = {"lars": LARS, "sgd": torch.optim.SGD}  # of the protocols that tra
 
 
 def optimizer_for(protocol, layer):
-    """Momentum 0.9 and no weight decay in both; the lr is set before every step."""
+    """Momentum 0.9 and no weight decay in both. The lr is set before every step."""
     return OPTIMIZERS[protocol](layer.parameters(), lr=0.0, momentum=0.9)
 
 
 def lr_factor(protocol, step, total_steps):
-    """The factor on the lr: half a cosine (lars), or x 0.1 after 60% and again after 80% of the steps (sgd: MoCo's 60 and
-    80 of 100 epochs)."""
+    """The factor on the lr: half a cosine (lars), or a tenth after 60% of the steps and again after 80%
+    (sgd).
+
+    MoCo lowers it after 60 and 80 of its 100 epochs.
+    Both are set at every step, as the lr of pre-training is (see simsiam.cosine).
+    """
     if protocol == "lars":
-        return simsiam.cosine(step, total_steps, 0)
-    return 0.1 ** ((10 * step >= 6 * total_steps) + (10 * step >= 8 * total_steps))
+        return cosine(step, total_steps, 0)
+    decays = sum(10 * step >= tenths * total_steps for tenths in (6, 8))
+    return 0.1 ** decays
 
 
 def probe_step(layer, optimizer, v, labels, world):
-    """One step of the linear layer on features (N, D) and labels (N,) of this process's share of the batch -> loss."""
+    """One step of the linear layer, on features v (N, D) and labels (N,) of this process's share -> its loss.
+
+    The layer is small. So its gradients are averaged here, by one sum over the processes each, instead of by
+    DistributedDataParallel. The loss returned is this process's own.
+    """
     L = F.cross_entropy(layer(v), labels)
     optimizer.zero_grad()
     L.backward()
@@ -109,61 +146,197 @@ def probe_step(layer, optimizer, v, labels, world):
     return L.detach()
 
 
-# --- The cached protocol ---------------------------------------------------------------------------------------------
+# --- The four protocols ---------------------------------------------------------------------------------
+
+# Each protocol is a function of a Job (below: settings, data, the frozen network) and of the features of all
+# training images, bank (n, D), and of all validation images, queries (n, D), seen without augmentation. All
+# processes call it together, and all get the same result.
+
+class Judged(NamedTuple):
+    """What a protocol has found."""
+    top1: float           # percent of all validation images
+    top5: float
+    layer: object = None  # the linear layer, where one was trained
+    found: dict = {}      # what else goes into lineval.json
+
+
+def lars(job, bank, queries):
+    """The paper's protocol (supplement A): an epoch sees each training image once, cropped and flipped at
+    random.
+
+    The layer is trained by LARS, with half a cosine as its lr. The queries judge it after every epoch.
+    """
+    return train_layer(job, queries)
+
+
+def sgd(job, bank, queries):
+    """MoCo's protocol, which the paper names as an alternative: about one point less (supplement A).
+
+    The same as lars, but with plain SGD, a smaller batch, and an lr that falls in steps.
+    """
+    return train_layer(job, queries)
+
+
+def cached(job, bank, queries):
+    """Not the paper's: train on the bank, which is computed once, so that it takes seconds instead of hours.
+
+    Without augmentation the layer overfits sooner, and the result differs from the paper's by some points.
+    """
+    s = job.settings
+    labels = to_device(job.train.labels, job.device)
+    base_lrs = SWEEP if s["base_lr"] is None else [s["base_lr"]]  # --base-lr: no sweep
+    layer, base_lr, lr, held_out = fit_cached(
+        bank, labels, s["classes"], base_lrs, s["epochs"], s["batch"], s["seed"])
+    for w in layer.parameters():
+        dist.broadcast(w.data, 0)  # on GPUs the processes' fits can differ in the last bits
+    if held_out:
+        shown = ", ".join(f"{lr:g} {percent:.1f}%" for lr, percent in held_out.items())
+        at_an_end = base_lr in (base_lrs[0], base_lrs[-1])
+        note = "; the best is at an end of the sweep: try --base-lr beyond it" if at_an_end else ""
+        job.say(f"held-out top-1 by base lr: {shown}{note}")
+    found = {"base_lr": base_lr, "lr": lr, "held_out_top1": held_out}
+    return Judged(*test_layer(job, layer, queries), layer, found)
+
+
+def knn(job, bank, queries):
+    """Not the paper's: no training. Each validation image gets the class of the training images most like it.
+
+    It is the classifier that pre-training is monitored with, so that both give the same figure.
+    """
+    labels = to_device(job.train.labels, job.device)
+    truth = to_device(job.val.labels, job.device)
+    return Judged(*knn_accuracy(bank, labels, queries, truth))
+
+
+EVALUATE = {"lars": lars, "sgd": sgd, "cached": cached, "knn": knn}
+
+
+def test_layer(job, layer, queries):
+    """Top-1 and top-5 in percent over all validation images, by their features queries (n, D)."""
+    truth = to_device(job.val.labels, job.device)
+    with torch.no_grad():
+        return accuracy(lambda mine: layer(queries[mine]), truth)
+
+
+def train_layer(job, queries):
+    """The lars and sgd protocols: train on augmented views, test after every epoch. The last epoch's result
+    counts.
+
+    Raises Refused where the loss stops being finite.
+    DEPARTURE: an epoch's last, incomplete batch is dropped; the released code uses it.
+    """
+    s, run = job.settings, job.run
+    layer, optimizer = run.parts["model"], run.parts["optimizer"]
+    total_steps = s["epochs"] * run.steps_per_epoch
+    progress = Progress(total_steps - run.epoch * run.steps_per_epoch - run.step, quiet=not run.first)
+    batches = index_batches(
+        s["seed"], len(job.train), s["batch"], s["epochs"],
+        run.epoch, run.step, dist.get_rank(), s["world"])
+    views = augment.load_views(
+        job.train, job.policy, s["seed"], batches, job.device, s["workers"], views=1)
+    views = run.waiting_for(views)
+    labels = to_device(job.train.labels, job.device)
+    while run.epoch < s["epochs"]:
+        for step, (index, (x,)) in run.steps_of_epoch(views):
+            lr = s["lr"] * lr_factor(s["protocol"], step, total_steps)
+            optimizer.param_groups[0]["lr"] = lr
+            truth = labels[to_device(index, job.device)]
+            L = probe_step(layer, optimizer, job.features(x), truth, s["world"])
+            L = mean_over_processes(L)
+            run.add_to_means(L)
+            gradient_norm = nn.utils.get_total_norm([w.grad for w in layer.parameters()])
+            run.check_finite(L, gradient_norm, lr)
+            run.save_or_stop_if_asked()
+            progress.step(lambda: f"{run.place()}  loss {L.item():.4f}  {run.rate():.0f} images/s")
+        top1, top5 = test_layer(job, layer, queries)
+        record = run.record(
+            "epoch", epoch=run.epoch + 1, step=(run.epoch + 1) * run.steps_per_epoch,
+            loss=run.means[0], lr=optimizer.param_groups[0]["lr"], top1=top1, top5=top5, **run.speed())
+        progress.line("epoch {epoch}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  top-1 {top1:.2f}%  "
+                      "top-5 {top5:.2f}%  {images_per_s:.0f} images/s".format(epochs=s["epochs"], **record))
+        run.next_epoch()
+    # The best epoch was found by looking at the validation images, so that it is no result. We write it down
+    # because some papers report it.
+    best = max(run.log.epochs(), key=lambda record: record["top1"])
+    found = {"best_epoch_not_the_result": {"epoch": best["epoch"], "top1": best["top1"]}}
+    return Judged(*test_layer(job, layer, queries), layer, found)
+
 
 def fit(features, labels, classes, lrs, epochs, batch, seed):
     """One linear classifier per lr, trained side by side on features (n, D): weights (R, D, C).
 
-    Cross-entropy, SGD with momentum 0.9 and a cosine, from zero. One tensor holds all R, because a small matrix product takes
-    as long for eight of them as for one.
+    labels      (n,) int64, from 0 to classes - 1
+    lrs         the R learning rates, at their start; half a cosine takes each to 0
+    batch       of images; the last, incomplete one of an epoch counts too
+    seed        of the order of the images
+
+    Cross-entropy, SGD with momentum 0.9, from zero. One tensor holds all R, because a small matrix product
+    takes as long for eight of them as for one.
     """
+    # The gradient is written out: autograd would take several times as long for products of this size.
     lr = features.new_tensor(lrs).view(-1, 1, 1)
-    w = features.new_zeros(len(lrs), features.shape[1], classes)
-    velocity = torch.zeros_like(w)
+    w = features.new_zeros(len(lrs), features.shape[1], classes)      # (R, D, C)
+    velocity = torch.zeros_like(w)                                    # (R, D, C)
     steps_per_epoch = math.ceil(len(features) / batch)
     for epoch in range(epochs):
-        order = torch.from_numpy(augment.permutation(seed, epoch, len(features))).to(features.device)
+        order = to_device(permutation(seed, epoch, len(features)), features.device)
         for step, rows in enumerate(order.split(batch), epoch * steps_per_epoch):
-            x = features[rows]                                                          # (N, D)
-            error = (x @ w).softmax(dim=2)                                              # (R, N, C)
-            error[:, torch.arange(len(rows), device=x.device), labels[rows]] -= 1       # d cross-entropy / d logits
+            x = features[rows]                                        # (N, D)
+            error = (x @ w).softmax(dim=2)                            # (R, N, C)
+            each = torch.arange(len(rows), device=x.device)
+            error[:, each, labels[rows]] -= 1                         # d cross-entropy / d logits
             velocity = 0.9 * velocity + x.T @ error / len(rows)
-            w -= lr * simsiam.cosine(step, epochs * steps_per_epoch, 0) * velocity
+            w -= lr * cosine(step, epochs * steps_per_epoch, 0) * velocity
     return w
 
 
 def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
-    """The cached protocol: choose the lr on a tenth of the training features that the others are fitted without, then fit all
-    of them with it. -> the linear layer for features as they are, base_lr, lr, {base_lr: held-out top-1 in percent}
+    """The cached protocol: choose the lr on a tenth of the training features, which the fit to the others
+    has not seen. Then fit all of them with it.
 
-    Features are standardised for the fit: what scale a backbone happens to have should not decide which lr is right.
+    Returns the linear layer for features as they are, base_lr, lr, and {base_lr: held-out top-1 in
+    percent}. Features are standardised for the fit: what scale a backbone happens to have should not decide
+    which lr is right.
     """
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-    x = F.pad((features - mean) / scale, (0, 1), value=1.0)  # (n, D + 1): a column of ones, whose weights are the biases
-    lrs, held_out, best = [simsiam.initial_lr(base_lr, batch) for base_lr in base_lrs], {}, 0
-    if len(base_lrs) > 1:
-        order = torch.from_numpy(augment.permutation(seed, epochs, len(x))).to(x.device)
+    mean = features.mean(dim=0)                                       # (D,)
+    scale = features.std(dim=0).clamp(min=1e-6)                       # (D,)
+    # A column of ones stands for the bias: its weights are the biases.
+    x = F.pad((features - mean) / scale, (0, 1), value=1.0)           # (n, D + 1)
+    lrs = [initial_lr(base_lr, batch) for base_lr in base_lrs]
+    held_out = {}
+    best = 0
+    if len(base_lrs) > 1:  # the validation images play no part in the choice
+        order = to_device(permutation(seed, epochs, len(x)), x.device)
         judged, fitted = order.tensor_split([max(1, len(x) // 10)])
-        logits = x[judged] @ fit(x[fitted], labels[fitted], classes, lrs, epochs, batch, seed)
-        held_out = {base_lr: 100 * simsiam.hits(scores, labels[judged])[0].item() / len(judged) for base_lr, scores in zip(base_lrs, logits)}
+        w = fit(x[fitted], labels[fitted], classes, lrs, epochs, batch, seed)  # (R, D + 1, C)
+        for base_lr, scores in zip(base_lrs, x[judged] @ w):
+            top1, _ = hits(scores, labels[judged]).tolist()
+            held_out[base_lr] = 100 * top1 / len(judged)
         best = int(np.argmax(list(held_out.values())))
-    w = fit(x, labels, classes, lrs[best:best + 1], epochs, batch, seed)[0]
-    layer, weight = linear_layer(features.shape[1], classes).to(x.device), w[:-1] / scale[:, None]
+    w, = fit(x, labels, classes, [lrs[best]], epochs, batch, seed)
+    # The layer gets features as they are: so the standardisation is folded into its weight and bias.
+    weight = w[:-1] / scale[:, None]                                  # (D, C)
+    layer = linear_layer(features.shape[1], classes).to(x.device)
     with torch.no_grad():
         layer.weight.copy_(weight.T)
         layer.bias.copy_(w[-1] - mean @ weight)
     return layer, base_lrs[best], lrs[best], held_out
 
 
-# --- The frozen backbone, and the files it comes in ------------------------------------------------------------------
+# --- The frozen backbone, and the files it comes in -----------------------------------------------------
 
-PREFIXES = ("module.encoder_q.", "module.encoder.", "encoder_q.", "encoder.", "module.", "")  # MoCo, released, ours, torchvision
-KINDS = {  # (blocks have a third convolution, blocks per stage): arch
-    (False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34", (True, (3, 4, 6, 3)): "resnet50",
-    (True, (3, 4, 23, 3)): "resnet101", (True, (3, 8, 36, 3)): "resnet152"}
-
+# The same network lies in files under these names:
+#
+#     our checkpoint.pth      encoder.conv1.weight           and the settings of its run, and the heads
+#     our backbone.pth        conv1.weight                   nothing else
+#     the authors' file       module.encoder.conv1.weight    and the heads
+#     MoCo's                  module.encoder_q.conv1.weight  and a second network, left out: encoder_k
+#     torchvision's           conv1.weight                   and fc, left out
+#
+# Architecture, width and stem are recognised from the tensors' names and shapes.
 
 class Backbone(NamedTuple):
+    """A frozen network, and what is known of it."""
     network: nn.Module         # the ResNet, without fc
     shape: tuple               # arch, width, cifar_stem
     left_out: dict = {}        # {name in the file: tensor}: projector, predictor, fc, ...
@@ -173,313 +346,476 @@ class Backbone(NamedTuple):
 
 
 def untrained(arch, width, cifar_stem):
-    """A ResNet as initialised, without fc. The global random numbers must have been seeded alike on all processes."""
+    """A ResNet as initialised, without fc -> Backbone.
+
+    The global random numbers must have been seeded alike on all processes.
+    """
     network = resnet.ARCHS[arch](width=width, cifar_stem=cifar_stem)
     network.fc = nn.Sequential()
     return Backbone(network, (arch, width, cifar_stem))
 
 
 def read_backbone(path, width=None):
-    """The ResNet in a file of any of the known layouts. Raises Refused where any of its tensors is missing, unexpected or of
-    another shape. width: what to insist on; by default what the file tells, which rounding can hide if it is odd (1/3)."""
+    """The ResNet in a file of any of the known layouts (harness/weights.py).
+
+    width: what to insist on. By default it is what the file tells, which rounding can hide if it is odd
+    (1/3). Raises Refused where any of the ResNet's tensors is missing, unexpected or of another shape.
+    """
+    if not os.path.isfile(path):
+        known = ", ".join("random:" + arch for arch in resnet.ARCHS)
+        raise Refused(f"{path}: no such file; nor one of {known}")
+    # A run that goes on may replace its checkpoint while we read it: then two hashes differ.
     sha256 = file_hash(path)
-    state, epochs, settings = simsiam.read_weights(path)
-    require((file_hash(path) == sha256, f"{path}: is being written; wait for it, or evaluate a copy"))
-    prefix = next((p for p in PREFIXES if p + "conv1.weight" in state), None)
-    require((prefix is not None, f"{path}: no ResNet in it: no tensor is called conv1.weight, with or without {', '.join(PREFIXES[:-1])}; "
-                                 f"it has {', '.join(groups(state))[:200] or 'nothing'}"))
-    tensors = {name[len(prefix):]: t for name, t in state.items() if name.startswith(prefix) and not name.startswith(prefix + "fc.")}
-    left_out = {name: t for name, t in state.items() if not name.startswith(prefix) or name.startswith(prefix + "fc.")}
-    blocks = tuple(len({name.split(".")[1] for name in tensors if name.startswith(f"layer{k}.")}) for k in range(1, 5))
-    stem = tensors["conv1.weight"].shape
-    arch = KINDS.get(("layer1.0.conv3.weight" in tensors, blocks))
-    require((len(stem) == 4 and min(stem) > 0, f"{path}: conv1.weight is {tuple(stem)}, no convolution"),
-            (arch, f"{path}: its stages have {blocks} blocks, as none of {', '.join(resnet.ARCHS)} has"))
-    backbone = untrained(arch, width or settings.get("width", stem[0] / 64), stem[-1] == 3)
-    if not any("num_batches_tracked" in name for name in tensors):  # older than PyTorch 0.4.1, as some of torchvision's
-        tensors |= {name: t for name, t in backbone.network.state_dict().items() if "num_batches_tracked" in name}
-    simsiam.load_strictly(backbone.network, tensors, path)
-    return backbone._replace(left_out=left_out, settings=settings, epochs=epochs, sha256=sha256)
+    state, epochs, settings = read_weights(path)
+    if file_hash(path) != sha256:
+        raise Refused(f"{path}: is being written; wait for it, or evaluate a copy")
+    if settings:
+        settings = evaluable(settings, path)
+    found = find_resnet(state, path)
+    backbone = untrained(found.arch, width or settings.get("width", found.width), found.cifar_stem)
+    tensors = found.tensors
+    if not any("num_batches_tracked" in name for name in tensors):
+        # The file is older than PyTorch 0.4.1, as some of torchvision's are. The counters play no part in
+        # eval mode.
+        state = backbone.network.state_dict()
+        counters = {name: t for name, t in state.items() if "num_batches_tracked" in name}
+        tensors = {**tensors, **counters}
+    load_strictly(backbone.network, tensors, path)
+    return backbone._replace(left_out=found.left_out, settings=settings, epochs=epochs, sha256=sha256)
 
 
-def file_hash(path):
-    require((os.path.isfile(path), f"{path}: no such file; nor one of {', '.join('random:' + arch for arch in resnet.ARCHS)}"))
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
-
-
-def groups(names):
-    """Names, or where many share a beginning, that: {"module.predictor.*": 8, ...}"""
-    return collections.Counter(re.sub(r"^(.*?\b(fc|predictor|encoder_k|layer\d))\..*", r"\1.*", name) for name in names)
-
-
-def fingerprint(network):
-    """{name: hash of the bytes} of all parameters and buffers."""
-    return {name: hashlib.sha256(t.cpu().contiguous().numpy().tobytes()).hexdigest() for name, t in network.state_dict().items()}
-
-
-def check_frozen(network, loaded):
-    """Raise Refused, naming the tensors, unless every parameter and buffer is bit for bit what it was when `loaded` was taken."""
-    changed = [name for name, value in fingerprint(network).items() if value != loaded[name]]
-    require((not changed, f"the backbone has changed during the evaluation ({', '.join(changed[:3])}; {len(changed)} tensors): "
-                          "its accuracy would mean nothing; please report this"))
+def evaluable(settings, path):
+    """The settings of a checkpoint, those that an evaluation needs made what they must be. Raises Refused."""
+    # The file may come from anywhere: a setting that is missing or of another type is as bad as no settings.
+    with refusing(path, "not a file of weights"):
+        if settings["recipe"] not in DEFAULT:
+            raise ValueError(f"recipe {settings['recipe']}")
+        normalisation = np.array([settings["mean"], settings["std"]], float)
+        if normalisation.shape != (2, 3):
+            raise ValueError(f"mean {settings['mean']}, std {settings['std']}")
+        needed = {
+            "data": settings["data"] and str(settings["data"]),
+            "seed": int(settings["seed"]),
+            "size": int(settings["size"]),
+            "width": float(settings["width"]),
+            "centre": float(settings["centre"]),
+        }
+        settings = {**settings, **needed}
+        check_limits(settings)
+    return settings
 
 
 def export(path, layout, out):
-    """Write the network in a file of another layout: torchvision's (without fc), or the authors' released one."""
+    """Write the network in a file of another layout, for programs that read that.
+
+    layout  "torchvision": conv1.weight, ..., without fc; "released": the authors', with the heads where the
+    file has them
+    out     the folder; by default that of the file
+    Raises Refused where the target exists already.
+    """
     backbone = read_backbone(path)
     arch, width, cifar_stem = backbone.shape
     if layout == "torchvision":
-        name, content = f"{arch}-torchvision.pth", backbone.network.state_dict()
+        name = f"{arch}-torchvision.pth"
+        content = backbone.network.state_dict()
+        tensors = content
     else:
-        state = {f"module.encoder.{name}": t for name, t in backbone.network.state_dict().items()}
-        heads = {name.removeprefix("module."): t for name, t in backbone.left_out.items()}
-        state |= {f"module.{name}": t for name, t in heads.items() if name.startswith(("encoder.fc.", "predictor."))}
-        for name in [name for name in heads if name.startswith("encoder.fc.") and heads[name].dim() == 2][-1:]:
-            state[f"module.{name.replace('weight', 'bias')}"] = torch.zeros(len(heads[name]))  # theirs has one, which BN voids
-        name, content = "released.pth.tar", {"epoch": backbone.epochs or 0, "arch": arch, "state_dict": state}
+        name = "released.pth.tar"
+        tensors = released_state(backbone)
+        content = {"epoch": backbone.epochs or 0, "arch": arch, "state_dict": tensors}
     target = os.path.join(out or os.path.dirname(path), name)
-    require((not os.path.exists(target), f"{target}: exists already; move it away, or name another folder with --out"))
+    if os.path.exists(target):
+        raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    simsiam.save(content, target)
-    odd = width != 1 or cifar_stem
-    print(f"{target}: {arch}, {len(content.get('state_dict', content))} tensors in {layout}'s layout"
-          + f"; not the standard {arch}: width {width:g}{', CIFAR stem' * cifar_stem}" * odd)
+    save(content, target)
+    line = f"{target}: {arch}, {len(tensors)} tensors in {layout}'s layout"
+    if width != 1 or cifar_stem:
+        line += f"; not the standard {arch}: width {width:g}"
+    if cifar_stem:
+        line += ", CIFAR stem"
+    print(line)
 
 
-# --- The picture -----------------------------------------------------------------------------------------------------
-
-def draw_neighbors(path, train, val, bank, queries, rows=10, columns=8, tile=96):
-    """Validation images (left), of each class in turn, with the training images nearest by the cosine of their features, the
-    nearest first: framed green where the class is the same, red where it is another."""
-    gap, text, font = 6, 16, ImageFont.load_default(12)
-    chosen = np.argsort(val.labels, kind="stable")[np.linspace(0, len(val) - 1, min(rows, len(val))).astype(int)]
-    similarity = simsiam.l2_normalize(queries[torch.from_numpy(chosen)]) @ simsiam.l2_normalize(bank).T
-    nearest = similarity.topk(min(columns, len(train)), dim=1).indices.cpu().numpy()
-    cell = tile + 2 * gap
-    sheet = Image.new("RGB", ((1 + nearest.shape[1]) * cell + 2 * gap, len(chosen) * (cell + text)), "white")
-    pen = ImageDraw.Draw(sheet)
-
-    def show(source, i, left, top, frame):
-        pen.rectangle((left + gap - 3, top + gap - 3, left + gap + tile + 2, top + gap + tile + 2), fill=frame)
-        sheet.paste(ImageOps.pad(Image.fromarray(source.image(i).numpy()), (tile, tile), color="white"), (left + gap, top + gap))
-        name = source.classes[source.labels[i]]
-        while pen.textlength(name, font) > tile:
-            name = name[:-1]
-        pen.text((left + gap, top + gap + tile + 4), name, frame, font)
-
-    for row, i in enumerate(chosen):
-        top = row * (cell + text)
-        show(val, i, 0, top, "black")
-        for column, k in enumerate(nearest[row], 1):
-            show(train, k, column * cell + 2 * gap, top, "#2a9d3a" if train.labels[k] == val.labels[i] else "#d62728")
-    with simsiam.replacing(path) as f:
-        sheet.save(f, "png")
+def released_state(backbone):
+    """The backbone, and the heads where the file had them, under the authors' names."""
+    state = {f"module.encoder.{name}": t for name, t in backbone.network.state_dict().items()}
+    heads = {name.removeprefix("module."): t for name, t in backbone.left_out.items()}
+    for name, t in heads.items():
+        if name.startswith(("encoder.fc.", "predictor.")):
+            state[f"module.{name}"] = t
+    projector = [name for name in heads if name.startswith("encoder.fc.")]
+    weights = [name for name in projector if heads[name].dim() == 2]
+    if weights:  # the last fc layer of theirs has a bias, which the BN behind it voids
+        last = weights[-1]
+        state[f"module.{last.replace('weight', 'bias')}"] = torch.zeros(len(heads[last]))
+    return state
 
 
-# === Plumbing only below =============================================================================================
+# --- The program ----------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    parser = simsiam.new_parser("lineval.py", "Evaluate a frozen backbone.", data="what the checkpoint was trained on; shapes: the drawn ones",
-                                out="lineval-<protocol>, beside the checkpoint", amp="off")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released "
-                        "layout, MoCo's, torchvision's; or random:resnet50 for an untrained network")
+    """The command line -> options."""
+    parser = new_parser(
+        "lineval.py", "Evaluate a frozen backbone.", data="what the checkpoint was trained on; shapes: the "
+                                                          "drawn ones",
+        out="lineval-<protocol>, beside the checkpoint", amp="off")
+    parser.add_argument("--ckpt", required=True, metavar="FILE",
+                        help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
+                             "MoCo's, torchvision's; or random:resnet50 for an untrained network")
     protocol = parser.add_mutually_exclusive_group()
     for name in PROTOCOLS:
         protocol.add_argument(f"--{name}", dest="protocol", action="store_const", const=name, help=NOTE[name])
-    for name, kind in (("base_lr", simsiam.number), ("batch", int), ("epochs", int)):
-        shown = ", ".join(f"{protocol} {values[name] or 'by a sweep'}" for protocol, values in PROTOCOLS.items() if values)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=shown)
-    parser.add_argument("--width", type=simsiam.number, help="of the network (default: the file's own; random: the recipe's)")
-    parser.add_argument("--features", metavar="FILE.npz", help="save features, labels and file names of both splits there")
-    parser.add_argument("--export", choices=("torchvision", "released"), help="write the network in this layout, and evaluate nothing")
+    for name, kind in (("base_lr", number), ("batch", int), ("epochs", int)):
+        defaults = [f"{key} {row[name] or 'by a sweep'}" for key, row in PROTOCOLS.items() if row]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=", ".join(defaults))
+    parser.add_argument("--width", type=number, help="of the network (default: the file's own; random: the "
+                                                     "recipe's)")
+    parser.add_argument("--features", metavar="FILE.npz", help="save features, labels and file names of "
+                                                               "both splits there")
+    parser.add_argument("--export", choices=("torchvision", "released"),
+                        help="write the network in this layout, and evaluate nothing")
     return parser.parse_args(argv)
 
 
-def open_all(args):
-    """What is evaluated, on what -> Backbone, settings of its pre-training or else the data's recipe, (train, val) Sources."""
-    arch = {f"random:{arch}": arch for arch in resnet.ARCHS}.get(args.ckpt)
-    backbone = None if arch else read_backbone(args.ckpt, args.width)
-    saved = backbone.settings if backbone else {}
-    require((args.data or saved or not backbone, f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn ones)"))
-    args.data = None if args.data == "shapes" else args.data or saved.get("data")
-    train, val = augment.open_data(args.data, saved.get("seed", args.seed))
-    require((train.labels is not None and val is not None,
-             f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., or CIFAR-10"))
-    recipe = saved or simsiam.recipe_for(args.data, train)
-    if backbone is None:
-        torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
-        backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
-    return backbone, recipe, (train, val)
+class Job:
+    """An evaluation: what every protocol needs.
 
+    settings    see settings_for
+    policy      of the training views; the test view takes size, centre, mean and std from it
+    train, val  Sources with labels
+    backbone    a Backbone; freeze() prepares its network
+    """
 
-def resolve(args, backbone, recipe, train, val, world):
-    """The settings of the evaluation. Raises Refused for impossible ones."""
-    protocol = args.protocol or DEFAULT[recipe["recipe"]]
-    trains, default = protocol in OPTIMIZERS, PROTOCOLS[protocol]
-    given = {name: getattr(args, name) for name in ("base_lr", "batch", "epochs") if getattr(args, name) is not None}
-    require((default or not given, f"--{'/--'.join(given)}: --knn trains nothing"),
-            (trains or args.resume != "yes", f"--resume: --{protocol} is not done in parts; give another --out, or nothing, to do it again"),
-            (min(len(train), len(val)) >= world, f"{args.data}: {len(train)} training and {len(val)} validation images for {world} processes"))
-    changed = [f"{name} {value} instead of {default[name] or 'a sweep'}" for name, value in given.items() if value != default[name]]
-    arch, width, cifar_stem = backbone.shape
-    # the released code's augmentation: crop and flip only
-    policy = augment.Policy(area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0, **{name: recipe[name] for name in ("size", "mean", "std", "centre")})
-    s = {"protocol": protocol, "note": NOTE[protocol] + (f", but with {', '.join(changed)}" if changed else ""), **default, **given,
-         "backbone": args.ckpt, "sha256": backbone.sha256, "pretrained_epochs": backbone.epochs, "arch": arch, "width": width,
-         "cifar_stem": cifar_stem, "recipe": recipe["recipe"], "data": args.data, "data_seed": recipe.get("seed", args.seed),
-         "images": len(train), "val_images": len(val), "classes": len(train.classes), "size": policy.size, "mean": policy.mean,
-         "std": policy.std, "centre": policy.centre, **({"area": policy.area, "aspect": policy.aspect, "flip": policy.flip} if trains else {}),
-         "seed": args.seed, "device": args.device, "amp": bool(args.amp), "world": world, "workers": args.workers, "save_minutes": args.save_minutes}
-    simsiam.check(s if trains else {**s, "batch": world})
-    if trains:
-        s["lr"] = simsiam.initial_lr(s["base_lr"], s["batch"])
-    return s, policy
+    def __init__(self, settings, policy, train, val, backbone, device):
+        self.settings = settings
+        self.policy = policy
+        self.train = train
+        self.val = val
+        self.device = device
+        self.network = backbone.network.to(device, memory_format=fastest_layout(backbone.network, device))
+        self.run = None  # of the protocols that are done in parts
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"])
+        shares = [len(source) / settings["world"] for source in (train, val)]
+        batches = sum(math.ceil(share / 256) for share in shares)
+        self.progress = Progress(batches, quiet=dist.get_rank() > 0)
+        self.say = self.progress.line
+
+    def test_views(self, source, batches):
+        """(source, batches) -> yields (indices, test views)"""
+        return augment.load_centres(source, self.policy, batches, self.device, self.settings["workers"])
+
+    def features(self, x):
+        """Images (N, 3, S, S) -> (N, D), in pieces, because a batch of 4096 need not fit a GPU whole."""
+        with self.autocast:
+            parts = [self.network.features(part).float() for part in x.split(256)]
+        return torch.cat(parts)
+
+    def features_of(self, source):
+        """Features of all of a source's images as they are, (n, D), with a progress line."""
+        def watched(x):
+            self.progress.step(lambda: f"features of {len(self.train)} + {len(self.val)} images")
+            return self.features(x)
+
+        return extract(watched, self.test_views, source, self.device)
 
 
 def evaluate(args):
+    """A whole evaluation: from the command line to lineval.json. Raises Refused, and Stopped after a
+    signal."""
     # 1. Backbone, data, settings: nothing is written before all of it is known to be good
-    simsiam.check_limits(vars(args))
-    device, rank, world = simsiam.join_world(torch.device(args.device))
-    if args.export:
-        return export(args.ckpt, args.export, args.out) if rank == 0 else None
-    backbone, recipe, data = open_all(args)
-    train, val = data
-    s, policy = resolve(args, backbone, recipe, train, val, world)
+    check_limits(vars(args))
+    device, rank, world = join_world(torch.device(args.device))
+    if args.export:  # that is another program, which shares the reading
+        if rank == 0:
+            export(args.ckpt, args.export, args.out)
+        return
+    backbone, recipe, train, val = open_all(args)
+    s, policy = settings_for(args, backbone, recipe, train, val, world)
     trains = s["protocol"] in OPTIMIZERS
-    folder = os.path.dirname(args.ckpt) if s["sha256"] else os.path.join("runs", f"{simsiam.name_of(args.data)}-{args.ckpt.replace(':', '-')}")
-    out = args.out or os.path.join(folder, f"lineval-{s['protocol']}")
-    resuming = simsiam.holds_run(out, ["checkpoint.pth", "checkpoint-previous.pth", "lineval.json"], args.resume if trains else None, device)
-    require((not args.features or resuming or not os.path.exists(args.features), f"--features {args.features}: exists already; name another file"))
-
-    # 2. The layer, and the frozen backbone
-    network = backbone.network.to(device, memory_format=resnet.fastest_layout(backbone.network, device))
+    out = args.out or default_folder(args, s)
+    resuming = holds_run(out, [*CHECKPOINTS, "lineval.json"], args.resume if trains else None, device)
+    if args.features and not resuming and os.path.exists(args.features):
+        raise Refused(f"--features {args.features}: exists already; name another file")
+    job = Job(s, policy, train, val, backbone, device)
     if trains:
-        torch.manual_seed(s["seed"])
-        layer = linear_layer(network.num_features, s["classes"]).to(device)
-        parts = {"model": layer, "optimizer": optimizer_for(s["protocol"], layer)}
-        run = simsiam.Run(out, parts, s, len(train) // s["batch"], resuming, device, args.override)
-    progress = simsiam.Progress(math.ceil(len(train) / world / 256) + math.ceil(len(val) / world / 256), quiet=rank > 0)
-    progress.line(describe(s, backbone, device, out))
-    run.begin() if trains else os.makedirs(out, exist_ok=True)
-    if s["sha256"] is None:
-        network = simsiam.calibrated(network, train, policy, device, s["workers"])
-        for statistics in network.buffers():
-            dist.broadcast(statistics, 0)  # GPUs can differ in the last bits
-    network.eval().requires_grad_(False)
-    loaded = fingerprint(network)
-    digest = int(hashlib.sha256("".join(loaded.values()).encode()).hexdigest()[:8], 16)
-    require((simsiam.same_everywhere(digest, device),
-             f"{args.ckpt}: the processes have read different weights from it; put one file where all of them read it"))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])
-
-    def features(x):
-        """Images (N, 3, S, S) -> (N, D), in pieces, because a batch of 4096 need not fit a GPU whole."""
-        with autocast:
-            return torch.cat([network.features(part).float() for part in x.split(256)])
-
-    # 3. Features of all images as they are: to classify, to save, to look at
-    def watched(x):
-        progress.step(lambda: f"features of {len(train)} + {len(val)} images")
-        return features(x)
-
-    bank, queries = (simsiam.extract(watched, source, policy, device, s["workers"]) for source in data)
-    labels, truth = (torch.from_numpy(source.labels).to(device) for source in data)
-    require((bank.isfinite().all() and queries.isfinite().all(), f"{args.ckpt}: its features are not all finite; the run that wrote it had diverged"))
-    if rank == 0:
-        draw_neighbors(os.path.join(out, "neighbors.png"), train, val, bank, queries)
-
-    # 4. Classify
-    def test(layer):
-        """Top-1 and top-5 in percent over all validation images."""
-        with torch.no_grad():
-            return simsiam.accuracy(lambda mine: layer(queries[mine]), truth)
-
-    found = {}
-    if s["protocol"] == "knn":
-        top1, top5 = simsiam.knn_accuracy(bank, labels, queries, truth)
-    elif s["protocol"] == "cached":
-        sweep = SWEEP if s["base_lr"] is None else [s["base_lr"]]
-        layer, found["base_lr"], found["lr"], found["held_out_top1"] = fit_cached(bank, labels, s["classes"], sweep, s["epochs"], s["batch"], s["seed"])
-        for w in layer.parameters():
-            dist.broadcast(w.data, 0)  # on GPUs the processes' fits can differ in the last bits
-        top1, top5 = test(layer)
-        if len(sweep) > 1:
-            end = "; the best is at an end of the sweep: try --base-lr beyond it" * (found["base_lr"] in (sweep[0], sweep[-1]))
-            progress.line("held-out top-1 by base lr: " + ", ".join(f"{lr:g} {percent:.1f}%" for lr, percent in found["held_out_top1"].items()) + end)
+        job.run = new_run(job, out, resuming, args.override)
+    job.say(start_block(s, backbone, device, out))
+    if trains:
+        job.run.begin()
     else:
-        top1, top5 = train_layer(run, s, features, train, policy, labels, test)
-        best = max(run.epochs(), key=lambda record: record["top1"])
-        found["best_epoch_not_the_result"] = {"epoch": best["epoch"], "top1": best["top1"]}
-    check_frozen(network, loaded)
-    found["bad_images"] = sum(simsiam.bad_images(source, device) for source in data)
+        os.makedirs(out, exist_ok=True)
 
-    # 5. The number
+    # 2. Features of all images as they are: to classify, to save, to look at
+    loaded = freeze(job, args.ckpt)
+    bank = job.features_of(train)
+    queries = job.features_of(val)
+    if not (bank.isfinite().all() and queries.isfinite().all()):
+        raise Refused(f"{args.ckpt}: its features are not all finite; the run that wrote it had diverged")
     if rank == 0:
-        if s["protocol"] != "knn":
-            weights = {name: t.cpu() for name, t in layer.state_dict().items()}
-            simsiam.save({**weights, "classes": train.classes, "note": s["note"]}, os.path.join(out, "classifier.pth"))
+        chosen, nearest = neighbors(train, val, bank, queries)
+        draw_neighbors(os.path.join(out, "neighbors.png"), train, val, chosen, nearest)
+
+    # 3. Classify
+    judged = EVALUATE[s["protocol"]](job, bank, queries)
+    check_frozen(job.network, loaded)
+
+    # 4. The number
+    bad = sum(bad_images(source, device) for source in (train, val))  # asked of all processes
+    if rank == 0:
+        if judged.layer is not None:
+            save_classifier(job, judged.layer, os.path.join(out, "classifier.pth"))
         if args.features:
-            save_features(args.features, data, (bank, queries))
-        result = {"top1": top1, "top5": top5, **s, **found, "torch": torch.__version__, "hardware": simsiam.device_name(device),
-                  "command": shlex.join(sys.argv)}
-        with simsiam.replacing(os.path.join(out, "lineval.json"), "w") as f:
-            f.write(json.dumps(result, indent=1) + "\n")
+            save_features(args.features, train, val, bank, queries)
+        write_result(out, job, judged, bad)
     if trains:
-        run.record("end", epochs=run.epoch, top1=top1, top5=top5)
-    progress.line(f"{s['protocol']}: top-1 {top1:.2f}%, top-5 {top5:.2f}% on all {len(val)} validation images ({s['note']})\n"
-                  f"done: {os.path.join(out, 'lineval.json')}, neighbors.png" + ", classifier.pth" * (s["protocol"] != "knn"))
+        job.run.record("end", epochs=job.run.epoch, top1=judged.top1, top5=judged.top5)
+    say_result(job, judged, out)
 
 
-def train_layer(run, s, features, train, policy, labels, test):
-    """The lars and sgd protocols: train on augmented views, test after every epoch -> the last epoch's top-1 and top-5. Raises
-    Refused where the loss stops being finite. DEPARTURE: an epoch's last, incomplete batch is dropped; the released code uses it."""
-    layer, optimizer = run.parts["model"], run.parts["optimizer"]
-    rank, world, total_steps = dist.get_rank(), dist.get_world_size(), s["epochs"] * run.steps_per_epoch
-    progress = simsiam.Progress(total_steps - run.epoch * run.steps_per_epoch - run.step, quiet=rank > 0)
-    batches = augment.steps(s["seed"], len(train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
-    views = run.waiting_for(augment.load_views(train, policy, s["seed"], batches, run.device, s["workers"], views=1))
-    while run.epoch < s["epochs"]:
-        for step, (index, (x,)) in run.rest_of_epoch(views):
-            optimizer.param_groups[0]["lr"] = s["lr"] * lr_factor(s["protocol"], step, total_steps)
-            L = probe_step(layer, optimizer, features(x), labels[augment.on(labels, index)], world)
-            L = run.watch(L, optimizer, torch.zeros_like(L))
-            progress.step(lambda: f"epoch {run.epoch + 1}/{s['epochs']}  step {run.step}/{run.steps_per_epoch}  loss {L.item():.4f}  "
-                          f"{s['batch'] * run.step / run.seconds:.0f} images/s")
-        top1, top5 = test(layer)
-        record = run.record("epoch", epoch=run.epoch + 1, step=(run.epoch + 1) * run.steps_per_epoch, loss=run.means[0],
-                            lr=optimizer.param_groups[0]["lr"], top1=top1, top5=top5, **run.speed())
-        progress.line("epoch {epoch}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  top-1 {top1:.2f}%  top-5 {top5:.2f}%  {images_per_s:.0f} images/s"
-                      .format(epochs=s["epochs"], **record))
-        run.next_epoch()
-    return top1, top5
+def open_all(args):
+    """What is evaluated, on what -> Backbone, settings of its pre-training or else the data's recipe,
+    train, val."""
+    arch = args.ckpt.removeprefix("random:")
+    is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
+    backbone = None if is_random else read_backbone(args.ckpt, args.width)
+    saved = {} if is_random else backbone.settings  # {} too where the file isn't ours
+    if backbone and not saved and not args.data:
+        raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn "
+                      "ones)")
+    args.data = None if args.data == "shapes" else args.data or saved.get("data")
+    train, val = open_data(args.data, saved.get("seed", args.seed))
+    if train.labels is None or val is None:
+        raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
+                      "or CIFAR-10")
+    # How images are shown to the network: as they were in its pre-training, or else as the data suggest.
+    recipe = saved or recipe_for(args.data, train)
+    if is_random:
+        torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
+        backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
+    return backbone, recipe, train, val
 
 
-def describe(s, backbone, device, out):
-    """The block that an evaluation starts with."""
-    left_out = ", ".join(f"{name} ({count})" for name, count in groups(backbone.left_out).items()) or "nothing"
-    known = "" if backbone.epochs is None else f"{backbone.epochs} epochs, "
-    origin = f"{known}sha256 {s['sha256'][:12]}, {len(backbone.network.state_dict())} tensors matched; " \
-             f"left out: {left_out}" if s["sha256"] else "untrained, BN calibrated"
-    how = f"{s['epochs']} epochs, batch {s['batch']}, base lr {'by a sweep' if s['base_lr'] is None else s['base_lr']}" if "epochs" in s else "k 200"
+def settings_for(args, backbone, recipe, train, val, world):
+    """The settings of the evaluation, and the policy of its views. Raises Refused for impossible ones."""
+    protocol = args.protocol or DEFAULT[recipe["recipe"]]
+    default = PROTOCOLS[protocol]
+    given = {name: getattr(args, name) for name in ("base_lr", "batch", "epochs")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not default:
+        raise Refused(f"--{'/--'.join(given)}: --knn trains nothing")
+    if args.resume == "yes" and protocol not in OPTIMIZERS:
+        raise Refused(f"--resume: --{protocol} is not done in parts; give another --out, or nothing, to do "
+                      "it again")
+    if min(len(train), len(val)) < world:
+        raise Refused(f"{args.data}: {len(train)} training and {len(val)} validation images for {world} "
+                      "processes")
+    # A figure of changed settings must not be taken for the protocol's: the note says what was changed.
+    note = NOTE[protocol]
+    changed = [f"{name} {value} instead of {default[name] or 'a sweep'}"
+               for name, value in given.items() if value != default[name]]
+    if changed:
+        note += f", but with {', '.join(changed)}"
+    # The released code's augmentation: crop and flip only.
+    policy = augment.Policy(
+        area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0,
+        size=recipe["size"], mean=recipe["mean"], std=recipe["std"], centre=recipe["centre"])
+    s = {
+        "protocol": protocol,
+        "note": note,
+        **default,
+        **given,
+        **describe_backbone(args, backbone),
+        **describe_data(args, recipe, train, val),
+        # The test view.
+        "size": policy.size,
+        "mean": policy.mean,
+        "std": policy.std,
+        "centre": policy.centre,
+        # How it is run.
+        "seed": args.seed,
+        "device": args.device,
+        "amp": bool(args.amp),
+        "world": world,
+        "workers": args.workers,
+        "save_minutes": args.save_minutes,
+    }
+    if s["amp"] and s["device"] != "cuda":
+        raise Refused("--amp: bf16 autocast is for GPUs")
+    if protocol in OPTIMIZERS:  # the training view plays a part
+        s["area"] = policy.area
+        s["aspect"] = policy.aspect
+        s["flip"] = policy.flip
+        check_trained(s)
+        s["lr"] = initial_lr(s["base_lr"], s["batch"])
+    return s, policy
+
+
+def describe_backbone(args, backbone):
+    """The settings that say what is evaluated."""
+    arch, width, cifar_stem = backbone.shape
+    return {
+        "backbone": args.ckpt,
+        "sha256": backbone.sha256,             # of the file; None for an untrained network
+        "pretrained_epochs": backbone.epochs,  # None where the file doesn't tell
+        "arch": arch,
+        "width": width,
+        "cifar_stem": cifar_stem,
+    }
+
+
+def describe_data(args, recipe, train, val):
+    """The settings that say on what it is evaluated."""
+    return {
+        "recipe": recipe["recipe"],
+        "data": args.data,                           # None: the drawn shapes
+        "data_seed": recipe.get("seed", args.seed),  # of the drawn shapes: those of the pre-training
+        "images": len(train),
+        "val_images": len(val),
+        "classes": len(train.classes),
+    }
+
+
+def check_trained(s):
+    """Raise Refused for a batch that the processes or the images don't allow, where one is trained on."""
+    if s["batch"] % s["world"] != 0:
+        raise Refused(f"--batch {s['batch']}: {s['world']} processes don't divide it; the batch is the "
+                      "global one")
+    if s["images"] < s["batch"]:
+        raise Refused(f"--batch {s['batch']}: the data has only {s['images']} images, less than one batch")
+
+
+def default_folder(args, s):
+    """Beside the checkpoint; for an untrained network under runs/."""
+    folder = os.path.dirname(args.ckpt)
+    if s["sha256"] is None:  # random:resnet18 lies nowhere
+        folder = os.path.join("runs", f"{folder_name(args.data)}-{args.ckpt.replace(':', '-')}")
+    return os.path.join(folder, f"lineval-{s['protocol']}")
+
+
+def new_run(job, out, resuming, override):
+    """The Run of a protocol that is done in parts: its layer, its optimiser, and how far they are."""
+    s = job.settings
+    torch.manual_seed(s["seed"])
+    layer = linear_layer(job.network.num_features, s["classes"]).to(job.device)
+    parts = {"model": layer, "optimizer": optimizer_for(s["protocol"], layer)}
+    steps_per_epoch = len(job.train) // s["batch"]
+    return Run(out, parts, s, steps_per_epoch, resuming, job.device, override)
+
+
+def freeze(job, ckpt):
+    """Put the network in eval mode, without gradients -> hashes of all its tensors, for check_frozen.
+
+    In eval mode BN takes its running statistics, so that an image's features don't depend on its batch.
+    The BN of an untrained network is calibrated first. Raises Refused where the processes have different
+    weights.
+    """
+    if job.settings["sha256"] is None:
+        job.network = calibrated(job.network, job.test_views, job.train)
+        for statistics in job.network.buffers():
+            dist.broadcast(statistics, 0)  # GPUs can differ in the last bits
+    job.network.eval().requires_grad_(False)
+    loaded = tensor_hashes(job.network)
+    # 32 bits of each hash, added up, are a number that fits a float64.
+    digest = sum(int(value[:8], 16) for value in loaded.values())
+    if not same_everywhere(digest, job.device):
+        raise Refused(f"{ckpt}: the processes have read different weights from it; put one file where all "
+                      "of them read it")
+    return loaded
+
+
+def neighbors(train, val, bank, queries, rows=10, columns=8):
+    """Some validation images, of each class in turn, (R,), and for each the training images nearest by
+    cosine, (R, C)."""
+    by_class = np.argsort(val.labels, kind="stable")
+    rows = min(rows, len(val))
+    chosen = by_class[np.linspace(0, len(val) - 1, rows).astype(int)]
+    similarity = l2_normalize(queries[to_device(chosen, queries.device)]) @ l2_normalize(bank).T
+    nearest = similarity.topk(min(columns, len(train)), dim=1).indices
+    return chosen, nearest.cpu().numpy()
+
+
+def start_block(s, backbone, device, out):
+    """The lines that an evaluation starts with."""
+    # Where the weights come from, and what of the file was not used: a reader sees whether it was the right
+    # one.
+    origin = "untrained, BN calibrated"
+    if s["sha256"]:
+        counts = name_groups(backbone.left_out)
+        left_out = ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing"
+        origin = (f"sha256 {s['sha256'][:12]}, {len(backbone.network.state_dict())} tensors matched; "
+                  f"left out: {left_out}")
+        if backbone.epochs is not None:
+            origin = f"{backbone.epochs} epochs, {origin}"
+    stem = ", CIFAR stem" if s["cifar_stem"] else ""
+    trained = "k 200"
+    if "epochs" in s:
+        base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
+        trained = f"{s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
     return "\n".join([
-        f"backbone    {s['backbone']}: {s['arch']}, width {s['width']:g}{', CIFAR stem' * s['cifar_stem']} ({origin})",
-        f"data        {s['data'] or 'shapes (drawn)'}: {s['images']} training and {s['val_images']} validation images, {s['classes']} classes, "
-        f"{s['size']}-pixel views",
-        f"protocol    {s['protocol']}: {s['note']}; {how}",
-        f"processes   {s['world']}, {simsiam.hardware(s, device)}",
+        f"backbone    {s['backbone']}: {s['arch']}, width {s['width']:g}{stem} ({origin})",
+        f"data        {s['data'] or 'shapes (drawn)'}: {s['images']} training and {s['val_images']} "
+        f"validation images, {s['classes']} classes, {s['size']}-pixel views",
+        f"protocol    {s['protocol']}: {s['note']}; {trained}",
+        f"processes   {s['world']}, {hardware(s, device)}",
         f"writes to   {out}"])
 
 
-def save_features(path, data, features):
-    """train_ and val_ features (n, D) float32, labels (n,) and, where images have files, their names (bytes)."""
-    arrays = {"classes": np.array(data[0].classes)}
-    for split, source, v in zip(("train", "val"), data, features):
-        arrays |= {f"{split}_features": v.cpu().numpy(), f"{split}_labels": source.labels}
-        arrays |= {} if source.files is None else {f"{split}_files": source.files}
-    with simsiam.replacing(path) as f:
+def save_classifier(job, layer, path):
+    """The linear layer's weight (C, D) and bias (C,), the classes' names, and which protocol made it."""
+    content = {name: t.cpu() for name, t in layer.state_dict().items()}
+    content["classes"] = job.train.classes
+    content["note"] = job.settings["note"]
+    save(content, path)
+
+
+def save_features(path, train, val, bank, queries):
+    """train_ and val_ features (n, D) float32, labels (n,) and, where images have files, their names
+    (bytes)."""
+    arrays = {"classes": np.array(train.classes)}
+    for split, source, v in (("train", train, bank), ("val", val, queries)):
+        arrays[f"{split}_features"] = v.cpu().numpy()
+        arrays[f"{split}_labels"] = source.labels
+        if source.files is not None:
+            arrays[f"{split}_files"] = source.files
+    with replacing(path) as f:
         np.savez(f, **arrays)
 
 
+def write_result(out, job, judged, bad):
+    """lineval.json: the accuracy first, then all that it could depend on.
+
+        top1, top5                  percent of all validation images, after the last epoch
+        protocol, note              which protocol, and whether it is the paper's
+        base_lr, batch, epochs, lr  of the linear layer, where one was trained
+        backbone, sha256, ...       what was evaluated
+        data, images, ...           on what
+        held_out_top1               cached: how each lr of the sweep did on held-out training images
+        best_epoch_not_the_result   lars, sgd: for papers that report it
+        bad_images                  files that could not be read
+    """
+    result = {
+        "top1": judged.top1,
+        "top5": judged.top5,
+        **job.settings,
+        **judged.found,
+        "bad_images": bad,
+        "torch": torch.__version__,
+        "hardware": device_name(job.device),
+        "command": shlex.join(sys.argv),
+    }
+    with replacing(os.path.join(out, "lineval.json"), "w") as f:
+        f.write(json.dumps(result, indent=1) + "\n")
+
+
+def say_result(job, judged, out):
+    """The last two lines on the screen."""
+    s = job.settings
+    files = f"{os.path.join(out, 'lineval.json')}, neighbors.png"
+    if judged.layer is not None:
+        files += ", classifier.pth"
+    job.say(f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on all {s['val_images']} "
+            f"validation images ({s['note']})\ndone: {files}")
+
+
 if __name__ == "__main__":
-    simsiam.leave(simsiam.launch("lineval.py", evaluate, parse()))
+    leave(launch("lineval.py", evaluate, parse()))

@@ -1,24 +1,27 @@
-"""ResNet-18/34/50/101/152, written out by hand: He et al. 2016, "Deep Residual Learning for Image Recognition", Table 1.
+"""ResNet-18/34/50/101/152, written out by hand: He et al. 2016, "Deep Residual Learning for Image
+Recognition", Table 1.
 
     network = resnet50()                 # 1000 classes, 25,557,032 parameters
     network.features(x)                  # (N, 2048): the pooled features that the paper evaluates (Sec. 3)
     network.fc = torch.nn.Identity()     # or a projection MLP, as simsiam.py does
 
-The names, order and shapes of all parameters are torchvision's, so that a state_dict loads strictly in both directions.
-Three details are not in He's table; all three are what the released SimSiam code inherits from torchvision:
+The names, order and shapes of all parameters are torchvision's, so that a state_dict loads strictly in both
+directions. Three details are not in He's table; all three are what the released SimSiam code inherits from
+torchvision:
 
 - in a bottleneck, the stride sits on the 3x3 convolution ("ResNet v1.5"), not on the first 1x1;
-- the last BN scale of every block starts at 0, so that a block starts as the identity (Goyal et al. 2017, Sec. 5.1;
-  SimSiam's supplement A asks for it too);
-- convolutions start Kaiming-normal, fan_out. DEPARTURE from the paper's words ("the default PyTorch initializers"),
-  in favour of the code that made its numbers.
+- the last BN scale of every block starts at 0, so that a block starts as the identity (Goyal et al. 2017,
+  Sec. 5.1; SimSiam's supplement A asks for it too);
+- convolutions start Kaiming-normal, fan_out. DEPARTURE: the paper names "the default PyTorch initializers".
+  We follow the code that made its numbers.
 """
 import torch
 from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., Fig. 5 left). (N, in, H, W) -> (N, channels, H/stride, W/stride)"""
+    """Two 3x3 convolutions and a shortcut (He et al., Fig. 5 left). (N, in, H, W) -> (N, channels,
+    H/stride, W/stride)"""
     expansion = 1
 
     def __init__(self, in_channels, channels, stride):
@@ -38,7 +41,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up, and a shortcut (Fig. 5 right). (N, in, H, W) -> (N, 4 channels, H/stride, W/stride)"""
+    """1x1 down, 3x3, 1x1 up, and a shortcut (Fig. 5 right). (N, in, H, W) -> (N, 4 channels, H/stride,
+    W/stride)"""
     expansion = 4
 
     def __init__(self, in_channels, channels, stride):
@@ -67,7 +71,9 @@ def shortcut(in_channels, out_channels, stride):
     """
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        nn.BatchNorm2d(out_channels))
 
 
 class ResNet(nn.Module):
@@ -115,7 +121,8 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x):
-        """Images (N, 3, H, W), normalised -> pooled features (N, num_features). Shapes: ResNet-50 at 224 pixels."""
+        """Images (N, 3, H, W), normalised -> pooled features (N, num_features). Shapes: ResNet-50 at 224
+        pixels."""
         x = self.relu(self.bn1(self.conv1(x)))  # (N,   64, 112, 112)
         x = self.maxpool(x)                     # (N,   64,  56,  56)
         x = self.layer1(x)                      # (N,  256,  56,  56)
@@ -127,7 +134,8 @@ class ResNet(nn.Module):
         return x
 
     def forward(self, x):
-        """Images (N, 3, H, W), normalised -> whatever fc makes of the features: (N, num_classes), or z in SimSiam."""
+        """Images (N, 3, H, W), normalised -> whatever fc makes of the features: (N, num_classes), or z in
+        SimSiam."""
         return self.fc(self.features(x))
 
 
@@ -151,11 +159,10 @@ def resnet152(**options):
     return ResNet(Bottleneck, (3, 8, 36, 3), **options)
 
 
-ARCHS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101, "resnet152": resnet152}
-
-
-def fastest_layout(network, device):
-    """channels_last, with one exception: on a CPU, oneDNN 3.12 (in torch 2.13) writes out of bounds in the backward pass of
-    strided 1x1 convolutions of fewer than 16 channels (seen from 46 pixels up), which narrow networks have."""
-    narrow = device.type == "cpu" and network.conv1.out_channels < 16
-    return torch.contiguous_format if narrow else torch.channels_last
+ARCHS = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+}

@@ -1,18 +1,19 @@
-"""CIFAR-10 as in supplement D of the paper, the whole programme: pre-training, linear evaluation, seeds, ablations, and a page of the results.
+"""CIFAR-10 as in supplement D of the paper: runs, linear evaluations, seeds, ablations, a page of results.
 
-    python results/cifar10.py CIFAR --minutes 9      on a GPU, until it says that all is done. Not run on a GPU by us yet
-    python results/cifar10.py CIFAR                  on a CPU: the same commands on 10,000 of the images and a network an eighth as wide
-    ... --keep results/cifar10 --note TEXT           how the results in the repository were made; what is there already is not done again
+    python results/cifar10.py CIFAR --minutes 9    on a GPU, until it says that all is done. Not run there yet
+    python results/cifar10.py CIFAR                on a CPU: 10,000 of the images, a network an eighth as wide
+    ... --keep results/cifar10 --note TEXT         how the results in the repository were made
 
-From the repository's root, on Linux. A job is one command; those that are done are not done again, and one that --minutes or Ctrl-C interrupts is
-resumed by the next start. On a CPU each job has a core of its own. Runs lie in runs/cifar10; logs and accuracies are kept in the folder --keep, and
-a page beside it is made of them. Nothing is chosen by looking at test images, and every figure is the last epoch's, on all 10,000 of them.
+Start it from the repository's root, on Linux. A job is one command, and a job that is done is not done again.
+The next start resumes a job that --minutes or Ctrl-C has interrupted. On a CPU each job has a core of its
+own. The runs lie in runs/cifar10. The script keeps logs and accuracies in the folder --keep, and makes the
+page beside that folder of them.
+
+We choose nothing by looking at test images. Every figure is the last epoch's, on all 10,000 of them.
 """
 import argparse
-import concurrent.futures
 import json
 import os
-import queue
 import shlex
 import shutil
 import signal
@@ -20,101 +21,250 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 sys.path.insert(0, os.getcwd())
-import augment
 import numpy as np
 import torch
 
-# name: (options beside the recipe's, seeds, linear evaluations), in the order in which they are run
+from harness import cifar
+from harness.data import open_data
+from harness.errors import Refused
+from results.cores import results_of
+
+
+class Runs(NamedTuple):
+    """Runs that differ in nothing but the seed."""
+    options: str    # beside the recipe's
+    seeds: int      # how many, from 0 on
+    protocols: str  # of the linear evaluations
+
+
+# In the order in which they are run
 ON_A_GPU = {
-    "200-epochs": (["--epochs", "200"], [0, 1, 2], ["sgd", "cached"]),
-    "800-epochs": ([], [0], ["sgd", "lars", "cached"]),
-    "200-epochs-decayed-predictor": (["--epochs", "200", "--pred-lr", "cosine"], [0, 1, 2], ["cached"]),
-    "50-epochs": (["--epochs", "50"], [0, 1, 2], ["cached"]),
-    "50-epochs-float32": (["--epochs", "50", "--no-amp"], [0], ["cached"]),
-    "50-epochs-compiled": (["--epochs", "50", "--compile"], [0], ["cached"]),
-    "50-epochs-affine": (["--epochs", "50", "--affine"], [0], ["cached"]),
-    "50-epochs-released-projection": (["--epochs", "50", "--proj-hidden", "512"], [0], ["cached"]),
+    "200-epochs": Runs("--epochs 200", 3, "sgd cached"),
+    "800-epochs": Runs("", 1, "sgd lars cached"),
+    "200-epochs-decayed-predictor": Runs("--epochs 200 --pred-lr cosine", 3, "cached"),
+    "50-epochs": Runs("--epochs 50", 3, "cached"),
+    "50-epochs-float32": Runs("--epochs 50 --no-amp", 1, "cached"),
+    "50-epochs-compiled": Runs("--epochs 50 --compile", 1, "cached"),
+    "50-epochs-affine": Runs("--epochs 50 --affine", 1, "cached"),
+    "50-epochs-released-projection": Runs("--epochs 50 --proj-hidden 512", 1, "cached"),
 }
-# 1/8 of the width of backbone and heads. Batch and lr are those of an earlier run at 1/4 of the width (results/README.md), not tuned here
-SMALL = shlex.split("--width 1/8 --proj-hidden 256 --dim 256 --pred-dim 64 --batch 64 --base-lr 0.4 --epochs 40 --knn-every 5")
+# Backbone and heads have 1/8 of the width. Batch and lr are those of an earlier run at 1/4 of the width
+# (results/README.md); nothing was tuned here.
+SMALL = ("--width 1/8 --proj-hidden 256 --dim 256 --pred-dim 64 --batch 64 --base-lr 0.4 --epochs 40 "
+         "--knn-every 5")
 ON_A_CPU = {
-    "small": (SMALL, [0, 1, 2], ["sgd", "lars", "cached"]),
-    "small-decayed-predictor": ([*SMALL, "--pred-lr", "cosine"], [0, 1, 2], ["cached"]),
-    "small-affine": ([*SMALL, "--affine"], [0, 1, 2], ["cached"]),
+    "small": Runs(SMALL, 3, "sgd lars cached"),
+    "small-decayed-predictor": Runs(f"{SMALL} --pred-lr cosine", 3, "cached"),
+    "small-affine": Runs(f"{SMALL} --affine", 3, "cached"),
 }
 PUBLISHED = [  # who, epochs, what was measured
-    ("the paper, supplement D", 800, "linear 91.8 (SimCLR in the same setting: 91.1)"), ("lightly, batch 512", 200, "kNN 76.4"),
-    ("lightly", 800, "kNN 90.4, best epoch"), ("PatrickHua/SimSiam", 800, "kNN 90.3, on 9,728 test images; linear 90.8, and 91.9 on 9,984"),
-    ("solo-learn's maintainer", 800, "linear 91.6")]
+    ("the paper, supplement D", 800, "linear 91.8 (SimCLR in the same setting: 91.1)"),
+    ("lightly, batch 512", 200, "kNN 76.4"),
+    ("lightly", 800, "kNN 90.4, best epoch"),
+    ("PatrickHua/SimSiam", 800, "kNN 90.3, on 9,728 test images; linear 90.8, and 91.9 on 9,984"),
+    ("solo-learn's maintainer", 800, "linear 91.6"),
+]
 RUNS = "runs/cifar10"
+SUBSET = "runs/cifar10-10000"
+SIZES = (50_000, 10_000, 10)  # training and test images, classes
+KEPT_AT_MOST = 4 * 2 ** 20  # bytes of a picture or a backbone that is kept
+
+
+# --- What is to be run ----------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    command: list
+    made: str  # the file that the command makes in the end
+    kept: str  # the file that is kept of it: where there is one, the job is done
+
+
+def jobs(data, programme, keep):
+    """Yield the name of each run, and its jobs: pre-training, then the linear evaluations."""
+    for name, runs in programme.items():
+        for seed in range(runs.seeds):
+            out = f"{RUNS}/{name}-{seed}"
+            kept = f"{keep}/{name}-{seed}"
+            options = shlex.split(f"{runs.options} --seed {seed} --out {out} --resume auto")
+            todo = [Job(["simsiam.py", data, *options], f"{out}/backbone.pth", f"{kept}/log.jsonl")]
+            for protocol in runs.protocols.split():
+                options = ["--ckpt", f"{out}/checkpoint.pth", f"--{protocol}", "--resume", "auto"]
+                made = f"{out}/lineval-{protocol}/lineval.json"
+                todo.append(Job(["lineval.py", data, *options], made, f"{kept}/lineval-{protocol}.json"))
+            yield f"{name}-{seed}", todo
 
 
 def subset(train, val, n, folder):
-    """A folder in CIFAR-10's binary layout with the first n / 10 training images of each class, and all test images."""
-    if not os.path.exists(folder):
-        first = np.sort(np.concatenate([np.flatnonzero(train.labels == k)[:n // 10] for k in range(10)]))
-        os.makedirs(f"{folder}.tmp", exist_ok=True)
-        for names, source, index in zip(augment.CIFAR_BATCHES, (train, val), (first, np.arange(len(val)))):
-            for name, part in zip(names, np.array_split(index, len(names))):
-                records = np.concatenate([source.labels[part, None].astype(np.uint8), source.pixels[part].flatten(1).numpy()], axis=1)
-                records.tofile(f"{folder}.tmp/{name}.bin")
-        os.rename(f"{folder}.tmp", folder)
+    """A folder in the binary layout: n training images, the first of each class, and all test images."""
+    if os.path.exists(folder):
+        return folder
+    first = []
+    for k in range(10):
+        of_this_class = np.flatnonzero(train.labels == k)
+        first.append(of_this_class[:n // 10])
+    unfinished = f"{folder}.tmp"
+    os.makedirs(unfinished, exist_ok=True)
+    train_names, val_names = cifar.BATCHES
+    write_batches(unfinished, train_names, train, np.sort(np.concatenate(first)))
+    write_batches(unfinished, val_names, val, np.arange(len(val)))
+    os.rename(unfinished, folder)
     return folder
 
 
+def write_batches(folder, names, source, index):
+    """These images of a source, spread over files of these names. An image is its label, then its pixels."""
+    for name, part in zip(names, np.array_split(index, len(names))):
+        labels = source.labels[part, None].astype(np.uint8)
+        pixels = source.pixels[part].flatten(1).numpy()
+        np.concatenate([labels, pixels], axis=1).tofile(f"{folder}/{name}.bin")
+
+
+# --- Running it -----------------------------------------------------------------------------------
+
+class Interrupted(Exception):
+    """The time is up."""
+
+
+def run(name, todo, deadline):
+    """Do the jobs of a run that are not done yet, and keep their results. -> its name
+
+    Raises Interrupted at the deadline, and RuntimeError where a command fails.
+    """
+    if all(os.path.exists(job.kept) for job in todo):
+        return name
+    for job in todo:
+        if not os.path.exists(job.made):
+            do(job.command, deadline)
+        keep_results(job)
+    return name
+
+
+def do(command, deadline):
+    """One command, to its end or to the deadline."""
+    if time.monotonic() > deadline:
+        raise Interrupted
+    print(f"python {shlex.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # it saves what it has
+        process.communicate()
+        raise Interrupted from None
+    if process.returncode != 0:
+        raise RuntimeError(f"python {shlex.join(command)}: {errors}")
+
+
+def keep_results(job):
+    """Copy the results of a job that has ended. The file that marks it as done comes last."""
+    source = os.path.dirname(job.made)
+    folder = os.path.dirname(job.kept)
+    os.makedirs(folder, exist_ok=True)
+    log = f"{source}/log.jsonl"
+    if job.command[0] == "simsiam.py":
+        for name in ("curves.png", "backbone.pth"):
+            if os.path.getsize(f"{source}/{name}") < KEPT_AT_MOST:
+                shutil.copy(f"{source}/{name}", folder)
+        shutil.copy(log, job.kept)
+        return
+    if os.path.exists(log):
+        shutil.copy(log, f"{job.kept}l")  # lineval-sgd.jsonl beside lineval-sgd.json
+    shutil.copy(job.made, job.kept)
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+PROTOCOLS = ("sgd", "lars", "cached")
+HEADS = ("run", "seeds", "epochs", "loss", "kNN", "linear, sgd", "linear, lars", "linear, cached",
+         "minutes of training")
+
+
+def page(note, keep):
+    """The page, made of the kept files."""
+    of_the_data = f"{note} " if note else ""
+    out = [f"CIFAR-10, made by `results/cifar10.py` from the logs in `{keep}`. {of_the_data}Top-1 in percent "
+           "on all 10,000 test images, of the last epoch; mean and standard deviation over the seeds.", ""]
+    out += section("As in supplement D", ON_A_GPU, keep)
+    out += section("Small, on a CPU", ON_A_CPU, keep)
+    out += ["## Published, by others", "", "| who | epochs | measured |", "|---|---|---|"]
+    out += [f"| {who} | {epochs} | {what} |" for who, epochs, what in PUBLISHED]
+    return "\n".join(out) + "\n"
+
+
+def section(title, programme, keep):
+    """The lines of a programme: the machines, a row for each of its runs, the kNN curves."""
+    machines = set()
+    rows = []
+    curves = []
+    for name, runs in programme.items():
+        logs = [records(f"{keep}/{name}-{seed}/log.jsonl") for seed in range(runs.seeds)]
+        logs = [log for log in logs if log]
+        if not logs:
+            rows.append(f"| {name} | not run | | | | | | | |")
+            continue
+        for start, *_ in logs:
+            images = start["settings"]["images"]
+            machines.add(f"{start['device']}, torch {start['torch']}, {images:,} training images")
+        epochs = [[r for r in log if r["event"] == "epoch"] for log in logs]
+        linear_top1 = [linear(name, runs, protocol, keep) for protocol in PROTOCOLS]
+        rows.append(row(name, epochs, linear_top1))
+        curves.append(f"- {name}: {curve(epochs)}")
+    rule = "---|" * len(HEADS)
+    out = [f"## {title}", "", *sorted(machines), ""]
+    out += [f"| {' | '.join(HEADS)} |", f"|{rule}", *rows, ""]
+    if curves:
+        out += ["kNN while training, at these epochs (0: untrained, BN calibrated):", "", *curves, ""]
+    return out
+
+
+def row(name, epochs, linear_top1):
+    """epochs: the records of each seed's epochs. linear_top1: of each protocol, the accuracies there are."""
+    last = [run[-1] for run in epochs]
+    loss = statistics.mean(r["loss"] for r in last)
+    minutes = statistics.mean(minutes_of(run) for run in epochs)
+    cells = [name, f"{len(epochs)}", f"{last[0]['epoch']}", f"{loss:.3f}", cell([r["knn"] for r in last])]
+    cells += [cell(values) for values in linear_top1]
+    cells.append(f"{minutes:.1f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def minutes_of(run):
+    """Of all epochs; the first record is that of the untrained network."""
+    return sum(r["seconds"] for r in run[1:]) / 60
+
+
+def curve(epochs):
+    """The kNN accuracy at the first and the last epoch, and at some eight between."""
+    last = epochs[0][-1]["epoch"]
+    every = max(1, last // 8)
+    shown = []
+    for number in [r["epoch"] for r in epochs[0] if r["knn"] is not None]:
+        if number % every == 0 or number == last:
+            values = [r["knn"] for run in epochs for r in run if r["epoch"] == number]
+            shown.append(f"{number}: {cell(values)}")
+    return ", ".join(shown)
+
+
+def linear(name, runs, protocol, keep):
+    """The linear evaluation's top-1 of each seed, as far as there is one."""
+    found = []
+    for seed in range(runs.seeds):
+        path = f"{keep}/{name}-{seed}/lineval-{protocol}.json"
+        if os.path.exists(path):
+            with open(path) as f:
+                found.append(json.load(f)["top1"])
+    return found
+
+
 def records(path):
-    """A log's records; none where there is no log yet."""
+    """A log's records; none where there is no log yet. A kill may have cut the last line short."""
     if not os.path.exists(path):
         return []
     with open(path) as f:
         return [json.loads(line) for line in f if line.endswith("}\n")]
-
-
-def jobs(data, programme, keep):
-    """For each run its name and, of pre-training and linear evaluations, the command, what it makes in the end, and what is kept of it."""
-    for name, (options, seeds, protocols) in programme.items():
-        for seed in seeds:
-            out, kept = f"{RUNS}/{name}-{seed}", f"{keep}/{name}-{seed}"
-            yield f"{name}-{seed}", [
-                (["simsiam.py", data, *options, "--seed", str(seed), "--out", out, "--resume", "auto"], f"{out}/backbone.pth", f"{kept}/log.jsonl"),
-                *((["lineval.py", data, "--ckpt", f"{out}/checkpoint.pth", f"--{protocol}", "--resume", "auto"],
-                   f"{out}/lineval-{protocol}/lineval.json", f"{kept}/lineval-{protocol}.json") for protocol in protocols)]
-
-
-class Interrupted(Exception):
-    """Time was up."""
-
-
-def run(name, commands, deadline):
-    """Do what is not done yet of a run, and keep its results. Raises Interrupted at the deadline, and RuntimeError where a command fails."""
-    if all(os.path.exists(kept) for *_, kept in commands):
-        return name
-    for command, made, kept in commands:
-        if not os.path.exists(made):
-            if time.monotonic() > deadline:
-                raise Interrupted
-            print(f"python {shlex.join(command)}", flush=True)
-            process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            try:
-                _, said = process.communicate(timeout=max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # it saves what it has
-                process.communicate()
-                raise Interrupted from None
-            if process.returncode != 0:
-                raise RuntimeError(f"python {shlex.join(command)}: {said}")
-        source, folder = os.path.dirname(made), os.path.dirname(kept)
-        os.makedirs(folder, exist_ok=True)
-        pretraining = made.endswith("backbone.pth")
-        for base in ("curves.png", "backbone.pth") if pretraining else ():
-            if os.path.getsize(f"{source}/{base}") < 4 * 2 ** 20:
-                shutil.copy(f"{source}/{base}", folder)
-        if not pretraining and os.path.exists(f"{source}/log.jsonl"):
-            shutil.copy(f"{source}/log.jsonl", f"{kept}l")
-        shutil.copy(f"{source}/log.jsonl" if pretraining else made, kept)
-    return name
 
 
 def cell(values):
@@ -122,76 +272,46 @@ def cell(values):
     values = [v for v in values if v is not None]
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} +- {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def page(note, keep):
-    """The page, from what is kept."""
-    out = [f"CIFAR-10, made by `results/cifar10.py` from the logs in `{keep}`. {note}{' ' * (note != '')}Top-1 in percent on all 10,000 test images, of the last epoch; mean and standard "
-           "deviation over the seeds.", ""]
-    for title, programme in (("As in supplement D", ON_A_GPU), ("Small, on a CPU", ON_A_CPU)):
-        rows, curves, machines = [], [], set()
-        for name, (options, seeds, protocols) in programme.items():
-            logs = [log for log in (records(f"{keep}/{name}-{seed}/log.jsonl") for seed in seeds) if log]
-            if not logs:
-                rows.append(f"| {name} | not run | | | | | | | |")
-                continue
-            machines |= {f"{start['device']}, torch {start['torch']}, {start['settings']['images']:,} training images" for start, *_ in logs}
-            epochs = [[r for r in log if r["event"] == "epoch"] for log in logs]
-            linear = {}
-            for protocol in ("sgd", "lars", "cached"):
-                files = [f"{keep}/{name}-{seed}/lineval-{protocol}.json" for seed in seeds]
-                linear[protocol] = []
-                for file in filter(os.path.exists, files):
-                    with open(file) as f:
-                        linear[protocol].append(json.load(f)["top1"])
-            minutes = statistics.mean(sum(r["seconds"] for r in run[1:]) / 60 for run in epochs)
-            rows.append(f"| {name} | {len(logs)} | {epochs[0][-1]['epoch']} | {statistics.mean(run[-1]['loss'] for run in epochs):.3f} | "
-                        f"{cell([run[-1]['knn'] for run in epochs])} | {' | '.join(cell(linear[p]) for p in linear)} | {minutes:.1f} |")
-            last = epochs[0][-1]["epoch"]
-            at = sorted({r["epoch"] for r in epochs[0] if r["knn"] is not None and (r["epoch"] in (0, last) or r["epoch"] % max(1, last // 8) == 0)})
-            curves.append((name, at, [cell([r["knn"] for run in epochs for r in run if r["epoch"] == epoch]) for epoch in at]))
-        out += [f"## {title}", "", *sorted(machines), "",
-                "| run | seeds | epochs | loss | kNN | linear, sgd | linear, lars | linear, cached | minutes of training |", "|---|---|---|---|---|---|---|---|---|", *rows, ""]
-        if curves:
-            out += ["kNN while training, at these epochs (0: untrained, BN calibrated):", ""]
-            for name, at, values in curves:
-                out.append(f"- {name}: " + ", ".join(f"{epoch}: {value}" for epoch, value in zip(at, values)))
-            out.append("")
-    out += ["## Published, by others", "", "| who | epochs | measured |", "|---|---|---|", *(f"| {who} | {epochs} | {what} |" for who, epochs, what in PUBLISHED)]
-    return "\n".join(out) + "\n"
+def open_cifar10(path):
+    """-> train, val. Raises Refused where it is anything but CIFAR-10."""
+    train, val = open_data(path)
+    if val is not None and train.labels is not None:
+        if (len(train), len(val), len(train.classes)) == SIZES:
+            return train, val
+    raise Refused(f"{path}: not CIFAR-10, which has 50,000 training and 10,000 test images of 10 classes")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="CIFAR", help="a CIFAR-10 folder")
-    parser.add_argument("--minutes", type=float, default=1e4, help="stop after so many, everything saved; the same command goes on")
-    parser.add_argument("--keep", default="runs/cifar10-kept", help="folder for logs and accuracies, and the page beside it (default: %(default)s)")
-    parser.add_argument("--note", default="", help="what the page is to say of the data")
+    parser.add_argument("--minutes", type=float, default=1e4,
+                        help="stop after so many, everything saved; the same command goes on")
+    parser.add_argument("--keep", default="runs/cifar10-kept",
+                        help="folder for logs and accuracies, and the page beside it (default: %(default)s)")
+    parser.add_argument("--note", default="", help="a sentence for the page about the data")
     args = parser.parse_args()
-    cuda, cores, done = torch.cuda.is_available(), queue.SimpleQueue(), "all is done"
-    for core in os.sched_getaffinity(0):
-        cores.put(core)
-    pin = (lambda: None) if cuda else (lambda: os.sched_setaffinity(0, {cores.get()}))  # of a thread; its runs inherit it
     deadline = time.monotonic() + 60 * args.minutes
-    pool = concurrent.futures.ThreadPoolExecutor(1 if cuda else cores.qsize(), initializer=pin)
+    state = "all is done"
     try:
-        train, val = augment.open_data(args.data)
-        if val is None or train.labels is None or [len(train), len(val), len(train.classes)] != [50_000, 10_000, 10]:
-            raise augment.Refused(f"{args.data}: not CIFAR-10, which has 50,000 training and 10,000 test images of 10 classes")
-        programme, data = (ON_A_GPU, args.data) if cuda else (ON_A_CPU, subset(train, val, 10_000, "runs/cifar10-10000"))
-        for job in concurrent.futures.as_completed([pool.submit(run, *job, deadline) for job in jobs(data, programme, args.keep)]):
-            print(f"done: {job.result()}", flush=True)
+        train, val = open_cifar10(args.data)
+        if torch.cuda.is_available():
+            todo = jobs(args.data, ON_A_GPU, args.keep)
+        else:
+            todo = jobs(subset(train, val, 10_000, SUBSET), ON_A_CPU, args.keep)
+        for name in results_of(run, [(name, of_the_run, deadline) for name, of_the_run in todo]):
+            print(f"done: {name}", flush=True)
     except Interrupted:
-        done = "time is up; the same command goes on"
-    except (augment.Refused, OSError, RuntimeError) as error:
+        state = "time is up; the same command goes on"
+    except (Refused, OSError, RuntimeError) as error:
         sys.exit(f"cifar10.py: {error}")
-    finally:
-        pool.shutdown(cancel_futures=True)
     os.makedirs(args.keep, exist_ok=True)
     with open(f"{args.keep}.md", "w") as f:
         f.write(page(args.note, args.keep))
-    print(f"{done}; {args.keep}.md has the results so far")
+    print(f"{state}; {args.keep}.md has the results so far")
 
 
 if __name__ == "__main__":

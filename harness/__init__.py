@@ -1,0 +1,34 @@
+"""What any training program needs, in small rooms. A reader of the paper need not open them.
+
+    errors      what the programs say when they can't go on, and the signals that end a run
+    draws       random numbers as a hash of (seed, epoch, image, view, draw), and the order of an epoch
+
+    source      a split of a data set: images in memory or files, and labels
+    data        what DATA can be: folders, lists, single images
+    cifar       CIFAR-10 as it is downloaded
+    shapes      the drawn data set, for which nothing is downloaded
+    images      reading one image file, good or bad
+    loading     worker processes, from files to batches on the device
+
+    processes   joining the processes of a run, sums over them
+    batchnorm   batch normalisation over the batches of all processes
+    per_image   a vector for each image, kept by the processes together
+
+    run         how far a run is, when it saves, and what ends it
+    checkpoint  which of a folder's two checkpoints is read, and whether it fits a run
+    folder      which folder a run has, and whether there is a run in it
+    log         log.jsonl: a record a line
+    late        numbers that are read a step late, so that no step waits for the GPU
+    files       files that are whole at every instant, and reading them with suspicion
+    weights     files of weights: ours, the authors', MoCo's, torchvision's
+    evaluate    features of many images, counting hits, checking that a network is frozen
+    pictures    curves, contact sheets, nearest neighbours
+
+    options     the command line that the scripts share, and its limits
+    progress    the line with the time left
+    ends        how a program ends, and hints at why
+    machine     the device's name, its memory, its fastest memory layout
+
+The rooms import each other, torch, numpy and Pillow, and nothing from the scripts at the top level. What a
+room needs of them (views, a network, the kNN rule) it gets as an argument.
+"""

@@ -1,0 +1,65 @@
+"""Batch normalisation over the batches of all processes.
+
+The paper synchronises BN: a batch of 512 has one mean and one variance, however many GPUs it is spread
+over. On GPUs torch has that. On CPUs torch refuses, so that it is written here: two processes then compute
+what one computes.
+"""
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .processes import all_sum
+
+
+def synchronize(model, device):
+    """Make every BN of the model take its statistics over all processes. Returns the model."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm  # same parameters, buffers and names: only forward differs
+    return model
+
+
+class AllSum(torch.autograd.Function):
+    """all_sum of a copy, with a gradient. The sum enters every process's loss, so its gradient is the sum
+    of theirs."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return all_sum(t.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_sum(gradient.clone())
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BN over the global batch, for CPUs. Inputs (N, C) or (N, C, H, W); the same statistics as one process
+    has."""
+
+    _check_input_dim = staticmethod(lambda x: None)  # any number of dimensions
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.dim())]         # all but the channels
+        shape = [1, -1] + [1] * (x.dim() - 2)  # of a vector of channels, to be broadcast against x
+        n = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = AllSum.apply(x.sum(dims)) / n                          # (C,)
+        centred = x - mean.view(shape)
+        var = AllSum.apply((centred ** 2).sum(dims)) / n              # (C,)
+        self.update_running(mean, var, n)
+        x = centred * (var + self.eps).rsqrt().view(shape)
+        if self.weight is None:
+            return x
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def update_running(self, mean, var, n):
+        """The running statistics, as torch has them: the variance unbiased; without momentum, a plain
+        average."""
+        self.num_batches_tracked += 1
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(var * n / (n - 1), share)

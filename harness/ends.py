@@ -1,0 +1,96 @@
+"""How a program ends, and hints at why.
+
+    from harness.ends import launch, leave
+    leave(launch("simsiam.py", pretrain, parse()))
+
+Exit status: 0 at the end; 1 with one line of text where the input can't be used or the machine failed; 128
++ the signal's number where a signal has ended the run, everything saved. Other exceptions are bugs, and
+leave with their traceback.
+"""
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+
+from . import loading
+from .errors import STOPPING, Refused, Stopped, printable
+
+WORKER_HINT = ("a process that decodes images was killed, mostly for want of memory or of /dev/shm; "
+               "use fewer --workers")
+HINTS = {  # words of torch's message (a regular expression): what to do
+    "DataLoader timed out": "no images for {timeout} s; is the disk or the network under DATA still there?",
+    "DataLoader worker": WORKER_HINT,
+    "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton":
+        "--compile needs one; leave it out",
+    "out of memory": "use a smaller --batch, or more GPUs",
+    "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
+}
+
+
+def launch(script, run, args):
+    """Run a program, run(args), to its end.
+
+    Returns None where it ends well, else what sys.exit would take: a line of text, or a number.
+    """
+    try:
+        run(args)
+        dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
+        return None
+    except Stopped as stopped:
+        number, message = stopped.args
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script}: {message}", file=sys.stderr)
+        return 128 + number
+    except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
+        message = f"{error!r}: {WORKER_HINT}"
+    except (Refused, OSError) as error:
+        message = error
+    except RuntimeError as error:
+        hint = hint_for(error)
+        if hint is None:
+            raise
+        first_line = str(error).splitlines()[0]
+        message = f"{first_line}: {hint}"
+    except KeyboardInterrupt:
+        message = "interrupted; what has a checkpoint goes on from it with --resume"
+    finally:
+        restore_signals()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The first process of a machine mostly meets the same trouble and says it. torchrun then ends this
+        # one.
+        time.sleep(3)
+    start = "\n" if sys.stdout.isatty() else ""  # below the progress line
+    return f"{start}{script}: {printable(message)}"
+
+
+def hint_for(error):
+    """What to do about an error of torch's, or None where nothing is known."""
+    for words, hint in HINTS.items():
+        if re.search(words, str(error)):
+            return hint.format(timeout=loading.LOADER_TIMEOUT)
+    return None
+
+
+def restore_signals():
+    """Give the signals that end a run their usual meaning again: the run is over, and nobody looks for
+    them."""
+    for number in STOPPING:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
+
+
+def leave(status):
+    """End the process with what launch returned, at once: threads and workers may be stuck, and are not
+    waited for."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)

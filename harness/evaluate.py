@@ -1,0 +1,102 @@
+"""Features of many images by all processes together, counting hits, and checking that a network is frozen."""
+import contextlib
+import copy
+import hashlib
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .draws import permutation
+from .errors import Refused
+from .loading import to_device
+from .processes import all_sum, my_share
+
+
+@torch.no_grad()
+def extract(features, test_views, source, device, autocast=contextlib.nullcontext()):
+    """Features of all images of a source, in order: (n, D) on every process. The processes share the work.
+
+    features    images (N, 3, S, S) -> (N, D)
+    test_views  (source, batches of (epoch, indices)) -> yields (indices, images)
+    """
+    n = len(source)
+    mine = my_share(n)
+    starts = range(0, len(mine), 256)
+    batches = [(0, mine[i:i + 256]) for i in starts]  # test views don't depend on the epoch: any will do
+    out = None
+    for index, x in test_views(source, batches):
+        with autocast:
+            v = features(x).float()                                   # (N, D)
+        if out is None:
+            out = torch.zeros(n, v.shape[1], device=device)
+        out[to_device(index, device)] = v
+    return all_sum(out)
+
+
+def hits(scores, labels, ks=(1, 5)):
+    """How many labels (N,) are among the k highest of scores (N, C), for each k -> (len(ks),) int64. -inf
+    is never a hit."""
+    top = scores.topk(min(max(ks), scores.shape[1]), dim=1)
+    hit = (top.indices == labels[:, None]) & (top.values > -math.inf)
+    counts = [hit[:, :k].any(dim=1).sum() for k in ks]
+    return torch.stack(counts)
+
+
+def accuracy(scores, labels):
+    """Top-1 and top-5 in percent over all labels (n,). Each is counted once, by one process. scores:
+    indices -> (N, C)"""
+    mine = torch.from_numpy(my_share(len(labels))).to(labels.device)
+    counts = all_sum(hits(scores(mine), labels[mine]))
+    return [100 * count / len(labels) for count in counts.tolist()]
+
+
+def calibrated(backbone, test_views, train):
+    """A copy of an untrained backbone whose BN statistics are those of up to 2048 of the training images.
+
+    BN starts with mean 0 and variance 1. With these, an untrained network is a worse feature extractor than
+    it needs to be, and a comparison with it would flatter the trained one.
+    """
+    backbone = copy.deepcopy(backbone)
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # a plain average over the batches
+    chosen = permutation(0, 0, len(train))[:2048]
+    # All processes take the same batches: each needs the statistics.
+    pieces = math.ceil(len(chosen) / 256)
+    batches = [(0, index) for index in np.array_split(chosen, pieces)]
+    with torch.no_grad():
+        for _, x in test_views(train, batches):
+            backbone.features(x)
+    return backbone
+
+
+def bad_images(source, device):
+    """How many of a source's files all processes together have found to be bad. Each knows them all from
+    then on."""
+    flags = torch.zeros(len(source), dtype=torch.uint8, device=device)
+    flags[list(source.bad)] = 1
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    found = flags.nonzero().flatten().tolist()
+    source.bad.update((i, source.bad.get(i, "")) for i in found)
+    return len(found)
+
+
+def tensor_hashes(network):
+    """{name: hash of the bytes} of all parameters and buffers."""
+    hashes = {}
+    for name, t in network.state_dict().items():
+        content = t.cpu().contiguous().numpy().tobytes()
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    return hashes
+
+
+def check_frozen(network, loaded):
+    """Raise Refused, naming the tensors, unless all are bit for bit what they were when the hashes `loaded`
+    were taken."""
+    changed = [name for name, value in tensor_hashes(network).items() if value != loaded[name]]
+    if changed:
+        raise Refused(f"the backbone has changed during the evaluation ({', '.join(changed[:3])}; "
+                      f"{len(changed)} tensors): its accuracy would mean nothing; please report this")

@@ -1,0 +1,91 @@
+"""Files that are whole at every instant, and reading files with suspicion.
+
+A program can be killed, and a disk can be full, in the middle of writing. So nothing is ever written in
+place: see replacing(). A file of weights can come from anywhere. So no code in it is run, and whatever
+reading it raises becomes one line: see read() and refusing().
+"""
+import contextlib
+import os
+import pickle
+import re
+import zipfile
+
+import torch
+
+from .errors import Refused
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb", keep=None):
+    """Write a file so that at every instant either the old one or the new one is there, whole.
+
+    It is written under a temporary name, brought out to the disk, then renamed. keep: the name under which
+    the old file stays, from an instant before the new one has its name. Raises Refused, the old file
+    untouched, where that fails.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one into the other
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # half a file, on what may be a full disk
+        cause = error.__cause__ or error.__context__ or error
+        raise Refused(f"{path}: can't be written ({cause}); what was there is untouched") from None
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)  # the new name must reach the disk too
+    os.close(folder)
+
+
+def save(content, path, keep=None):
+    """torch.save into a file that is whole at every instant. Raises Refused where it can't be written."""
+    with replacing(path, keep=keep) as f:
+        torch.save(content, f)
+
+
+@contextlib.contextmanager
+def refusing(path, verdict):
+    """Turn whatever is raised within into Refused: what is in a foreign or a hostile file can raise
+    anything."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Refused(f"{path}: {verdict} ({type(error).__name__}: {reason})") from None
+
+
+def read(path):
+    """A file that torch.save wrote -> the dict in it. No code in the file is run.
+
+    Raises Refused where it is missing, damaged or foreign. Files of torch 1.6 or later have checksums, and
+    all of them are verified before anything is read.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it fails its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise Refused(f"{path}: can't be read ({reason_why(error)})") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path}: can't be read (it holds a {type(content).__name__}, not named tensors)")
+    return content
+
+
+def reason_why(error):
+    """Our words for what torch.load has raised. Its own would advise to let the code in the file run."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return f"it names {code[1]}, code that no file of weights needs"
+    if isinstance(error, pickle.UnpicklingError):
+        return "damaged, or nothing that torch.save wrote"
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"

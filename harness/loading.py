@@ -1,0 +1,97 @@
+"""From files to batches on the device: worker processes, and which images a step gets.
+
+A worker gets (epoch, indices) and returns the cut images of that batch as one tensor, in memory that it
+shares with the main process. What to cut is a function that the caller gives (augment.py), so that this
+room knows nothing of views.
+"""
+import signal
+
+import torch
+
+from .draws import permutation
+from .errors import STOPPING, BadImage
+from .images import read_or_replace
+
+LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
+
+
+def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
+    """Yield (epoch, indices) for every step from the start on: this process's share of each global batch of
+    n images.
+
+    The last, incomplete batch of an epoch is dropped. The global batches are the same for any number of
+    processes.
+    """
+    share = batch // world
+    for epoch in range(start_epoch, epochs):
+        order = permutation(seed, epoch, n)
+        first = start_step if epoch == start_epoch else 0
+        for step in range(first, n // batch):
+            start = step * batch + rank * share
+            yield epoch, order[start:start + share]
+
+
+def to_device(array, device):
+    """A numpy array as a tensor on the device. Pinned memory lets the copy to a GPU run without waiting for
+    it."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def decode(source, cut, batches, device, workers):
+    """Yield (epoch, indices, [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by worker
+    processes.
+
+    cut: (image, epoch, i) -> a list of (3, S, S) uint8, one per view. Raises BadImage where too many files
+    are bad.
+    """
+    options = {}
+    if workers > 0:
+        options["timeout"] = LOADER_TIMEOUT
+        # Batches on their way lie in /dev/shm, which may be small: many workers prepare one each.
+        options["prefetch_factor"] = 2 if workers <= 4 else 1
+        options["worker_init_fn"] = outlive_signals
+    loader = torch.utils.data.DataLoader(
+        Decoder(source.files, cut), batch_sampler=batches, collate_fn=tuple,
+        num_workers=workers, pin_memory=device.type == "cuda", **options)
+    for epoch, index, views, bad in loader:
+        if isinstance(bad, BadImage):
+            raise bad
+        source.note(bad)
+        yield epoch, index, [x.to(device, non_blocking=True) for x in views]
+
+
+class Decoder(torch.utils.data.Dataset):
+    """In a worker: (epoch, indices) -> a batch of cut images. Each file is read and decoded once for all
+    its views."""
+
+    def __init__(self, files, cut):
+        self.files = files
+        self.cut = cut
+
+    def __getitems__(self, batch):
+        """-> epoch, indices, [(N, 3, S, S) uint8, one per view], {index: what is wrong} of the bad files.
+
+        Where too many files are bad, the last is a BadImage, and the main process raises it. Raised here,
+        it would arrive there wrapped in a traceback.
+        """
+        epoch, index = batch
+        cuts = []
+        bad = {}
+        try:
+            for i in index:
+                image, met = read_or_replace(self.files, i)
+                cuts.append(self.cut(image, epoch, i))
+                bad |= met
+        except BadImage as error:
+            return epoch, index, None, error
+        return epoch, index, torch.utils.data.default_collate(cuts), bad
+
+
+def outlive_signals(worker):
+    """In a worker: ignore the signals that end a run. They reach the whole job, and the last steps still
+    need batches."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

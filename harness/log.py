@@ -1,0 +1,91 @@
+"""log.jsonl: what a run has measured, a JSON object a line.
+
+    {"event": "start", ...}     the command, versions, device, and all settings: what the run could depend on
+    {"event": "epoch", ...}     a record per epoch; epoch 0 is the network before training
+    {"event": "resume", ...}    the run went on after an interruption, perhaps on another machine
+    {"event": "end", ...}       the run has reached its end
+
+Lines are only added, so that a kill can cut nothing but the last one. When a run goes on from a checkpoint,
+the records after that checkpoint are dropped: those epochs are done again.
+"""
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+
+from .files import refusing, replacing
+from .machine import device_name
+
+
+class Log:
+    """The records of a run, in memory on every process, in the file by the process that writes."""
+
+    def __init__(self, path, writes):
+        self.path = path
+        self.writes = writes  # only one process does
+        self.records = []     # all processes have them: what a run does next can depend on them
+
+    def read(self, last_epoch):
+        """Take the records that a checkpoint has behind it: no epoch after last_epoch, and no end.
+
+        Raises Refused where the file holds no log of a run.
+        """
+        with refusing(self.path, "no log of this run; restore it, or give another --out"):
+            with open(self.path) as f:
+                # A kill may have cut the last line.
+                records = [json.loads(line) for line in f if line.endswith("}\n")]
+            self.records = [r for r in records if self.belongs(r, last_epoch)]
+            if self.records[0]["event"] != "start":
+                raise ValueError("no start")
+            for value in (v for record in self.epochs() for v in record.values()):
+                if not isinstance(value, (int, float, str, type(None))):
+                    raise ValueError(value)
+
+    @staticmethod
+    def belongs(record, last_epoch):
+        """Whether a record lies before the checkpoint."""
+        event = record["event"]
+        return event in ("start", "resume") or (event == "epoch" and record["epoch"] <= last_epoch)
+
+    def start(self, event, settings, device, **more):
+        """Add a record that a run starts or goes on, and write the file with all records that are kept."""
+        self.records.append({
+            "event": event,
+            **more,
+            "command": shlex.join(sys.argv),
+            "device": device_name(device),
+            "world": dist.get_world_size(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "seed": settings["seed"],
+            "settings": settings,
+        })
+        if self.writes:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with replacing(self.path, "w") as f:
+                f.writelines(json.dumps(record) + "\n" for record in self.records)
+
+    def add(self, event, **values):
+        """Add a record and return it. JSON knows no NaN: null stands for it."""
+        record = {"event": event}
+        for name, value in values.items():
+            odd = isinstance(value, float) and not math.isfinite(value)
+            record[name] = None if odd else value
+        self.records.append(record)
+        if self.writes:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+        return record
+
+    def epochs(self):
+        """The records of epochs; that of epoch 0 is the untrained network's."""
+        return [record for record in self.records if record["event"] == "epoch"]

@@ -1,0 +1,125 @@
+"""Joining the processes of a run, and sums over them.
+
+A single process is a world of one: it has a process group too. So nothing else asks whether there are
+several.
+"""
+import datetime
+import os
+import time
+import uuid
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .errors import Refused
+
+PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
+
+
+# --- Joining --------------------------------------------------------------------------------------------
+
+def join_world(device):
+    """Join the processes that torchrun started, or make a world of this one. -> (device, rank, world size)
+
+    Raises Refused where there are too few GPUs, and where the processes don't find each other.
+    """
+    if device.type == "cuda":
+        device = own_gpu()
+        backend = "nccl"
+    else:
+        torch.set_num_threads(cores())
+        backend = "gloo"
+    try:
+        if "RANK" in os.environ:
+            store, rank, world = new_store_for_this_start()
+        else:
+            store, rank, world = dist.HashStore(), 0, 1
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:  # the second: something is missing in the environment
+        reason = str(error).partition(". ")[0]
+        raise Refused(f"the processes did not find each other within {PATIENCE} ({reason}): the same "
+                      "--nnodes and --rdzv-endpoint on all machines? Its port open? As many machines "
+                      "started as --nnodes says?") from None
+    return device, rank, world
+
+
+def own_gpu():
+    """The GPU of this process, made the current one. Raises Refused where the machine has too few."""
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = torch.cuda.device_count()
+    if wanted > there:
+        raise Refused(f"{wanted} processes on this machine, but {there} GPUs: start fewer processes, "
+                      "or give --device cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    # As in the released code. The shapes stay the same, so that it pays to try out which kernels are the
+    # fastest.
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def new_store_for_this_start():
+    """A store that only this start's processes share -> store, rank, world size.
+
+    A workaround. The store that torchrun hands out outlives its restarts. It still has the addresses of
+    processes that have died since, and torch 2.13 connects to those. So each start takes a part of the
+    store that is new. Process 0 names the part, and has to tell the others of the same start:
+
+        process k sets  "hello k"        to a name that only this process, in this start, has
+        process 0 sets  "welcome NAME"   to the name of the part, for each name that it finds under "hello k"
+        process k adds  1 to "joined PART"
+
+    Process 0 looks at the hellos again and again until all have joined: an old one may be overwritten by a
+    new one.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello {rank}", name)
+        part = store.get(f"welcome {name}").decode()
+        store.add(f"joined {part}", 1)
+        return dist.PrefixStore(part, store), rank, world
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    joined = 0
+    while joined < world - 1:
+        for other in range(1, world):
+            if store.check([f"hello {other}"]):
+                their_name = store.get(f"hello {other}").decode()
+                store.set(f"welcome {their_name}", name)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"{joined + 1} of {world} are here")
+        time.sleep(0.02)
+        joined = store.add(f"joined {name}", 0)
+    return dist.PrefixStore(name, store), rank, world
+
+
+def cores():
+    """This process's share of the machine's cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+# --- Sums over the processes ----------------------------------------------------------------------------
+
+def all_sum(t):
+    """The sum of a tensor over all processes, in place."""
+    dist.all_reduce(t)
+    return t
+
+
+def mean_over_processes(t):
+    """The mean of a tensor over all processes, in float64. The tensor itself stays as it is."""
+    return all_sum(t.to(torch.float64, copy=True)) / dist.get_world_size()
+
+
+def my_share(n):
+    """This process's part of the indices 0 ... n - 1: consecutive, and as even as n allows."""
+    return np.array_split(np.arange(n), dist.get_world_size())[dist.get_rank()]
+
+
+def same_everywhere(number, device):
+    """Whether all processes have the same number: then its maximum is its minimum."""
+    both = torch.tensor([number, -number], dtype=torch.float64, device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return bool(both[0] == -both[1])

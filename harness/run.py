@@ -1,0 +1,293 @@
+"""A run: how far it is, its folder, when it saves, and what ends it.
+
+The folder holds checkpoint.pth and the one before it (checkpoint-previous.pth), log.jsonl (harness/log.py),
+and pictures.
+
+When is it saved? At the start, at the end of each epoch, every --save-minutes within one, and after a
+signal. Saving may take all processes together, as PerImageVectors do. So process 0 looks at the clock, and
+tells the others: every step, each process adds what it wants (to stop, to save) to a sum that all of them
+read. They read it one step later, because reading at once would make each step wait for the GPU. The loss
+and the gradient's norm are judged one step late too, for the same reason; and always before anything is
+saved, so that no checkpoint holds what isn't finite.
+"""
+import contextlib
+import math
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from .checkpoint import FORMAT, check_format, compare_settings, newest_checkpoint
+from .errors import STOPPING, Refused, Stopped
+from .files import refusing, save
+from .late import OnTheirWay
+from .log import Log
+from .processes import all_sum, same_everywhere
+
+
+class Run:
+    """How far a run is: `epoch` epochs are done, and `step` steps of the next.
+
+    out         the run's folder
+    parts       {name: model, optimiser, ...}: what a checkpoint holds, by state_dict. A "model" and an
+                "optimizer" are among them. All are equal on all processes, or bring themselves together when
+                they are asked for their state, as PerImageVectors do
+    settings    what makes the run what it is, {name: value}: "epochs", "batch", "seed", "save_minutes", ...
+    resuming    go on from the folder's checkpoint
+    override    names of settings that may differ from the checkpoint's
+    defaults    {name: value} of settings that a checkpoint may lack, because it was made by an older version
+
+    Raises Refused where the checkpoint is foreign or of other settings, and where both of the two are
+    damaged.
+    """
+    MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile"}
+
+    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), defaults=None):
+        self.out = out
+        self.parts = parts
+        self.settings = settings
+        self.steps_per_epoch = steps_per_epoch
+        self.resuming = resuming
+        self.device = device
+        self.first = dist.get_rank() == 0  # the process that writes files
+        self.phase = "starting"            # what the run is doing just now, in words
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0                 # in this epoch, altogether
+        self.waited = 0.0                  # in this epoch, for data
+        self.began = 0.0                   # when this epoch began, as if it had never been interrupted
+        # The sums of loss and std over this epoch's steps, and their means once it is done.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.means = None
+        self.saved = time.monotonic()
+        self.newest_is_damaged = False
+        self.signal = 0                    # the number of the signal that this process got
+        self.numbers = None                # step, lr, and OnTheirWay: the loss and the gradient's norm
+        self.wishes = None                 # OnTheirWay: how many processes want to stop, and to save
+        self.notes = []                    # lines to be said at the start
+        self.log = Log(self.path("log.jsonl"), self.first)
+        if resuming:
+            self.resume(override, defaults or {})
+
+    def path(self, name):
+        """A file in the run's folder."""
+        return os.path.join(self.out, name)
+
+    # --- Going on from a checkpoint ----------------------------------------------------------------------
+
+    def resume(self, override, defaults):
+        """Take position and parts from the newest checkpoint that can be read, and the log up to there."""
+        checkpoint, path, problem = newest_checkpoint(self.out)
+        if problem:
+            self.newest_is_damaged = True
+            self.notes.append(f"{problem}; going on from {path}")
+        with refusing(path, "doesn't fit this run"):
+            check_format(checkpoint, path)
+            then = {**defaults, **checkpoint["settings"]}
+            changed = compare_settings(then, self.settings, self.MAY_CHANGE, override, path)
+            if changed:
+                self.notes.append(f"other settings than so far: {changed}")
+            self.load_parts(checkpoint)
+            self.load_position(checkpoint, path)
+        position = self.epoch * self.steps_per_epoch + self.step
+        if not same_everywhere(position, self.device):
+            raise Refused(f"{path}: the processes have read different ones; --out must be a folder that all "
+                          "machines share")
+        self.log.read(last_epoch=self.epoch if position > 0 else -1)
+
+    def load_parts(self, checkpoint):
+        """Load the state of each part. Raises whatever a checkpoint that doesn't fit makes it raise."""
+        for name, part in self.parts.items():
+            state = checkpoint[name]
+            if name == "optimizer":
+                # Weight decay and momentum are this run's, which --override may have changed. The lr is the
+                # checkpoint's.
+                groups = []
+                mine = part.state_dict()["param_groups"]
+                for ours, theirs in zip(mine, state["param_groups"], strict=True):
+                    groups.append({**ours, "lr": float(theirs["lr"])})
+                state = {"state": state["state"], "param_groups": groups}
+            part.load_state_dict(state)
+        for w, kept in self.parts["optimizer"].state.items():
+            if any(t.shape != w.shape for t in kept.values()):
+                raise ValueError("momentum of other shapes")
+
+    def load_position(self, checkpoint, path):
+        """Take the position in the run. Raises Refused where it lies beyond the run's end."""
+        self.epoch = int(checkpoint["epoch"])
+        self.step = int(checkpoint["step"])
+        self.seconds = float(checkpoint["seconds"])
+        self.waited = float(checkpoint["waited"])
+        self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
+        epochs = self.settings["epochs"]
+        last_step = self.steps_per_epoch if self.epoch < epochs else 0
+        if not (0 <= self.epoch <= epochs and 0 <= self.step <= last_step):
+            raise Refused(f"{path}: stands at epoch {self.epoch}, step {self.step}, beyond this run's "
+                          f"{epochs} epochs of {self.steps_per_epoch} steps")
+
+    def begin(self, **more):
+        """Write the log's first record, with all that the run could depend on, and a checkpoint; or that
+        the run goes on.
+
+        From now on the signals in STOPPING end the run, after the step that it is in.
+        """
+        with self.during("writing the log"):
+            if self.resuming:
+                self.log.start("resume", self.settings, self.device, epoch=self.epoch, step=self.step)
+            else:
+                self.log.start("start", self.settings, self.device, **more)
+        if not self.resuming:
+            self.save()
+        for number in STOPPING:
+            signal.signal(number, self.on_signal)
+        self.phase = "between steps"
+
+    def on_signal(self, number, frame):
+        """Remember the signal. A second Ctrl-C leaves at once."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def during(self, phase):
+        """Within, `phase` says this."""
+        before = self.phase
+        self.phase = phase
+        yield
+        self.phase = before
+
+    def record(self, event, **values):
+        """Add a record to the log, and return it."""
+        with self.during("writing the log"):
+            return self.log.add(event, **values)
+
+    # --- An epoch ----------------------------------------------------------------------------------------
+
+    def waiting_for(self, batches):
+        """Yield the same batches. The time until each is there counts as waiting for data."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def steps_of_epoch(self, stream):
+        """Yield (step, what the stream has for it), for the steps that this epoch still needs; save at its
+        end.
+
+        step counts from the start of the whole run.
+        """
+        self.began = time.monotonic() - self.seconds
+        while self.step < self.steps_per_epoch:
+            batch = next(stream)
+            self.step += 1
+            self.seconds = time.monotonic() - self.began
+            self.phase = "in a step"
+            yield self.epoch * self.steps_per_epoch + self.step - 1, batch
+            self.phase = "between steps"
+        self.check_numbers()
+        self.means = (self.sums / self.steps_per_epoch).tolist()  # waits for the GPU, so that its time counts
+        self.seconds = time.monotonic() - self.began
+        self.save()
+
+    def add_to_means(self, loss, std=0.0):
+        """Count a step's loss and std in the epoch's means."""
+        self.sums[0] += loss
+        self.sums[1] += std
+
+    def check_finite(self, loss, gradient_norm, lr):
+        """Raises Refused where the loss or the gradient of the step before was not finite."""
+        self.check_numbers()
+        on_their_way = OnTheirWay(torch.stack([loss.double(), gradient_norm.double()]))
+        self.numbers = self.step, lr, on_their_way
+
+    def check_numbers(self):
+        """Judge the last step whose numbers nobody has judged yet."""
+        if self.numbers is None:
+            return
+        step, lr, on_their_way = self.numbers
+        self.numbers = None
+        loss, gradient_norm = on_their_way.read()
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            self.refuse_not_finite(f"at lr {lr:.4g} the loss, {loss}, or the gradient, of norm "
+                                   f"{gradient_norm},", step)
+
+    def refuse_not_finite(self, what, step):
+        raise Refused(f"{what} is not finite in epoch {self.epoch + 1}, step {step}; the last good "
+                      f"checkpoint is {self.path('checkpoint.pth')}. Try a smaller --base-lr or --warmup "
+                      "10, in another --out")
+
+    def save_or_stop_if_asked(self):
+        """Do what any process wanted at the step before, and tell what this one wants now. Raises Stopped,
+        all saved."""
+        if self.wishes:
+            stop, save_now = self.wishes.read()
+            if stop:
+                self.seconds = time.monotonic() - self.began
+                self.save()
+                # Nobody leaves before the checkpoint is written: torchrun would end the others.
+                all_sum(torch.zeros(1, device=self.device))
+                raise Stopped(self.signal or signal.SIGTERM, f"stopped by a signal after epoch {self.epoch}, "
+                              f"step {self.step}; the same command with --resume goes on")
+            if save_now and self.step < self.steps_per_epoch:  # at its end an epoch is saved anyway
+                self.save()
+        due = self.first and time.monotonic() - self.saved > 60 * self.settings["save_minutes"]
+        wishes = torch.zeros(2, device=self.device)
+        wishes[0].fill_(self.signal > 0)
+        wishes[1].fill_(due)
+        self.wishes = OnTheirWay(all_sum(wishes))
+
+    def save(self):
+        """Write everything that the run needs to go on from here. Raises Refused where weights are not
+        finite."""
+        self.check_numbers()
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        finite = [t.isfinite().all() for t in parts["model"].values()]
+        if not torch.stack(finite).all():
+            self.refuse_not_finite("a weight", self.step)
+        if self.first:
+            checkpoint = {
+                "format": FORMAT,
+                **parts,
+                "epoch": self.epoch,
+                "step": self.step,
+                "sums": self.sums.tolist(),
+                "seconds": self.seconds,
+                "waited": self.waited,
+                "settings": self.settings,
+            }
+            # A damaged checkpoint must not take the place of the good one before it.
+            keep = None if self.newest_is_damaged else self.path("checkpoint-previous.pth")
+            with self.during("writing a checkpoint"):
+                save(checkpoint, self.path("checkpoint.pth"), keep)
+            self.newest_is_damaged = False
+        self.saved = time.monotonic()
+
+    def place(self):
+        """Where the run is, for people."""
+        return f"epoch {self.epoch + 1}/{self.settings['epochs']}  step {self.step}/{self.steps_per_epoch}"
+
+    def rate(self):
+        """Images a second, in this epoch so far."""
+        return self.settings["batch"] * self.step / self.seconds
+
+    def speed(self):
+        """Images a second, the share of the time that went by waiting for data, and seconds, of a finished
+        epoch."""
+        images = self.steps_per_epoch * self.settings["batch"]
+        return {
+            "images_per_s": images / self.seconds,
+            "data_wait": self.waited / self.seconds,
+            "seconds": self.seconds,
+        }
+
+    def next_epoch(self):
+        """Go to the beginning of the next epoch."""
+        self.epoch += 1
+        self.step = 0
+        self.seconds = 0.0
+        self.waited = 0.0
+        self.sums.zero_()

@@ -1,0 +1,102 @@
+"""Shapes: a data set for which nothing is downloaded. Ten kinds of object, told apart by their form alone.
+
+Colours, place, size, rotation, ground and clutter don't depend on the kind, so that no statistic of colour
+tells it. The object is always lighter than its ground. Otherwise "lighter or darker" would be one bit that
+no augmentation takes away, and SimSiam would learn that first.
+"""
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .draws import SHAPES, uniforms
+from .source import Source
+
+
+# --- Drawing them ----------------------------------------------------------------------------------------
+
+SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
+
+
+# --- The ten objects -------------------------------------------------------------------------------------
+
+def box(left, top, right, bottom):
+    """A rectangle's corners as complex numbers."""
+    return [complex(left, top), complex(right, top), complex(right, bottom), complex(left, bottom)]
+
+
+def corners(*radii):
+    """Points at equal angles around 0, at these distances from it."""
+    return radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
+
+
+# Each object lies in the unit disc of the complex plane. A list of points is a polygon, filled; a tuple is
+# a disc: its centre, its radius, and 255 to paint it or 0 to cut it out.
+OBJECTS = {
+    "disc": [(0, 0.85, 255)],
+    "ring": [(0, 1, 255), (0, 0.6, 0)],
+    "crescent": [(0, 1, 255), (0.5, 0.75, 0)],
+    "square": [corners(1, 1, 1, 1)],
+    "triangle": [corners(1, 1, 1)],
+    "star": [corners(*(1, 0.42) * 5)],
+    "cross": [box(-1, -0.28, 1, 0.28), box(-0.28, -1, 0.28, 1)],
+    "bars": [box(-0.8, -0.8, 0.8, -0.4), box(-0.8, -0.2, 0.8, 0.2), box(-0.8, 0.4, 0.8, 0.8)],
+    "dots": [(-0.55 - 0.35j, 0.38, 255), (0.55 - 0.35j, 0.38, 255), (0.6j, 0.38, 255)],
+    "arrow": [box(-1, -0.2, 0.1, 0.2), [0.05 - 0.7j, 1, 0.05 + 0.7j]],
+}
+
+
+def draw_shapes(seed, start, count, side=32):
+    """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source. The
+    kinds take turns."""
+    kinds = list(OBJECTS)
+    index = np.arange(start, start + count)
+    u = uniforms(seed, 0, index[:, None], SHAPES, np.arange(80))  # 80 numbers an image, more than it needs
+    drawn = [draw_shape(kinds[i % 10], iter(u_i), side) for i, u_i in zip(index, u)]
+    pixels = torch.from_numpy(np.stack(drawn))                        # (count, side, side, 3)
+    pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    return Source(pixels=pixels, labels=index % 10, classes=kinds)
+
+
+def draw_shape(kind, u, side):
+    """One image of this kind -> (side, side, 3) uint8. u: an iterator over uniform numbers, taken in a
+    fixed order."""
+    big = SCALE * side
+
+    def colour(low, high):
+        return tuple(int(low + (high - low) * next(u)) for _ in range(3))
+
+    # The ground: a ramp from one dark colour to another, turned at random; the resize cuts its corners off.
+    ramp = Image.linear_gradient("L").rotate(360 * next(u))
+    ramp = ramp.resize((big, big), box=(37, 37, 219, 219))
+    grounds = [Image.new("RGB", (big, big), colour(0, 90)) for _ in range(2)]
+    image = Image.composite(*grounds, ramp)
+    pen = ImageDraw.Draw(image)
+    for _ in range(8):  # strokes of clutter, under the object
+        x, y, dx, dy = (big * next(u) for _ in range(4))
+        end = x + (dx - big / 2) / 2, y + (dy - big / 2) / 2
+        pen.line((x, y, *end), fill=colour(40, 110), width=SCALE)
+    # The object: its size, place and rotation. All kinds are drawn from the same numbers.
+    radius = big * (0.18 + 0.24 * next(u))
+    room = big - 2 * radius  # where the centre may lie, so that the object stays within the image
+    centre = complex(radius + room * next(u), radius + room * next(u))
+    turned = radius * np.exp(1j * np.pi * next(u))
+    mask = draw_object(kind, big, centre, radius, turned)
+    image.paste(colour(150, 256), mask=mask)
+    return np.array(image.reduce(SCALE))
+
+
+def draw_object(kind, side, centre, radius, turned):
+    """The object's mask, side x side, 255 where it is. turned: a complex number, the radius times the
+    rotation."""
+    mask = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(mask)
+    for part in OBJECTS[kind]:
+        if isinstance(part, tuple):
+            place, share, fill = part
+            at = centre + turned * place
+            r = radius * share
+            pen.circle((at.real, at.imag), r, fill=fill)
+        else:
+            points = centre + turned * np.array(part)
+            pen.polygon([(z.real, z.imag) for z in points], fill=255)
+    return mask

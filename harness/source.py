@@ -1,0 +1,69 @@
+"""A split of a data set: its images, in memory or as files, and their labels where they are known."""
+import hashlib
+import os
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .errors import BadImage, printable
+from .images import read_or_replace
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split. Small images are held in memory, others are files. Labels and classes exist only where
+    they are known.
+
+    pixels      (N, 3, H, W) uint8 tensor, or None where there are files
+    files       (N,) array of byte strings, or None. It is one buffer, which worker processes share. The
+                reference counts of a list of Python strings would make each worker copy it
+    labels      (N,) int64 array, or None
+    classes     list of names, or None
+    bad         {index: what is wrong with that file}, of the files that were met so far
+    """
+    pixels: object = None
+    files: object = None
+    labels: object = None
+    classes: object = None
+    bad: dict = field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.files if self.pixels is None else self.pixels)
+
+    def image(self, i):
+        """The i-th image as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
+        if self.pixels is not None:
+            return self.pixels[i].permute(1, 2, 0)
+        image, bad = read_or_replace(self.files, i)
+        self.note(bad)
+        return image
+
+    def note(self, bad):
+        """Remember bad files, {index: what is wrong}, and name each once on stderr.
+
+        Raises BadImage where more than 10 files and one in a hundred are bad.
+        """
+        for i in bad.keys() - self.bad.keys():
+            problem = printable(bad[i])
+            print(f"bad image, replaced by the next good one: {problem}", file=sys.stderr, flush=True)
+        self.bad.update(bad)
+        if len(self.bad) > 10 + len(self) / 100:
+            raise BadImage(f"{len(self.bad)} of {len(self)} images can't be read, which is too many; "
+                           "python augment.py DATA --check lists them")
+
+    def fingerprint(self):
+        """A number below 2^48 that tells data sets apart.
+
+        It is a hash of the pixels, or of the files' names below the folder that they have in common, and of
+        the labels.
+        """
+        if self.pixels is not None:
+            parts = [self.pixels.numpy()]
+        else:
+            above = len(os.path.commonprefix([min(self.files), max(self.files)]))
+            parts = [b"\n".join(name[above:] for name in self.files)]
+        if self.labels is not None:
+            parts.append(np.ascontiguousarray(self.labels, np.int64))
+        digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+        return int(hashlib.sha256(digests).hexdigest()[:12], 16)

@@ -1,0 +1,11 @@
+"""simsiam.py, where an argument A//B is A in process 0 and B in process 1."""
+import os
+import sys
+
+import simsiam
+from harness import ends
+
+if __name__ == "__main__":
+    rank = int(os.environ["RANK"])
+    mine = [argument.split("//")[rank] if "//" in argument else argument for argument in sys.argv[1:]]
+    ends.leave(ends.launch("simsiam.py", simsiam.pretrain, simsiam.parse(mine)))

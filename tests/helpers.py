@@ -1,0 +1,496 @@
+"""Shared by the tests: marks, small data sets and networks, ways to run the programs and to stop them."""
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import pickle
+import re
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lineval
+import simsiam
+from harness import ends, shapes
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data"  # real images, where a folder with them lies beside the repository
+CPU = torch.device("cpu")
+
+
+def asked_for(variable):
+    """A test's mark: it runs only where this environment variable is set."""
+    return pytest.mark.skipif(not os.environ.get(variable), reason=f"{variable}=1 python -m pytest")
+
+
+slow = asked_for("SLOW")
+long = asked_for("LONG")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside the repository")
+
+
+# --- Tensors and networks -----------------------------------------------------------------------------------
+
+def equal(a, b):
+    """Whether two state_dicts are the same, bit for bit."""
+    if a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def differs(a, b):
+    """(maximum, mean) of the difference of two arrays."""
+    gap = np.abs(np.asarray(a, float) - np.asarray(b, float))
+    return gap.max(), gap.mean()
+
+
+def vectors(n=6, d=5, seed=0):
+    """Four random float64 matrices (n, d) that require gradients, for p1, p2, z1, z2."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(4, n, d, generator=generator, dtype=torch.float64)
+    return [v.clone().requires_grad_() for v in drawn]
+
+
+def numpy_D(p, z):
+    """Eq. (1) in numpy, one pair of vectors after the other."""
+    cosines = []
+    for pair in zip(p.detach().numpy(), z.detach().numpy()):
+        a, b = (v / np.sqrt(np.dot(v, v)) for v in pair)
+        cosines.append(np.dot(a, b))
+    return -np.mean(cosines)
+
+
+def torchvision_names(convs, blocks, expansion):
+    """torchvision's state_dict, spelled out from its naming scheme: {name: shape}, in order."""
+    names = {}
+
+    def conv(name, out, into, k):
+        names[name + ".weight"] = (out, into, k, k)
+
+    def bn(name, c):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            names[f"{name}.{part}"] = (c,)
+        names[name + ".num_batches_tracked"] = ()
+
+    conv("conv1", 64, 3, 7)
+    bn("bn1", 64)
+    into = 64
+    for stage, count in enumerate(blocks):
+        c = 64 * 2 ** stage
+        for block in range(count):
+            at = f"layer{stage + 1}.{block}."
+            widths = [into] + [c] * (convs - 1) + [c * expansion]
+            for k in range(convs):
+                size = 3 if convs == 2 or k == 1 else 1
+                conv(f"{at}conv{k + 1}", widths[k + 1], widths[k], size)
+                bn(f"{at}bn{k + 1}", widths[k + 1])
+            if block == 0 and (stage > 0 or expansion > 1):
+                conv(at + "downsample.0", c * expansion, into, 1)
+                bn(at + "downsample.1", c * expansion)
+            into = c * expansion
+    names["fc.weight"] = (1000, into)
+    names["fc.bias"] = (1000,)
+    return names
+
+
+# The heads of the authors' checkpoint (ResNet-50), without encoder.fc.6.bias: the BN after it makes it void.
+RELEASED_HEADS = {
+    "encoder.fc.0.weight": (2048, 2048),
+    "encoder.fc.1.weight": (2048,),
+    "encoder.fc.1.bias": (2048,),
+    "encoder.fc.1.running_mean": (2048,),
+    "encoder.fc.1.running_var": (2048,),
+    "encoder.fc.1.num_batches_tracked": (),
+    "encoder.fc.3.weight": (2048, 2048),
+    "encoder.fc.4.weight": (2048,),
+    "encoder.fc.4.bias": (2048,),
+    "encoder.fc.4.running_mean": (2048,),
+    "encoder.fc.4.running_var": (2048,),
+    "encoder.fc.4.num_batches_tracked": (),
+    "encoder.fc.6.weight": (2048, 2048),
+    "encoder.fc.7.running_mean": (2048,),
+    "encoder.fc.7.running_var": (2048,),
+    "encoder.fc.7.num_batches_tracked": (),
+    "predictor.0.weight": (512, 2048),
+    "predictor.1.weight": (512,),
+    "predictor.1.bias": (512,),
+    "predictor.1.running_mean": (512,),
+    "predictor.1.running_var": (512,),
+    "predictor.1.num_batches_tracked": (),
+    "predictor.3.weight": (2048, 512),
+    "predictor.3.bias": (2048,),
+}
+
+
+TINY_HEADS = dict(dim=16, pred_dim=4, proj_layers=2, proj_hidden=16)
+TINY_BACKBONE = dict(arch="resnet18", width=1 / 16, cifar_stem=True)
+
+
+def tiny_model(**options):
+    """A SimSiam small enough to train in a test."""
+    return simsiam.SimSiam(**(TINY_BACKBONE | TINY_HEADS | options))
+
+
+def untrained(*shape):
+    """A network of this (arch, width, cifar_stem), as the linear evaluation makes it."""
+    return lineval.untrained(*shape).network
+
+
+def filled(names, seed=0):
+    """{name: shape} -> {name: tensor} with reproducible values; counters are integers."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in names.items():
+        state[name] = torch.rand(shape, generator=generator) if shape else torch.tensor(7)
+    return state
+
+
+def prefixed(prefix, state):
+    """A state_dict with this before every name."""
+    return {prefix + name: t for name, t in state.items()}
+
+
+def without(prefix, state):
+    """A state_dict without the names that start like this."""
+    return {name: t for name, t in state.items() if not name.startswith(prefix)}
+
+
+def change(state, **tensors):
+    """A state_dict with some tensors replaced, added or, by None, taken away."""
+    return {name: t for name, t in (state | tensors).items() if t is not None}
+
+
+def settings_of(recipe, **more):
+    """The settings that a run of this recipe keeps in its checkpoint."""
+    run = {"recipe": recipe, "images": 5000, "seed": 0, "data": None}
+    return simsiam.recipe(recipe) | run | more
+
+
+def flipped(content, place, bit=0):
+    """A file's content with one bit turned over."""
+    byte = content[place] ^ (1 << bit)
+    return content[:place] + bytes([byte]) + content[place + 1:]
+
+
+def crafted_checkpoints(whole):
+    """Checkpoints that torch reads without complaint, and that no run has written: {id: content}."""
+    crafted = {}
+    odd = {"None": None, "a word": "x", "a list": [], "a tensor": torch.zeros(3)}
+    for key in ("format", "model", "optimizer", "epoch", "step", "sums", "seconds", "settings"):
+        crafted[f"no {key}"] = {name: value for name, value in whole.items() if name != key}
+        for kind, value in odd.items():
+            crafted[f"{key} is {kind}"] = whole | {key: value}
+    crafted["epoch is too large"] = whole | {"epoch": 10 ** 9}
+    crafted["step is too large"] = whole | {"step": 10 ** 9}
+    crafted["step is negative"] = whole | {"step": -1}
+    crafted["three sums"] = whole | {"sums": [1, 2, 3]}
+    momentum = dict.fromkeys(whole["optimizer"]["state"], {"momentum_buffer": torch.zeros(1)})
+    crafted["momentum of one number"] = whole | {"optimizer": whole["optimizer"] | {"state": momentum}}
+    for key in ("seed", "images", "batch", "size", "width", "centre", "mean", "recipe"):
+        crafted[f"{key} in the settings is a list"] = whole | {"settings": whole["settings"] | {key: [1]}}
+    odd_keys = {5: 6, "\x1b[2J": 7}
+    crafted["odd keys in the settings"] = whole | {"settings": whole["settings"] | odd_keys}
+    crafted["a number for a name"] = whole | {"model": {1: torch.zeros(3)}}
+    expanded = dict.fromkeys(whole["model"], torch.zeros(()).expand(100, 100))
+    crafted["tensors larger than their storage"] = whole | {"model": expanded}
+    return crafted
+
+
+# --- Data ---------------------------------------------------------------------------------------------------
+
+def save_image(path, pixels):
+    """Write an (H, W, 3) uint8 tensor as an image file, in a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def write_folder(folder, split, count, side, start=0, suffix=".png"):
+    """Write `count` drawn shapes as image files in class folders a, b, c; a tuple of sides takes turns."""
+    sides = side if isinstance(side, tuple) else (side,)
+    for i in range(count):
+        drawn = shapes.draw_shapes(9, start + i, 1, sides[i % len(sides)])
+        save_image(folder / split / "abc"[i % 3] / f"{i:03}{suffix}", drawn.image(0))
+    return folder
+
+
+def write_cifar(folder, pixels, labels, per_batch, names):
+    """Write images (N, 3, 32, 32) as batches in both of CIFAR-10's layouts, in folder/bin and folder/py."""
+    for layout in ("bin", "py"):
+        (folder / layout).mkdir(parents=True)
+    for b, name in enumerate(names):
+        part = slice(b * per_batch, (b + 1) * per_batch)
+        data = pixels[part].reshape(per_batch, 3072)
+        records = np.concatenate([labels[part, None], data], axis=1)
+        records.astype(np.uint8).tofile(folder / f"bin/{name}.bin")
+        batch = {b"data": data, b"labels": labels[part].tolist(), b"batch_label": b"x"}
+        (folder / "py" / name).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+class Hostile:
+    """An object whose pickle calls a function when it is loaded."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def png_chunk(kind, content):
+    """A chunk of a PNG file: length, kind, content, checksum."""
+    length = struct.pack(">I", len(content))
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return length + kind + content + checksum
+
+
+def decompression_bomb():
+    """A PNG file of a few bytes that claims 50,000 x 50,000 pixels."""
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", b""), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def odd_good_files(folder):
+    """Write images of every odd kind, all but two of 30 x 20 pixels -> {name: the mean colour to expect}."""
+    size = (30, 20)
+    red = Image.new("RGB", size, (200, 0, 0))
+    blue = Image.new("RGB", size, (0, 0, 200))
+    bits16 = Image.fromarray(np.full((20, 30), 0x8123, np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    red.convert("CMYK").save(folder / "cmyk.jpg")
+    red.convert("P").save(folder / "palette.png", transparency=0)
+    red.save(folder / "animated.webp", save_all=True, append_images=[blue], lossless=True)
+    red.save(folder / "rotated.jpg", exif=turned)
+    Image.new("RGBA", size, (200, 0, 0, 0)).save(folder / "alpha.png")
+    Image.new("L", size, 77).save(folder / "grey.png")
+    Image.new("1", size, 1).save(folder / "bilevel.png")
+    bits16.save(folder / "bits16.png")
+    bits16.save(folder / "bits16.tif")
+    Image.new("RGB", (1, 1), "#090909").save(folder / "dot.png")
+    Image.new("RGB", (1, 5000), "#090909").save(folder / "line.png")
+    reds = ["cmyk.jpg", "palette.png", "animated.webp", "rotated.jpg", "alpha.png"]
+    greys = {
+        "grey.png": 77,
+        "bilevel.png": 255,
+        "bits16.png": 0x81,
+        "bits16.tif": 0x81,
+        "dot.png": 9,
+        "line.png": 9,
+    }
+    expected = dict.fromkeys(reds, (200, 0, 0))
+    for name, level in greys.items():
+        expected[name] = (level, level, level)
+    return expected
+
+
+def odd_bad_files(folder):
+    """Write files that are no images, one of each kind -> their names. Needs the good ones beside them."""
+    whole = (folder / "rotated.jpg").read_bytes()
+    contents = {
+        "truncated.jpg": whole[:len(whole) // 2],
+        "empty.png": b"",
+        "text.jpg": b"not an image",
+        "zeros.bmp": bytes(1000),
+        "new\nline\x1b[31m.png": b"",
+        "bomb.png": decompression_bomb(),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    os.symlink(folder / "loop.png", folder / "loop.png")
+    return [*contents, "loop.png"]
+
+
+def odd_files(folder):
+    """Write a folder of odd files -> {name: mean colour that is expected, or None where the file is bad}."""
+    folder.mkdir(parents=True)
+    good = odd_good_files(folder)
+    return good | dict.fromkeys(odd_bad_files(folder))
+
+
+# --- The programs -------------------------------------------------------------------------------------------
+
+TINY = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "
+                   "--batch 16 --epochs 3 --base-lr 0.5 --knn-every 1 --size 16 --workers 1")
+# Of `small`, that is 8 steps an epoch.
+LONGER = [*TINY, *shlex.split("--recipe cifar10 --knn-every 0 --batch 6 --epochs 6")]
+
+# A quick evaluation of an untrained network in each protocol, for data with 30 training images or more.
+EVALUATION = ["--ckpt", "random:resnet18", "--width", "1/16"]
+PROTOCOL_OPTIONS = {
+    "lars": ["--lars", "--epochs", "3", "--batch", "30"],
+    "sgd": ["--sgd", "--epochs", "3", "--batch", "10"],
+    "cached": ["--cached", "--epochs", "5"],
+    "knn": ["--knn"],
+}
+
+
+def python(*arguments, **options):
+    """Run Python in a process of its own -> CompletedProcess."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def program(*arguments, **options):
+    """Run simsiam.py in a process of its own."""
+    return python(ROOT / "simsiam.py", *arguments, **options)
+
+
+def here(name, *arguments):
+    """Run simsiam.py or lineval.py in this process -> its message if it gives up, else its result or None."""
+    module = {"simsiam.py": simsiam, "lineval.py": lineval}[name]
+    run = {"simsiam.py": simsiam.pretrain, "lineval.py": lineval.evaluate}[name]
+    try:
+        return ends.launch(name, run, module.parse([str(a) for a in arguments]))
+    except SystemExit as end:
+        return str(end.code)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def refusal(name, *arguments):
+    """The one line with which simsiam.py or lineval.py refuses these arguments."""
+    message = here(name, *arguments)
+    assert isinstance(message, str)
+    assert message.startswith(f"{name}: ")
+    assert "\n" not in message
+    assert "\x1b" not in message
+    return message
+
+
+def torchrun(*command, **options):
+    """Run a script in two processes."""
+    launcher = shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2")
+    return python(*launcher, *command, **options)
+
+
+@contextlib.contextmanager
+def start(*command, **options):
+    """A Python process that does not outlive the block."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, **pipes, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def free_port():
+    """A port of this machine that nobody uses."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def obey_permissions():
+    """In a child: permissions bind root too."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        drop_from_bounding_set = 24  # which counts at the next exec
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            assert libc.prctl(drop_from_bounding_set, capability, 0, 0, 0) == 0
+
+
+# --- What a run leaves in its folder ------------------------------------------------------------------------
+
+def log_of(folder):
+    """The records of log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder):
+    """{epoch: loss}"""
+    epochs = [r for r in log_of(folder) if r["event"] == "epoch"]
+    return {r["epoch"]: r["loss"] for r in epochs}
+
+
+def result_of(folder):
+    """The content of lineval.json."""
+    return json.loads((folder / "lineval.json").read_text())
+
+
+def weights_of(folder):
+    """Everything that a run has trained: the model, its statistics and the momentum."""
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    weights = dict(checkpoint["model"])
+    for k, v in checkpoint["optimizer"]["state"].items():
+        weights[f"momentum {k}"] = v["momentum_buffer"]
+    return weights
+
+
+def stopped_at(printed, folder):
+    """The position at which a run says that it has stopped, which must be its checkpoint's."""
+    message = r"stopped by a signal after epoch (\d+), step (\d+); the same command with --resume goes on\n"
+    place = re.search(message, printed)
+    assert place, printed
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    position = checkpoint["epoch"], checkpoint["step"]
+    assert tuple(int(n) for n in place.groups()) == position
+    return position
+
+
+# --- Processes to wait for and to kill ----------------------------------------------------------------------
+
+def processes_of(*words):
+    """The processes that have all of these words in their command line, but for this one."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+            if all(str(word).encode() in line for word in words):
+                found.append(int(pid))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def kill_all(folder):
+    """kill -9 every process that names the run folder: torchrun starts its own in sessions of their own."""
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for_epoch(process, folder, epoch=2):
+    """Wait until the run's log has this epoch."""
+    deadline = time.monotonic() + 120
+    log = folder / "log.jsonl"
+    while not log.exists() or f'"epoch": {epoch},' not in log.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def saved_position(folder):
+    """The newest checkpoint of a run that may be writing one: for an instant, only the older one is there."""
+    for name in ("checkpoint.pth", "checkpoint-previous.pth"):
+        with contextlib.suppress(FileNotFoundError):
+            return torch.load(folder / name, weights_only=True)
+    return {"epoch": -1, "step": 0}
+
+
+def kill_when(command, folder, epoch):
+    """Start a run, kill -9 it once a checkpoint lies within an epoch, from `epoch` on -> that checkpoint."""
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, **silent)
+    deadline = time.monotonic() + 120
+    try:
+        while saved_position(folder)["epoch"] < epoch or saved_position(folder)["step"] > 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # busy waiting would take a core from the run
+    finally:
+        kill_all(folder)
+        process.wait()
+    return saved_position(folder)

@@ -1,0 +1,555 @@
+"""augment.py: draws against the documented procedure, their application against Pillow and exact float64."""
+import collections
+import colorsys
+import itertools
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+import augment
+from harness import data, loading, shapes
+from tests.helpers import CPU, differs, slow, write_folder
+
+pytest_plugins = ["tests.fixtures"]
+
+PLAIN = augment.Policy(mean=(0,) * 3, std=(1,) * 3)  # views in [0, 1]
+
+
+# --- Drawing ------------------------------------------------------------------------------------------------
+
+def kolmogorov_smirnov(a, b):
+    """The gap between the distributions of two samples of one size, over the gap that one in 1000 exceeds."""
+    grid = np.unique(np.concatenate([a, b]))
+    below_a = np.searchsorted(np.sort(a), grid, "right")
+    below_b = np.searchsorted(np.sort(b), grid, "right")
+    gap = np.abs(below_a - below_b).max() / len(a)
+    return gap / (1.95 * math.sqrt(2 / len(a)))
+
+
+def gap_to_uniform(values, low, high):
+    """The same for a sample and the uniform distribution from low to high."""
+    n = len(values)
+    share = (np.sort(values) - low) / (high - low)
+    gap = np.abs(share - np.arange(n) / n).max()
+    return gap * math.sqrt(n) / 1.95
+
+
+def reference_crop(rng, height, width):
+    """RandomResizedCrop as PyTorch documents it, written with Python's own random numbers."""
+    for _ in range(10):
+        target = height * width * rng.uniform(0.2, 1)
+        aspect = math.exp(rng.uniform(math.log(0.75), -math.log(0.75)))
+        w = round(math.sqrt(target * aspect))
+        h = round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = rng.randint(0, height - h)
+            left = rng.randint(0, width - w)
+            return top, left, h, w
+    w = width
+    h = height
+    if width / height < 3 / 4:
+        h = round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w = round(height * (4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+SIZES = ["375x500", "32x32", "33x32", "500x120", "1x500", "500x1", "1x1", "2x3"]  # height x width
+
+
+def boxes(size, n, policy=augment.Policy()):
+    """A Crop for images 0 to n - 1, all of this (height, width)."""
+    view = np.zeros(n, int)
+    return augment.draw_crop(policy, 5, 0, np.arange(n), view, *size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crops_are_distributed_as_random_resized_crop_draws_them(size):
+    """Against a loop that draws as PyTorch documents: place, size, area and aspect, by Kolmogorov-Smirnov."""
+    size = [int(side) for side in size.split("x")]
+    n = 4000
+    ours = boxes(size, n)
+    rng = random.Random(0)
+    loop = np.array([reference_crop(rng, *size) for _ in range(n)])
+    theirs = augment.Crop(*loop.T, flip=None)
+    for side in ("top", "left", "height", "width"):
+        assert kolmogorov_smirnov(getattr(ours, side), getattr(theirs, side)) < 1, side
+    assert kolmogorov_smirnov(ours.height * ours.width, theirs.height * theirs.width) < 1
+    assert kolmogorov_smirnov(ours.width / ours.height, theirs.width / theirs.height) < 1
+    assert abs(ours.flip.mean() - 0.5) < 0.04
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crops_lie_within_their_images(size):
+    """Each side of each box against the image's."""
+    height, width = (int(side) for side in size.split("x"))
+    crop = boxes((height, width), 4000)
+    assert crop.top.min() >= 0
+    assert crop.left.min() >= 0
+    assert crop.height.min() >= 1
+    assert crop.width.min() >= 1
+    assert (crop.top + crop.height).max() <= height
+    assert (crop.left + crop.width).max() <= width
+
+
+def different_boxes(crop):
+    """The (top, left, height, width) that occur."""
+    top, left, height, width, _ = crop
+    return set(zip(top, left, height, width))
+
+
+def test_crop_falls_back_to_the_centre():
+    """Where no try fits: the largest centred box with an admissible aspect, by hand."""
+    line = boxes((1, 500), 50)
+    assert different_boxes(line) == {(0, 249, 1, 1)}
+    whole_area = augment.Policy(area=(1.0, 1.0))  # which no box of an admissible aspect has
+    tall = boxes((500, 120), 50, whole_area)
+    assert different_boxes(tall) == {(170, 0, 160, 120)}
+
+
+N_COLOURS = 40_000
+
+
+def colours(view=0):
+    """Colour changes of many images."""
+    return augment.draw_colour(augment.Policy(), 0, 0, np.arange(N_COLOURS), view)
+
+
+def test_colour_has_the_papers_probabilities():
+    """Shares of 40,000 draws against the paper's, to five standard deviations."""
+    c = colours()
+    shares = {0.8: c.jitter, 0.2: c.gray, 0.5: c.sigma > 0}
+    for expected, happens in shares.items():
+        deviation = math.sqrt(expected * (1 - expected) / N_COLOURS)
+        assert abs(happens.mean() - expected) < 5 * deviation
+
+
+def test_colour_has_the_papers_ranges():
+    """Factors, hue shifts and blurs against uniform distributions, by Kolmogorov-Smirnov."""
+    c = colours()
+    for k in range(3):
+        assert gap_to_uniform(c.factor[:, k], 0.6, 1.4) < 1
+    assert gap_to_uniform(c.factor[:, 3], -0.1, 0.1) < 1
+    assert gap_to_uniform(c.sigma[c.sigma > 0], 0.1, 2.0) < 1
+
+
+def test_colour_changes_come_in_all_orders():
+    """Counts of the 24 orders against each other, to ten standard deviations."""
+    orders = collections.Counter(map(tuple, colours().order))
+    assert len(orders) == 24
+    spread = max(orders.values()) - min(orders.values())
+    assert spread < 10 * math.sqrt(N_COLOURS / 24)
+
+
+def test_colour_draws_are_independent():
+    """Correlations of all draws, and of an image's two views, against 0."""
+    c = colours()
+    happens = [c.jitter, c.gray, c.sigma > 0]
+    places_of_hue = (c.order == 3).T[:3]
+    drawn = [*happens, *c.factor.T, *places_of_hue]
+    gap = np.corrcoef(drawn) - np.eye(10)
+    assert np.abs(gap[:7]).max() < 0.03  # the places of hue exclude each other
+    other = colours(view=1)
+    brightness = np.corrcoef(c.factor[:, 0], other.factor[:, 0])
+    assert abs(brightness[0, 1]) < 0.03
+
+
+# --- Applying: crop, resize, flip ---------------------------------------------------------------------------
+
+def assert_close(ours, expected, worst, mean):
+    """No pixel differs by more than `worst` levels, and all together by less than `mean` on average."""
+    most, average = differs(ours, expected)
+    assert most <= worst
+    assert average < mean
+
+
+def of_each(function, views, *arguments):
+    """What a function makes of each view, stacked."""
+    return np.stack([function(view, *arguments) for view in views])
+
+
+def from_pil(image):
+    """A PIL image -> (3, S, S) float64 array."""
+    return np.array(image.convert("RGB"), float).transpose(2, 0, 1)
+
+
+def as_pil(view):
+    """(3, S, S) uint8 tensor -> PIL image"""
+    return Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
+
+
+def in_torch(image):
+    """(H, W, 3) array -> (3, H, W) tensor"""
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def pil_crop_resize(image, crop, n, size):
+    """(H, W, 3) array -> (3, S, S) array, as torchvision crops and flips a Pillow image."""
+    top = crop.top[n]
+    left = crop.left[n]
+    box = (left, top, left + crop.width[n], top + crop.height[n])
+    view = Image.fromarray(image).crop(box)
+    view = view.resize((size, size), Image.Resampling.BILINEAR)
+    if crop.flip[n]:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return from_pil(view)
+
+
+def test_crop_and_resize_agree_with_pillow(photos):
+    """Six boxes of each photograph against Pillow's crop, resize and flip, to one level."""
+    for image in photos:
+        crop = boxes(image.shape[:2], 6)
+        for n in range(6):
+            ours = augment.crop_resize(torch.from_numpy(image), crop, n, 224)
+            assert ours.dtype == torch.uint8
+            assert_close(ours, pil_crop_resize(image, crop, n, 224), worst=1, mean=0.35)
+
+
+@pytest.mark.parametrize("sides", ["32-to-32", "48-to-32", "64-to-24", "20-to-32"])
+def test_batched_crop_and_resize_agree_with_pillow(sides):
+    """40 images of noise against Pillow's crop, resize and flip, to one level."""
+    side, size = (int(number) for number in sides.split("-to-"))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, side, side, 3), np.uint8)
+    crop = boxes((side, side), 40)
+    ours = augment.crop_resize_batch(torch.stack([*map(in_torch, images)]), crop, size)
+    assert ours.dtype == torch.uint8
+    for n, image in enumerate(images):
+        expected = pil_crop_resize(image, crop, n, size)
+        assert_close(ours[n], expected, worst=1, mean=0.35)
+
+
+def test_crop_in_memory_equals_crop_in_a_worker():
+    """The two ways to cut a view against each other, to one level."""
+    source = shapes.draw_shapes(0, 0, 12, 40)
+    policy = augment.Policy(size=32)
+    epoch = 5
+    batches = [(epoch, np.arange(12))]
+    (_, _, batched), = augment.cut_views_in_memory(source.pixels, policy, 0, batches, 2)
+    assert len(batched) == 2
+    for i in range(12):
+        single = augment.cut_views(policy, 0, 2, source.image(i), epoch, i)
+        assert len(single) == 2
+        for v in range(2):
+            assert differs(batched[v][i], single[v])[0] <= 1
+
+
+def pil_centre(image):
+    """(H, W, 3) array -> (3, 224, 224): the shorter side to 256 by Pillow, then the centre."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    size = width * 256 // shorter, height * 256 // shorter
+    left, top = (round((side - 224) / 2) for side in size)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    return from_pil(resized.crop((left, top, left + 224, top + 224)))
+
+
+def test_centre_view_agrees_with_pillow(photos):
+    """The test view against Pillow's resize, to one level."""
+    for image in photos:
+        centre = augment.resize_centre(in_torch(image)[None], augment.Policy())
+        assert_close(centre[0], pil_centre(image), worst=1, mean=0.35)
+
+
+# --- Applying: colour, grayscale, blur, normalisation -------------------------------------------------------
+
+def views_of(photos, size=64, n=24):
+    """Random crops of the photographs: (n, 3, size, size) uint8."""
+    views = []
+    for i in range(n):
+        image = photos[i % len(photos)]
+        crop = boxes(image.shape[:2], n)
+        views.append(augment.crop_resize(torch.from_numpy(image), crop, i, size))
+    return torch.stack(views)
+
+
+def colour(n, factor=None, gray=False, sigma=0.0):
+    """The same changes for n views; no jitter where no factors are given."""
+    jitter = factor is not None
+    factor = np.array(factor or (1, 1, 1, 0), float)
+    return augment.Colour(
+        jitter=np.full(n, jitter),
+        order=np.tile(range(4), (n, 1)),
+        factor=np.tile(factor, (n, 1)),
+        gray=np.full(n, gray),
+        sigma=np.full(n, sigma))
+
+
+def levels(x, changes):
+    """photometric's result on the scale 0 to 255: (N, 3, S, S) float64"""
+    return augment.photometric(x, changes, PLAIN).double().numpy() * 255
+
+
+def hue(shift):
+    """Factors that shift the hue alone."""
+    return 1, 1, 1, shift
+
+
+def pil_enhance(view, enhance, factor):
+    """A view with one of Pillow's enhancements."""
+    return from_pil(enhance(as_pil(view)).enhance(factor))
+
+
+ENHANCE = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+
+
+@pytest.mark.parametrize("which", range(3), ids=["brightness", "contrast", "saturation"])
+@pytest.mark.parametrize("factor", [0.6, 0.9, 1.4])
+def test_brightness_contrast_saturation_agree_with_pillow(photos, which, factor):
+    """Against Pillow, which truncates to whole levels, and rounds the mean."""
+    x = views_of(photos)
+    factors = [1, 1, 1, 0]
+    factors[which] = factor
+    ours = levels(x, colour(len(x), factors))
+    expected = of_each(pil_enhance, x, ENHANCE[which], factor)
+    assert_close(ours, expected, worst=1.3, mean=0.6)
+
+
+def exact_hue(view, shift):
+    """(3, S, S) levels -> levels, by way of the standard library's HSV in float64."""
+    out = np.empty(view.shape)
+    for y, x in np.ndindex(view.shape[1:]):
+        h, s, v = colorsys.rgb_to_hsv(*(view[:, y, x] / 255))
+        out[:, y, x] = colorsys.hsv_to_rgb((h + shift) % 1, s, v)
+    return out * 255
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.03, 0.1, 0.5, -0.4])
+def test_hue_is_exact(photos, shift):
+    """Against the standard library's HSV in float64; the first view is of greys, primaries and ties."""
+    x = views_of(photos, size=24, n=8)
+    rng = np.random.default_rng(0)
+    x[0] = torch.from_numpy(rng.choice([0, 128, 255], (3, 24, 24)))
+    ours = levels(x, colour(len(x), hue(shift)))
+    expected = of_each(exact_hue, x.double().numpy(), shift)
+    assert differs(ours, expected)[0] < 1e-3
+
+
+def pil_hue(view, shift):
+    """A view with its hue shifted, as torchvision does it: in Pillow's HSV of 8 bits."""
+    h, s, v = as_pil(view).convert("HSV").split()
+    turned = np.array(h) + np.uint8(int(shift * 255) % 256)
+    return from_pil(Image.merge("HSV", (Image.fromarray(turned), s, v)))
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.07])
+def test_hue_agrees_with_pillow(photos, shift):
+    """Against Pillow's HSV, whose 8 bits put it up to 12 levels from the exact one."""
+    x = views_of(photos)
+    ours = levels(x, colour(len(x), hue(shift)))
+    assert_close(ours, of_each(pil_hue, x, shift), worst=13, mean=1.0)
+
+
+def pil_gray(view):
+    """A view in Pillow's grayscale."""
+    return from_pil(as_pil(view).convert("L"))
+
+
+def test_grayscale_agrees_with_pillow(photos):
+    """Against Pillow's grayscale, which rounds."""
+    x = views_of(photos)
+    ours = levels(x, colour(len(x), gray=True))
+    assert_close(ours, of_each(pil_gray, x), worst=0.52, mean=0.3)
+
+
+def exact_blur(view, sigma):
+    """(3, S, S) float64 -> the same, blurred: a Gaussian of 50 pixels' reach, edges repeated."""
+    distance = np.arange(-50, 51)
+    taps = np.exp(-distance ** 2 / (2 * sigma ** 2))
+    taps /= taps.sum()
+    for axis in (1, 2):
+        pads = [(0, 0)] * 3
+        pads[axis] = (50, 50)
+        padded = np.pad(view, pads, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 101, axis)
+        view = windows @ taps
+    return view
+
+
+def pil_blur(view, sigma):
+    """A view under Pillow's Gaussian blur."""
+    return from_pil(as_pil(view).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_is_exact_and_agrees_with_pillow(photos, sigma):
+    """Against the Gaussian's formula, and against Pillow, which approximates it by three boxes."""
+    x = views_of(photos, n=8)
+    ours = levels(x, colour(len(x), sigma=sigma))
+    exact = of_each(exact_blur, x.double().numpy(), sigma)
+    assert differs(ours, exact)[0] < 0.05
+    assert_close(ours, of_each(pil_blur, x, sigma), worst=32, mean=0.8)
+
+
+def exact_gray(view):
+    """(3, S, S) levels -> (S, S): the luma of ITU-R 601-2."""
+    return np.tensordot([0.299, 0.587, 0.114], view, 1)
+
+
+def exact_blend(view, f, which):
+    """Brightness, contrast, saturation in float64, as Pillow's documentation states them."""
+    luma = exact_gray(view)
+    black = np.zeros_like(luma)
+    flat = np.full_like(luma, luma.mean())
+    other = [black, flat, luma][which]
+    return np.clip(f * view + (1 - f) * other, 0, 255)
+
+
+def exact_view(view, changes, n):
+    """(3, S, S) float64 -> the n-th of these changes applied to it, one after the other."""
+    for which in changes.order[n] if changes.jitter[n] else ():
+        f = changes.factor[n, which]
+        view = exact_hue(view, f) if which == 3 else exact_blend(view, f, which)
+    if changes.gray[n]:
+        view = np.stack([exact_gray(view)] * 3)
+    if changes.sigma[n]:
+        view = exact_blur(view, changes.sigma[n])
+    return view
+
+
+def test_the_four_changes_come_in_each_views_own_order(photos):
+    """All 24 orders, with and without jitter, grayscale and blur, against a float64 loop over the views."""
+    x = views_of(photos, size=16)
+    n = np.arange(24)
+    drawn = augment.draw_colour(augment.Policy(), 0, 0, n, 0)
+    changes = augment.Colour(
+        jitter=n % 5 > 0,
+        order=np.array(list(itertools.permutations(range(4)))),
+        factor=drawn.factor * [1.3, 1, 1, 1],
+        gray=n % 7 == 0,
+        sigma=np.where(n % 3 == 0, 1.5, 0))
+    ours = levels(x, changes)
+    for k, view in enumerate(x.double().numpy()):
+        assert differs(ours[k], exact_view(view, changes, k))[0] < 0.02
+
+
+@slow
+def test_compiled_colour_changes_are_the_plain_ones(photos, monkeypatch):
+    """Compiled against plain, for any number of views, to the rounding of a mean."""
+    x = views_of(photos, size=16, n=60)
+    changes = augment.draw_colour(augment.Policy(), 0, 0, np.arange(60), 0)
+    plain = levels(x, changes)
+    for name in ("blend", "shift_hue"):
+        monkeypatch.setattr(augment, name, getattr(augment, name))  # so that it is plain again after the test
+    before = augment.blend
+    augment.compile_colours()
+    assert augment.blend is not before
+    for n in (60, 23, 1):
+        some = augment.Colour(*(a[:n] for a in changes))
+        assert differs(levels(x[:n], some), plain[:n])[0] < 0.02
+
+
+def test_normalisation():
+    """A grey view against the formula, with ImageNet's constants typed here."""
+    x = torch.full((1, 3, 4, 4), 128, dtype=torch.uint8)
+    out = augment.photometric(x, colour(1), augment.Policy())
+    mean = np.array([0.485, 0.456, 0.406])
+    std = np.array([0.229, 0.224, 0.225])
+    expected = (128 / 255 - mean) / std
+    assert np.allclose(out[0, :, 0, 0], expected, atol=1e-6)
+
+
+# --- The views of a batch, and the contact sheet ------------------------------------------------------------
+
+def first_views(source, workers=0, seed=1, epochs=2, **part):
+    """The views of some epochs, a (V, N, 3, S, S) tensor a batch."""
+    batches = loading.index_batches(seed, len(source), 8, epochs, **part)
+    loaded = augment.load_views(source, augment.Policy(size=16), seed, batches, CPU, workers)
+    return [torch.stack(views) for _, views in loaded]
+
+
+def the_same(a, b):
+    """Whether two lists of tensors are the same, bit for bit."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kind, request):
+    """All views of two epochs against the same from two processes, and after an interruption."""
+    source, _ = data.open_data(request.getfixturevalue(kind))
+    steps = len(source) // 8
+    whole = first_views(source)
+    assert len(whole) == 2 * steps
+    first = first_views(source, rank=0, world=2)
+    second = first_views(source, rank=1, world=2)
+    joined = [torch.cat(halves, dim=1) for halves in zip(first, second)]
+    assert the_same(whole, joined)
+    rest = first_views(source, start_epoch=1, start_step=1)
+    assert len(rest) == steps - 1
+    assert the_same(whole[steps + 1:], rest)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_view_is_the_same_whatever_the_workers(large, workers):
+    """All views of two epochs against those that worker processes decode."""
+    source, _ = data.open_data(large)
+    assert the_same(first_views(source), first_views(source, workers))
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_an_image_has_two_views_and_others_with_another_seed(kind, request):
+    """The two views of a batch against each other, and against another seed's."""
+    source, _ = data.open_data(request.getfixturevalue(kind))
+    x1, x2 = first_views(source, epochs=1)[0]
+    assert x1.shape == (8, 3, 16, 16)
+    difference = (x1 - x2).flatten(1).abs()
+    assert difference.amax(dim=1).min() > 0.01
+    other, _ = first_views(source, seed=2, epochs=1)[0]
+    assert not torch.equal(x1, other)
+
+
+def test_test_views_are_the_centre_of_each_image(large):
+    """Views without randomness, from a worker, against resizing each image alone."""
+    source, _ = data.open_data(large)
+    policy = augment.Policy(size=56)
+    batch = 0, np.array([3, 1, 8])
+    (index, x), = augment.load_centres(source, policy, [batch], CPU, 1)
+    assert index.tolist() == [3, 1, 8]
+    for n, i in enumerate(index):
+        image = source.image(i).permute(2, 0, 1)[None]
+        centre = augment.resize_centre(image, policy).float()
+        assert torch.equal(x[n], augment.normalize(centre, policy)[0])
+
+
+def test_contact_sheet_shows_an_image_beside_its_views():
+    """A sheet of uniform images, which no crop and no flip changes: each tile has its image's colour."""
+    greys = torch.tensor([40, 90, 200], dtype=torch.uint8)
+    pixels = torch.empty(3, 3, 32, 32, dtype=torch.uint8)
+    pixels.copy_(greys.view(3, 1, 1, 1))
+    source = data.Source(pixels=pixels)
+    policy = augment.Policy(size=32, jitter=0, gray=0, blur=0)
+    sheet = np.array(augment.contact_sheet(source, policy, 0, pairs=2))
+    tile = 96
+    gap = 4
+    lefts = [0]
+    for pair in range(2):
+        start = tile + 2 * gap + pair * (2 * tile + 3 * gap)
+        lefts += [start, start + tile + gap]
+    for row, level in enumerate((40, 90, 200)):
+        top = row * (tile + gap)
+        for left in lefts:
+            assert (sheet[top:top + tile, left:left + tile] == level).all()
+
+
+def test_contact_sheet_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """The file against its size, the text against the number of images."""
+    folder = write_folder(tmp_path / "data", "train", 2, (70, 80))
+    path = tmp_path / "views.png"
+    monkeypatch.setattr(sys, "argv", ["augment.py", str(folder), "--out", str(path)])
+    augment.main()
+    assert "some of 2 images" in capsys.readouterr().out
+    assert Image.open(path).width > 5 * 224
+
+
+def test_contact_sheet_of_nothing_is_refused_in_one_line(monkeypatch):
+    """What is said of a folder that is not there, without a traceback."""
+    monkeypatch.setattr(sys, "argv", ["augment.py", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        augment.main()
+    assert "nowhere" in str(end.value)
+    assert "\n" not in str(end.value)

@@ -1,0 +1,289 @@
+"""harness/data.py, cifar.py and source.py: what DATA can be, and what is refused."""
+import collections
+import dataclasses
+import hashlib
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness import cifar, data, shapes
+from harness.errors import Refused
+from tests.helpers import REAL, Hostile, python, real, slow, write_cifar, write_folder
+
+pytest_plugins = ["tests.fixtures"]
+
+
+# --- Folders and lists --------------------------------------------------------------------------------------
+
+def names_of(source):
+    """The paths of a source's files as text."""
+    return [os.fsdecode(name) for name in source.files]
+
+
+def test_small_images_of_a_folder_are_held_in_memory(small):
+    """Pixels, labels and classes against the files as Pillow reads them."""
+    train, val = data.open_data(small)
+    assert train.classes == ["a", "b", "c"]
+    assert train.pixels.shape == (50, 3, 16, 16)
+    assert len(train) == 50
+    assert len(val) == 9
+    assert np.bincount(train.labels).tolist() == [17, 17, 16]
+    assert np.bincount(val.labels).tolist() == [3, 3, 3]
+    assert val.labels.tolist() == sorted(val.labels)
+    assert np.array_equal(train.image(0), Image.open(small / "train/a/000.png"))
+
+
+def test_large_images_of_a_folder_stay_files(large):
+    """A file's name, and its pixels, against Pillow's."""
+    train, _ = data.open_data(large)
+    assert train.pixels is None
+    assert len(train) == 20
+    assert names_of(train)[3] == str(large / "train/a/009.jpg")
+    assert np.array_equal(train.image(3), Image.open(large / "train/a/009.jpg"))
+
+
+def test_images_of_several_small_sizes_stay_files(tmp_path):
+    """One image of another size, which a look at 16 files doesn't meet, is found too."""
+    write_folder(tmp_path, "train", 40, 16)
+    Image.new("RGB", (17, 16)).save(tmp_path / "train/a/003.png")
+    train, _ = data.open_data(tmp_path)
+    assert train.pixels is None
+    assert len(train) == 40
+
+
+def test_file_list_is_one_buffer(large):
+    """The size of the array against that of its names: no Python strings, whose counts workers would copy."""
+    files = data.open_data(large)[0].files
+    assert isinstance(files, np.ndarray)
+    assert files.dtype.kind == "S"
+    assert files.nbytes == 20 * len(bytes(files[0]))
+
+
+def test_folders_without_classes_are_searched_to_any_depth(tmp_path):
+    """The files that are found against those written: no text file, no second turn through a link."""
+    nested = tmp_path / "2019" / "deep"
+    nested.mkdir(parents=True)
+    Image.new("L", (90, 70), 77).save(nested / "grey.png")
+    Image.new("RGB", (80, 70)).save(tmp_path / "B.JPG")
+    (tmp_path / "notes.txt").write_text("not an image")
+    os.symlink(tmp_path, nested / "loop")
+    train, val = data.open_data(tmp_path)
+    assert names_of(train) == [str(nested / "grey.png"), str(tmp_path / "B.JPG")]
+    assert val is None
+    assert train.labels is None
+    grey = train.image(0)
+    assert grey.shape == (70, 90, 3)
+    assert torch.all(grey == 77)
+
+
+def test_a_list_names_files_relative_to_itself(tmp_path, small):
+    """The source's files against the lines, one relative and one absolute."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (80, 70)).save(tmp_path / "photos/B.JPG")
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"photos/B.JPG\n{small}/train/a/000.png\n\n")
+    train, val = data.open_data(listing)
+    assert names_of(train) == [str(tmp_path / "photos/B.JPG"), f"{small}/train/a/000.png"]
+    assert val is None
+
+
+def test_a_single_image_is_a_data_set(large):
+    """One file, the one that was named."""
+    path = large / "train/a/009.jpg"
+    train, val = data.open_data(path)
+    assert names_of(train) == [str(path)]
+    assert val is None
+
+
+def test_nothing_stands_for_the_shapes(monkeypatch):
+    """Which images are drawn, and with which seed: none is in both splits."""
+    monkeypatch.setattr(data, "draw_shapes", lambda *drawn: drawn)
+    train, val = data.open_data(None, 3)
+    assert train == (3, 0, 4000)
+    assert val == (3, 4000, 1000)
+
+
+# --- The fingerprint ----------------------------------------------------------------------------------------
+
+def fingerprint(folder):
+    """The number of a folder's training split."""
+    return data.open_data(folder)[0].fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_fingerprint_tells_data_sets_apart(kind, request, tmp_path):
+    """A copy in another place has the same number; the same files with another label have another."""
+    original = request.getfixturevalue(kind)
+    folder = shutil.copytree(original, tmp_path / "copy")
+    assert fingerprint(folder) == fingerprint(original)
+    assert fingerprint(folder) < 2 ** 48
+    one = min((folder / "train/b").iterdir())
+    one.rename(folder / "train/a" / one.name)
+    assert fingerprint(folder) != fingerprint(original)
+
+
+def test_fingerprint_depends_on_the_labels():
+    """The same pixels with their labels in another order."""
+    source = shapes.draw_shapes(0, 0, 20, 16)
+    other = dataclasses.replace(source, labels=source.labels[::-1])
+    assert source.fingerprint() != other.fingerprint()
+
+
+# --- CIFAR-10 -----------------------------------------------------------------------------------------------
+
+BATCHES = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+
+
+@pytest.mark.parametrize("layout", ["bin", "py"])
+def test_cifar_in_both_layouts(tmp_path, layout):
+    """Pixels and labels against those that were written: five batches to train, one to test."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 3, 32, 32), np.uint8)
+    labels = rng.integers(0, 10, 60).astype(np.uint8)
+    write_cifar(tmp_path, pixels, labels, 10, BATCHES)
+    train, val = data.open_data(tmp_path / layout)
+    assert np.array_equal(train.pixels, pixels[:50])
+    assert np.array_equal(val.pixels, pixels[50:])
+    assert train.labels.tolist() == labels[:50].tolist()
+    assert val.labels.tolist() == labels[50:].tolist()
+    assert train.classes[3] == "cat"
+
+
+def test_a_batch_of_cifar_that_is_missing_is_named(tmp_path):
+    """The message against the first file that is not there."""
+    pixels = np.zeros((30, 3, 32, 32), np.uint8)
+    write_cifar(tmp_path, pixels, np.zeros(30, np.uint8), 10, BATCHES[:3])
+    with pytest.raises(Refused, match=r"data_batch_4: not a batch of CIFAR-10 \(FileNotFoundError"):
+        data.open_data(tmp_path / "py")
+
+
+NOT_CIFAR = {
+    "calls-os.system": Hostile(os.system, ("touch HACKED",)),
+    "calls-eval": Hostile(eval, ("open('HACKED', 'w')",)),
+    "calls-getattr": Hostile(getattr, ("x", "upper")),
+    "a-number-of-numpy": np.float64(3),
+    "no-labels": {b"data": 1},
+    "a-list": [1, 2],
+    "another-class": collections.OrderedDict(),
+}
+
+
+@pytest.mark.parametrize("content", NOT_CIFAR)
+def test_cifar_reader_admits_nothing_else(tmp_path, monkeypatch, content):
+    """Pickles of other things, some of which would run a command, are refused and run nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(NOT_CIFAR[content], 2))
+    with pytest.raises(Refused, match="data_batch_1: not a batch of CIFAR-10"):
+        data.open_data(tmp_path)
+    assert not (tmp_path / "HACKED").exists()
+
+
+IMAGE = np.zeros(3072, np.uint8)
+DAMAGED = {
+    "one-label-too-few": ([IMAGE, IMAGE], [1]),
+    "a-label-too-large": ([IMAGE], [10]),
+    "a-negative-label": ([IMAGE], [-1]),
+    "images-of-another-size": ([IMAGE[:3000]], [1]),
+    "not-bytes": ([IMAGE.astype(float)], [1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_cifar_batches_that_do_not_fit_together_are_refused(tmp_path, damage):
+    """Whole pickles whose numbers are not CIFAR's."""
+    rows, labels = DAMAGED[damage]
+    batch = {b"data": np.stack(rows), b"labels": labels}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(Refused, match="data_batch_1: not a batch of CIFAR-10"):
+        data.open_data(tmp_path)
+
+
+@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["new", "old"])
+def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
+    """The same batch under the name that numpy's module has now, and under the one it had."""
+    batch = {b"data": np.stack([IMAGE, IMAGE]), b"labels": [1, 2]}
+    content = pickle.dumps(batch, 2)
+    assert b"numpy._core.multiarray" in content
+    (tmp_path / "batch").write_bytes(content.replace(b"numpy._core.multiarray", module))
+    pixels, labels = cifar.read_py(tmp_path / "batch")
+    assert pixels.shape == (2, 3072)
+    assert labels == [1, 2]
+
+
+def images_and_labels(folder):
+    """Of both splits, sorted: a hash of each image, and its label."""
+    splits = []
+    for source in data.open_data(folder):
+        hashes = [hashlib.sha1(image).hexdigest() for image in source.pixels.numpy()]
+        splits.append(sorted(zip(hashes, source.labels.tolist())))
+    return splits
+
+
+@real
+@slow
+def test_cifar_as_folder_bin_and_py_hold_the_same_images(tmp_path):
+    """The whole of CIFAR-10 in three layouts against each other."""
+    done = python(REAL / "unpack", tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = images_and_labels(tmp_path / "cifar10")
+    assert [len(split) for split in folder] == [50_000, 10_000]
+    assert images_and_labels(tmp_path / "cifar-10-batches-bin") == folder
+    assert images_and_labels(tmp_path / "cifar-10-batches-py") == folder
+
+
+# --- What is refused ----------------------------------------------------------------------------------------
+
+def refusal_of(path):
+    """The one line with which open_data gives up."""
+    with pytest.raises(Refused) as refusal:
+        data.open_data(path)
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message
+
+
+REFUSED = {  # id: files that lie in the folder, DATA, and a part of the message
+    "missing": ({}, "missing", "no such file or folder"),
+    "no-images": ({"notes.txt": b"x"}, ".", "no images there"),
+    "list-of-missing-files": ({"list.txt": b"a.png\n"}, "list.txt", "a.png is no file"),
+    "empty-list": ({"list.txt": b"\n"}, "list.txt", "it is empty"),
+    "short-batch-of-cifar": ({"data_batch_1.bin": b"123"}, ".", "data_batch_1: not a batch"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_data_that_cannot_be_used_is_refused_in_one_line(tmp_path, case):
+    """The message against the table's."""
+    files, name, message = REFUSED[case]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    assert message in refusal_of(tmp_path / name)
+
+
+def test_a_class_that_train_lacks_is_refused(tmp_path):
+    """The message names the first file of it."""
+    write_folder(tmp_path, "train", 6, 16)
+    write_folder(tmp_path, "val", 6, 16)
+    os.rename(tmp_path / "val/c", tmp_path / "val/z")
+    assert "val/z/002.png: not in one of the 3 class folders of train/" in refusal_of(tmp_path)
+
+
+def test_an_image_outside_the_class_folders_is_refused(tmp_path):
+    """The message names it."""
+    write_folder(tmp_path, "train", 6, 16)
+    Image.new("L", (16, 16)).save(tmp_path / "train/stray.png")
+    assert "train/stray.png: not in one of the 3 class folders" in refusal_of(tmp_path)
+
+
+def test_small_images_too_many_of_which_are_bad_are_refused(tmp_path):
+    """The message counts the empty files: all of class a and most of class b."""
+    write_folder(tmp_path, "train", 30, 16)
+    empty = [*tmp_path.glob("train/a/*"), *tmp_path.glob("train/b/0[01]*")]
+    for path in empty:
+        path.write_bytes(b"")
+    assert f"{len(empty)} of 30 images can't be read" in refusal_of(tmp_path)

@@ -1,0 +1,377 @@
+"""harness/ends.py: how a run ends before its end, by signals, dead processes and refusals."""
+import contextlib
+import functools
+import os
+import re
+import shlex
+import signal
+import time
+
+import pytest
+import torch
+
+import simsiam
+from tests.helpers import LONGER, ROOT, TINY, equal, free_port, here, kill_all, log_of, losses_of
+from tests.helpers import processes_of, program, refusal, slow, start, stopped_at, torchrun, wait_for_epoch
+from tests.helpers import weights_of, write_folder
+
+pytest_plugins = ["tests.fixtures"]
+
+
+# --- Signals ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=slow)])
+def test_a_signal_in_a_step_ends_the_run_with_the_next(
+        tmp_path, small, longer_alone, monkeypatch, capsys, number):
+    """Sent within the 13th step: the position; the resumed run's weights against the uninterrupted one's."""
+    train_step = simsiam.train_step
+    steps = []
+
+    def signalled(*arguments):
+        steps.append(1)
+        if len(steps) == 13:
+            os.kill(os.getpid(), number)
+        return train_step(*arguments)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(simsiam, "train_step", signalled)
+    assert here("simsiam.py", small, *LONGER, "--out", out) == 128 + number
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert stopped_at(said, out) == (1, 6)  # 14 steps of 8 an epoch
+    monkeypatch.undo()
+    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(longer_alone))
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_its_step_with_everything_saved(tmp_path, small, longer_alone, number):
+    """Sent from outside at any instant; the weights of the resumed run against the uninterrupted one's."""
+    out = tmp_path / "run"
+    with start(ROOT / "simsiam.py", small, *LONGER, "--out", out) as process:
+        wait_for_epoch(process, out)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert said.count("\n") == 1
+    assert (0, 0) < stopped_at(said, out) < (6, 0)
+    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(longer_alone))
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_last_steps(tmp_path, large, number):
+    """As a scheduler sends SIGTERM, and a terminal SIGINT: to the loader's workers too."""
+    out = tmp_path / "run"
+    options = [*LONGER, "--epochs", "500", "--workers", "2"]
+    with start(ROOT / "simsiam.py", large, *options, "--out", out, start_new_session=True) as process:
+        wait_for_epoch(process, out)
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 128 + number
+    assert said.count("\n") == 1
+    assert (0, 0) < stopped_at(said, out) < (500, 0)
+
+
+@slow
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, longer_alone):
+    """In a step that hangs: the first waits for it, the second does not. The run can go on."""
+    out = tmp_path / "run"
+    options = [*LONGER, "--save-minutes", "0", "--out", out]
+    with start("-m", "tests.hanging", small, *options, cwd=ROOT) as process:
+        while process.stdout.readline() != "hangs\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(longer_alone))
+
+
+# --- torchrun -----------------------------------------------------------------------------------------------
+
+def cores_of(agent, agents):
+    """The cores of one of several agents, each of which stands for a machine of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[agent::agents] or cores
+
+
+@contextlib.contextmanager
+def job(data, out, agents=1):
+    """LONGER in two processes, which torchrun restarts when one dies -> its agents, for the block's time."""
+    rendezvous = "--standalone"
+    if agents > 1:
+        rendezvous = f"--nnodes {agents} --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()}"
+    launcher = f"-m torch.distributed.run {rendezvous} --nproc-per-node {2 // agents} --max-restarts 2"
+    command = [*shlex.split(launcher), ROOT / "simsiam.py", data, *LONGER, "--out", out]
+    with contextlib.ExitStack() as stack:
+        stack.callback(kill_all, out)
+        started = []
+        for agent in range(agents):
+            stay = functools.partial(os.sched_setaffinity, 0, cores_of(agent, agents))
+            started.append(stack.enter_context(start(*command, preexec_fn=stay)))
+        yield started
+
+
+def workers_of(out):
+    """The processes of a job that train, from the oldest on."""
+    return sorted(set(processes_of(out)) - set(processes_of(out, "torch.distributed.run")))
+
+
+def finish(agents):
+    """Wait for the agents' end -> what each of them and its workers said."""
+    return [agent.communicate(timeout=200)[1] for agent in agents]
+
+
+def ends_uninterrupted(out, weights, resumes=1):
+    """Whether a job has ended, been resumed this often, and has the weights of the uninterrupted one."""
+    events = [r["event"] for r in log_of(out)]
+    return events[-1] == "end" and events.count("resume") == resumes and equal(weights, weights_of(out))
+
+
+def resume_in_two(data, out):
+    """The same run goes on in two processes, to its end."""
+    again = torchrun(ROOT / "simsiam.py", data, *LONGER, "--out", out, "--resume")
+    assert again.returncode == 0, again.stderr
+
+
+@slow
+def test_torchrun_survives_sigterm_to_the_agent(tmp_path, small, longer):
+    """Everything is saved; resumed, against the uninterrupted run in two processes."""
+    out = tmp_path / "run"
+    with job(small, out) as agents:
+        wait_for_epoch(agents[0], out)
+        agents[0].send_signal(signal.SIGTERM)
+        said, = finish(agents)
+    assert agents[0].returncode != 0
+    assert (0, 0) < stopped_at(said, out) < (6, 0)
+    resume_in_two(small, out)
+    assert ends_uninterrupted(out, longer[2])
+
+
+@slow
+def test_torchrun_survives_a_killed_worker(tmp_path, small, longer):
+    """The agent starts both again, and they go on from the checkpoint."""
+    out = tmp_path / "run"
+    with job(small, out) as agents:
+        wait_for_epoch(agents[0], out)
+        os.kill(workers_of(out)[-1], signal.SIGKILL)
+        said = finish(agents)
+    assert agents[0].returncode == 0, said
+    assert ends_uninterrupted(out, longer[2])
+
+
+@slow
+def test_torchrun_survives_a_worker_killed_at_its_start(tmp_path, small, longer):
+    """There is no checkpoint yet: the second start is a first one."""
+    out = tmp_path / "run"
+    with job(small, out) as agents:
+        while not workers_of(out):
+            time.sleep(0.01)
+        os.kill(workers_of(out)[-1], signal.SIGKILL)
+        assert not (out / "checkpoint.pth").exists()
+        said = finish(agents)
+    assert agents[0].returncode == 0, said
+    assert ends_uninterrupted(out, longer[2], resumes=0)
+
+
+@slow
+def test_torchrun_survives_a_killed_worker_of_two_agents(tmp_path, small, longer):
+    """Each agent stands for a machine; the one without a dead worker starts its own again too."""
+    out = tmp_path / "run"
+    with job(small, out, agents=2) as agents:
+        wait_for_epoch(agents[0], out)
+        os.kill(workers_of(out)[-1], signal.SIGKILL)
+        said = finish(agents)
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert ends_uninterrupted(out, longer[2])
+
+
+@slow
+def test_torchrun_survives_the_death_of_all(tmp_path, small, longer):
+    """kill -9 to agent and workers; resumed in two processes, against the uninterrupted run in two."""
+    out = tmp_path / "run"
+    with job(small, out) as agents:
+        wait_for_epoch(agents[0], out)
+        kill_all(out)
+        finish(agents)
+    resume_in_two(small, out)
+    assert ends_uninterrupted(out, longer[2])
+
+
+@slow
+def test_one_process_goes_on_where_two_have_died(tmp_path, small, longer):
+    """The losses against those in two processes; from there on the sums are in another order."""
+    out = tmp_path / "run"
+    with job(small, out) as agents:
+        wait_for_epoch(agents[0], out)
+        kill_all(out)
+        finish(agents)
+    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
+    events = [r["event"] for r in log_of(out)]
+    assert events[-1] == "end"
+    assert events.count("resume") == 1
+    assert losses_of(out) == pytest.approx(longer["losses"], abs=2e-3)
+    assert abs(longer["losses"][6] - longer["losses"][5]) > 4e-3  # so that the bound tells epochs apart
+
+
+# --- Workers that decode images -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def run_with_a_stuck_worker(folder):
+    """A run whose worker reads a pipe into which nobody writes -> its process. Nothing outlives the block."""
+    data = write_folder(folder / "data", "train", 60, (70, 80), suffix=".jpg")
+    (data / "train/a/003.jpg").unlink()
+    os.mkfifo(data / "train/a/003.jpg")
+    out = folder / "run"
+    options = [*TINY, "--knn-every", "0", "--batch", "2", "--out", out]
+    try:
+        with start("-m", "tests.impatient", data, *options, cwd=ROOT) as process:
+            yield process
+    finally:
+        kill_all(out)
+
+
+@slow
+def test_a_worker_that_is_stuck_ends_the_run_with_a_hint(tmp_path):
+    """After LOADER_TIMEOUT, one line about the disk."""
+    with run_with_a_stuck_worker(tmp_path) as process:
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "is the disk or the network under DATA still there" in said
+    assert "Traceback" not in said
+
+
+@slow
+def test_a_worker_that_is_killed_ends_the_run_with_a_hint(tmp_path):
+    """One line about memory."""
+    with run_with_a_stuck_worker(tmp_path) as process:
+        while not set(processes_of(tmp_path / "run")) - {process.pid}:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)
+        worker, = set(processes_of(tmp_path / "run")) - {process.pid}
+        os.kill(worker, signal.SIGKILL)
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "a process that decodes images was killed" in said
+    assert "Traceback" not in said
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------
+
+REFUSALS = {  # id: (arguments, what the one line says)
+    "no data there": ("nowhere", "nowhere: no such file or folder"),
+    "less than a batch": ("{small} --batch 64", "only 50 images"),
+    "a batch of one": ("{small} --batch 1", "--batch 1: BN needs at least 2 images"),
+    "a range upside down": ("{small} --area 0.5 0.2", "--area"),
+    "too much hue": ("{small} --strength 0.4 0.4 0.4 0.6", "the last, hue, at most 0.5"),
+    "no step after the warm-up": ("{small} --warmup 3", "--warmup 3: less than --epochs 3"),
+    "too small a width": ("{small} --width 1/1000", "--width"),
+    "an infinite width": ("{small} --width 1/0", "--width"),
+    "a negative momentum": ("{small} --momentum -1", "--momentum"),
+    "no number": ("{small} --momentum x", "--momentum"),
+    "an unknown option": ("{small} --colour", "--colour; see --help"),
+    "bf16 on a CPU": ("{small} --device cpu --amp", "--amp"),
+    "eta and objective": ("{small} --eta average --objective asymmetric", "goes with --objective symmetric"),
+    "nothing to resume": ("{small} --resume", "nothing to resume"),
+    "a run is there": ("{small} --out {whole}", "holds a run already"),
+    "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),
+    "another seed": ("{small} --out {whole} --resume --seed 5", "seed 0 -> 5"),
+    "a damaged checkpoint": ("{small} --out {damaged} --resume", "can't be read"),
+    "a folder in a file": ("{small} --out {small}/train/a/000.png/run", "000.png"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, small, finished):
+    """Folders that the refusals are about: {name: path}"""
+    folder = tmp_path_factory.mktemp("places")
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    whole = (finished[0] / "checkpoint.pth").read_bytes()
+    (damaged / "checkpoint.pth").write_bytes(whole[:5000])
+    broken = write_folder(folder / "broken", "train", 20, (70, 80), suffix=".jpg")
+    for path in broken.rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    return {"small": small, "whole": finished[0], "damaged": damaged, "broken": broken}
+
+
+def refused(places, arguments, out):
+    """The arguments of a case after those of a tiny run, so that they win."""
+    data, *options = [part.format(**places) for part in arguments.split()]
+    return [data, *TINY, "--out", out, *options]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSALS.values(), ids=REFUSALS)
+def test_input_that_cannot_be_used_is_refused_in_one_line(tmp_path, places, arguments, message):
+    """The line, which names the program; and the run that is there already, which stays as it was."""
+    before = (places["whole"] / "checkpoint.pth").read_bytes()
+    assert message in refusal("simsiam.py", *refused(places, arguments, tmp_path / "new"))
+    assert (places["whole"] / "checkpoint.pth").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_without_a_good_image_is_refused_in_one_line(tmp_path, places):
+    """20 files that are no images."""
+    message = "20 files in a row can't be read as images, the first: "
+    assert message in refusal("simsiam.py", *refused(places, "{broken}", tmp_path / "new"))
+
+
+@pytest.mark.parametrize("case", ["less than a batch", pytest.param("a range upside down", marks=slow)])
+def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places, case):
+    """A process of its own: nothing but the line on stderr, and no traceback."""
+    arguments, message = REFUSALS[case]
+    out = program(*refused(places, arguments, tmp_path / "new"))
+    assert out.returncode == 1
+    assert message in out.stderr
+    assert out.stderr.count("\n") == 1
+    assert "Traceback" not in out.stderr
+
+
+TROUBLES = {  # id: (what is raised, what the one line says)
+    "Ctrl-C": (KeyboardInterrupt(), "interrupted; what has a checkpoint goes on"),
+    "a worker's pipe": (EOFError(), "a process that decodes images was killed"),
+    "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
+    "no memory on the GPU": (RuntimeError("CUDA out of memory. Tried\nx"), "use a smaller --batch"),
+    "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
+    "a full disk": (OSError(28, "No space left", "a\x1b[2J"), "No space left"),
+}
+
+
+@pytest.mark.parametrize("raised, message", TROUBLES.values(), ids=TROUBLES)
+def test_what_may_happen_in_a_run_is_said_in_one_line(monkeypatch, raised, message):
+    """Exceptions that are no bugs, raised in the program's place."""
+    def fail(args):
+        raise raised
+
+    monkeypatch.setattr(simsiam, "pretrain", fail)
+    assert message in refusal("simsiam.py")
+
+
+def test_a_bug_shows_its_traceback(monkeypatch):
+    """An error that nobody expects is not turned into a line."""
+    def fail(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(simsiam, "pretrain", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        here("simsiam.py")
+
+
+def test_after_a_run_signals_do_what_they_did(monkeypatch):
+    """The handlers that a run has put up are taken down, however it ends."""
+    def fail(args):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(simsiam, "pretrain", fail)
+    assert "out of memory" in refusal("simsiam.py")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

@@ -1,0 +1,110 @@
+"""harness/evaluate.py: features of many images, counting hits, checking that a network is frozen."""
+import copy
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from harness import evaluate
+from harness.errors import Refused
+from harness.source import Source
+from tests.helpers import CPU, equal, untrained
+
+pytest_plugins = ["tests.fixtures"]
+
+
+# --- Features -----------------------------------------------------------------------------------------------
+
+def as_they_are(source, batches):
+    """Test views: the pixels themselves."""
+    for _, index in batches:
+        yield index, source.pixels[torch.from_numpy(index)].float()
+
+
+def test_features_come_in_the_order_of_the_images(world_of_one):
+    """More images than fit a batch; every pixel of an image is its number."""
+    n = 600
+    numbers = torch.arange(n).float()
+    pixels = numbers.view(n, 1, 1, 1).expand(n, 3, 2, 2)
+    batches = []
+
+    def number_and_square(x):
+        batches.append(len(x))
+        number = x[:, 0, 0, 0]
+        return torch.stack([number, number ** 2], dim=1)
+
+    found = evaluate.extract(number_and_square, as_they_are, Source(pixels=pixels), CPU)
+    assert torch.equal(found, torch.stack([numbers, numbers ** 2], dim=1))
+    assert len(batches) > 1
+    assert sum(batches) == n
+
+
+def test_a_calibrated_network_has_the_statistics_of_the_training_images():
+    """The first BN's, against numpy's over the first convolution's output; the network itself stays."""
+    torch.manual_seed(0)
+    network = untrained("resnet18", 1 / 16, True)
+    before = copy.deepcopy(network.state_dict())
+    pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+    found = evaluate.calibrated(network, as_they_are, Source(pixels=pixels))
+    with torch.no_grad():
+        activations = network.conv1(pixels.float()).double().numpy()
+    mean = activations.mean(axis=(0, 2, 3))
+    variance = activations.var(axis=(0, 2, 3), ddof=1)
+    assert np.allclose(found.bn1.running_mean, mean, rtol=1e-4, atol=1e-3)
+    assert np.allclose(found.bn1.running_var, variance, rtol=1e-4)
+    assert equal(network.state_dict(), before)
+
+
+# --- Counting hits ------------------------------------------------------------------------------------------
+
+def scores_and_labels():
+    """Scores (101, 12) without ties, labels, and how many labels are among the first and the first five."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(101, 12))
+    labels = rng.integers(0, 12, 101)
+    found = (-scores).argsort(axis=1) == labels[:, None]  # at which place, from the best, each label is
+    counts = [found[:, :k].sum() for k in (1, 5)]
+    return torch.from_numpy(scores), torch.from_numpy(labels), counts
+
+
+def test_hits_and_accuracy_count_every_label_once(world_of_one):
+    """Against a count over a full sort."""
+    scores, labels, counts = scores_and_labels()
+    assert evaluate.hits(scores, labels).tolist() == counts
+    percent = [100 * count / 101 for count in counts]
+    assert evaluate.accuracy(lambda mine: scores[mine], labels) == pytest.approx(percent)
+
+
+def test_hits_among_fewer_than_five_classes():
+    """All labels are among the first five."""
+    labels = torch.tensor([0, 1, 0])
+    assert evaluate.hits(torch.eye(3), labels).tolist() == [2, 3]
+
+
+# --- The frozen network -------------------------------------------------------------------------------------
+
+def test_tensor_hashes_are_the_sha256_of_the_values():
+    """Against hashlib over the values packed one by one, whatever the memory layout."""
+    layer = torch.nn.Conv2d(3, 2, 2)
+    layer = layer.to(memory_format=torch.channels_last)
+    expected = {}
+    for name, t in layer.state_dict().items():
+        values = t.flatten().tolist()
+        expected[name] = hashlib.sha256(struct.pack(f"={len(values)}f", *values)).hexdigest()
+    assert evaluate.tensor_hashes(layer) == expected
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.bn1.running_var", "bn1.num_batches_tracked"])
+def test_a_backbone_that_changed_is_an_error(name):
+    """The change is the last bit of each value: a weight's, a statistic's, a counter's."""
+    network = untrained("resnet18", 1 / 16, True)
+    loaded = evaluate.tensor_hashes(network)
+    evaluate.check_frozen(network, loaded)
+    t = network.state_dict()[name]
+    changed = torch.nextafter(t, t + 1) if t.is_floating_point() else t + 1
+    t.copy_(changed)
+    escaped = name.replace(".", r"\.")
+    with pytest.raises(Refused, match=escaped + r"; 1 tensors"):
+        evaluate.check_frozen(network, loaded)

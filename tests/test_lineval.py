@@ -1,0 +1,445 @@
+"""lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
+import hashlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import lineval
+import resnet
+import simsiam
+from harness import data, draws, shapes
+from harness.errors import Refused
+from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT
+from tests.helpers import equal, here, kill_when, log_of, prefixed, python, refusal
+from tests.helpers import result_of, slow, torchrun, torchvision_names, untrained, weights_of
+
+pytest_plugins = ["tests.fixtures"]
+
+
+# --- The cached protocol's fit ------------------------------------------------------------------------------
+
+def torch_fit(x, labels, lr, batches, epochs):
+    """A linear layer by torch's own loss, gradient, optimiser and cosine. batches: epoch -> lists of rows."""
+    layer = torch.nn.Linear(6, 4).double()
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches(0)))
+    for epoch in range(epochs):
+        for rows in batches(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(layer(x[rows]), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return layer
+
+
+def test_cached_fit_is_sgd_on_the_cross_entropy():
+    """Against torch's own, one classifier after the other, in float64; the last batch is incomplete."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 6, dtype=torch.float64)
+    labels = torch.randint(0, 4, (50,))
+    lrs = [0.03, 1.0]
+
+    def batches(epoch):
+        order = draws.permutation(5, epoch, 50)
+        return np.split(order, [16, 32, 48])
+
+    with_ones = F.pad(x, (0, 1), value=1.0)
+    options = dict(epochs=3, batch=16, seed=5)
+    ours = lineval.fit(with_ones, labels, 4, lrs, **options)
+    for lr, w in zip(lrs, ours, strict=True):
+        layer = torch_fit(x, labels, lr, batches, epochs=3)
+        assert torch.allclose(w[:-1].T, layer.weight, atol=1e-12)
+        assert torch.allclose(w[-1], layer.bias, atol=1e-12)
+
+
+def test_cached_protocol_judges_the_lr_on_training_images_that_the_fit_has_not_seen():
+    """Random labels are learned by heart, with more dimensions than images; held-out images are not."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 300)
+    labels = torch.randint(0, 2, (200,))
+    options = dict(epochs=30, batch=20, seed=0)
+    layer, base_lr, lr, held_out = lineval.fit_cached(x, labels, 2, (0.01, 0.1), **options)
+    assert torch.equal(layer(x).argmax(1), labels)
+    assert max(held_out.values()) <= 75
+    assert lr == base_lr * 20 / 256
+
+
+def test_cached_protocol_chooses_the_lr_that_learns():
+    """Of two lrs, the one that is not zero."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 5)
+    labels = (x[:, 0] > 0).long()
+    options = dict(epochs=10, batch=20, seed=0)
+    _, base_lr, _, held_out = lineval.fit_cached(x, labels, 2, (0.0, 1.0), **options)
+    assert base_lr == 1.0
+    assert max(held_out, key=held_out.get) == 1.0
+
+
+def test_cached_protocol_does_not_depend_on_the_scale_of_the_features():
+    """Features are standardised for the fit, and the layer undoes it."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 5)
+    labels = (x[:, 0] > 0).long()
+    moved = 7 * x + 3
+    options = dict(epochs=10, batch=20, seed=0)
+    layer, *_ = lineval.fit_cached(x, labels, 2, (0.0, 1.0), **options)
+    layer_of_moved, *_ = lineval.fit_cached(moved, labels, 2, (0.0, 1.0), **options)
+    assert torch.allclose(layer_of_moved(moved), layer(x), atol=1e-3)
+
+
+# --- The protocols ------------------------------------------------------------------------------------------
+
+def percent_of_labels_among_the_best(scores, labels):
+    """Top-1 and top-5 in percent, by counting the scores above the label's."""
+    own = scores[np.arange(len(labels)), labels]
+    above = (scores > own[:, None]).sum(axis=1)
+    return [100 * np.mean(above < k) for k in (1, 5)]
+
+
+@pytest.mark.parametrize("protocol", ["lars", "sgd", "cached"])
+def test_accuracy_is_that_of_a_count(evaluated, protocol):
+    """Against the saved classifier on the saved features, in numpy."""
+    out = evaluated(protocol)
+    classifier = torch.load(out / "classifier.pth", weights_only=True)
+    weight, bias = (classifier[name].numpy() for name in ("weight", "bias"))
+    saved = np.load(out.parent / "features.npz")
+    scores = saved["val_features"] @ weight.T + bias
+    result = result_of(out)
+    expected = percent_of_labels_among_the_best(scores, saved["val_labels"])
+    assert [result["top1"], result["top5"]] == pytest.approx(expected)
+    assert result["val_images"] == 37
+    assert result["top5"] > result["top1"] > 0
+
+
+def test_knn_accuracy_is_that_of_a_count(evaluated):
+    """Against votes over all training images, which are fewer than k, in numpy on the saved features."""
+    out = evaluated("knn")
+    saved = np.load(out.parent / "features.npz")
+    unit = {}
+    for split in ("train", "val"):
+        v = saved[f"{split}_features"].astype(float)
+        unit[split] = v / np.linalg.norm(v, axis=1, keepdims=True)
+    votes_of_images = np.exp(unit["val"] @ unit["train"].T / 0.1)
+    votes = votes_of_images @ np.eye(10)[saved["train_labels"]]
+    result = result_of(out)
+    expected = percent_of_labels_among_the_best(votes, saved["val_labels"])
+    assert [result["top1"], result["top5"]] == pytest.approx(expected)
+
+
+@slow
+@pytest.mark.parametrize("protocol", PROTOCOL_OPTIONS)
+def test_two_processes_give_the_accuracy_of_one(tmp_path, ten, evaluated, protocol):
+    """37 validation images divide by neither 2 nor the batch."""
+    one = result_of(evaluated(protocol))
+    arguments = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], "--out", tmp_path]
+    done = torchrun(ROOT / "lineval.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    two = result_of(tmp_path)
+    assert two["top1"] == one["top1"]
+    assert two["top5"] == one["top5"]
+    assert two["val_images"] == 37
+    assert two["world"] == 2
+
+
+# --- The files of an evaluation -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, ten):
+    """A file of weights, the network in it, and beside it what its evaluation wrote."""
+    folder = tmp_path_factory.mktemp("judged")
+    network = untrained("resnet18", 1 / 16, True).eval()
+    torch.save(network.state_dict(), folder / "b.pth")
+    arguments = [ten, "--ckpt", folder / "b.pth", "--cached", "--epochs", "2", "--features", folder / "f.npz"]
+    assert here("lineval.py", *arguments) is None
+    return folder / "b.pth", network
+
+
+def test_evaluation_writes_what_it_says(judged, ten):
+    """The result names everything that it depends on, and which protocol it is not."""
+    path, _ = judged
+    out = path.parent / "lineval-cached"
+    assert sorted(p.name for p in out.iterdir()) == ["classifier.pth", "lineval.json", "neighbors.png"]
+    result = result_of(out)
+    expected = {
+        "backbone": str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "protocol": "cached",
+        "epochs": 2,
+        "data": str(ten),
+        "images": 80,
+        "val_images": 37,
+        "classes": 10,
+        "seed": 0,
+    }
+    assert {name: result[name] for name in expected} == expected
+    assert result["lr"] == pytest.approx(result["base_lr"])
+    assert result["note"].startswith("NOT the paper's protocol")
+    classifier = torch.load(out / "classifier.pth", weights_only=True)
+    assert classifier["note"] == result["note"]
+    assert classifier["classes"] == data.open_data(ten)[0].classes
+
+
+@pytest.mark.parametrize("split, k", [("train", 0), ("val", 1)])
+def test_saved_features_are_the_networks(judged, ten, split, k):
+    """Against the network on images that numpy normalised."""
+    path, network = judged
+    source = data.open_data(ten)[k]
+    recipe = simsiam.recipe("cifar10")
+    mean = np.array(recipe["mean"]).reshape(3, 1, 1)
+    std = np.array(recipe["std"]).reshape(3, 1, 1)
+    images = (source.pixels.numpy() / 255 - mean) / std
+    with torch.no_grad():
+        expected = network.features(torch.tensor(images).float()).numpy()
+    saved = np.load(path.parent / "f.npz")
+    assert np.allclose(saved[f"{split}_features"], expected, atol=1e-5)
+    assert np.array_equal(saved[f"{split}_labels"], source.labels)
+    assert np.array_equal(saved[f"{split}_files"], source.files)
+
+
+def test_a_second_evaluation_is_refused_the_first_ones_folder(judged, ten):
+    """What is there stays."""
+    path, _ = judged
+    message = refusal("lineval.py", ten, "--ckpt", path, "--cached")
+    assert message.endswith("another folder with --out")
+
+
+def test_knn_of_a_checkpoint_is_the_monitors(tmp_path, finished, small):
+    """Against the last epoch in the log of the run; the checkpoint says on which data."""
+    out, _ = finished
+    assert here("lineval.py", "--ckpt", out / "checkpoint.pth", "--knn", "--out", tmp_path / "knn") is None
+    result = result_of(tmp_path / "knn")
+    assert result["top1"] == pytest.approx(log_of(out)[-2]["knn"])
+    assert result["data"] == str(small)
+
+
+def test_checkpoint_says_data_and_protocol(tmp_path, finished, small):
+    """The recipe cifar10 calls for MoCo's protocol; the result is the last epoch's, not the best one's."""
+    arguments = ["--ckpt", finished[0] / "checkpoint.pth", "--epochs", "2", "--batch", "9"]
+    assert here("lineval.py", *arguments, "--out", tmp_path / "run") is None
+    result = result_of(tmp_path / "run")
+    expected = {"protocol": "sgd", "recipe": "cifar10", "size": 16, "data": str(small)}
+    assert {name: result[name] for name in expected} == expected
+    start, first, last, end = log_of(tmp_path / "run")
+    events = [record["event"] for record in (start, first, last, end)]
+    assert events == ["start", "epoch", "epoch", "end"]
+    assert last["step"] == 10
+    assert result["top1"] == last["top1"]
+    assert result["top5"] == last["top5"]
+    assert result["best_epoch_not_the_result"]["top1"] == max(first["top1"], last["top1"])
+
+
+# --- What gives no number -----------------------------------------------------------------------------------
+
+def test_a_backbone_that_is_not_frozen_gives_no_number(tmp_path, ten, monkeypatch):
+    """A backbone in training mode changes its running statistics."""
+    features = resnet.ResNet.features
+
+    def features_in_training_mode(self, x):
+        return features(self.train(), x)
+
+    monkeypatch.setattr(resnet.ResNet, "features", features_in_training_mode)
+    message = refusal("lineval.py", ten, *EVALUATION, "--knn", "--out", tmp_path / "run")
+    assert "has changed during the evaluation (" in message
+    assert "running_mean" in message
+    assert not (tmp_path / "run/lineval.json").exists()
+
+
+def test_features_that_are_not_finite_give_no_number(tmp_path, ten):
+    """A negative variance is a finite number, whose root is none."""
+    state = untrained("resnet18", 1 / 16, True).state_dict()
+    state["bn1.running_var"] = -torch.ones(4)
+    torch.save(state, tmp_path / "negative.pth")
+    arguments = ["--ckpt", tmp_path / "negative.pth", "--knn", "--out", tmp_path / "run"]
+    assert "its features are not all finite" in refusal("lineval.py", ten, *arguments)
+    assert not (tmp_path / "run/lineval.json").exists()
+
+
+# --- Resuming -----------------------------------------------------------------------------------------------
+
+def epochs_of(folder):
+    """What the log has of each epoch, without the times."""
+    keys = ("epoch", "step", "loss", "lr", "top1", "top5")
+    records = [r for r in log_of(folder) if r["event"] == "epoch"]
+    return [[record[key] for key in keys] for record in records]
+
+
+def assert_same_evaluation(whole, resumed):
+    """Two runs of the same evaluation have the same layer, momentum, epochs and result."""
+    assert equal(weights_of(whole), weights_of(resumed))
+    assert epochs_of(whole) == epochs_of(resumed)
+    assert result_of(resumed)["top1"] == epochs_of(whole)[-1][-2]
+    assert result_of(resumed)["top5"] == epochs_of(whole)[-1][-1]
+
+
+@pytest.mark.parametrize("protocol", ["lars", "sgd"])
+def test_interrupted_and_resumed_evaluation_ends_with_the_uninterrupted_layer(
+        tmp_path, ten, evaluated, monkeypatch, protocol):
+    """The second epoch breaks off after a step, with a checkpoint after every step."""
+    arguments = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], "--save-minutes", "0", "--out", tmp_path]
+    steps_per_epoch = {"lars": 2, "sgd": 8}[protocol]
+    calls = []
+
+    def breaks_off(*arguments):
+        calls.append(arguments)
+        if len(calls) == steps_per_epoch + 2:
+            raise Refused("enough")
+        return probe_step(*arguments)
+
+    probe_step = lineval.probe_step
+    monkeypatch.setattr(lineval, "probe_step", breaks_off)
+    assert here("lineval.py", *arguments) == "lineval.py: enough"
+    monkeypatch.undo()
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["step"] == 1
+    assert here("lineval.py", *arguments, "--resume") is None
+    assert_same_evaluation(evaluated(protocol), tmp_path)
+
+
+@slow
+def test_killed_and_resumed_evaluation_ends_with_the_uninterrupted_layer(tmp_path, large):
+    """kill -9 in the middle of an epoch, with workers."""
+    torch.save(untrained("resnet18", 1 / 16, False).state_dict(), tmp_path / "b.pth")
+    arguments = f"{large} --ckpt {tmp_path}/b.pth --lars --epochs 8 --batch 2 --save-minutes 0 --workers 1"
+    command = [str(ROOT / "lineval.py"), *arguments.split(), "--out"]
+    killed = tmp_path / "killed"
+    done = python(*command, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    position = kill_when([sys.executable, *command, str(killed)], killed, epoch=2)
+    assert 0 < position["step"] < 10, "the kill came at a moment that shows nothing"
+    assert position["epoch"] < 5, "the kill came at a moment that shows nothing"
+    again = python(*command, killed, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert_same_evaluation(tmp_path / "whole", killed)
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------
+
+UNTRAINED = "--ckpt random:resnet18"
+REFUSALS = {  # the arguments, and what is said; {files} has good.pth, a ResNet-18 of width 1/16
+    "missing file": ("{ten} --ckpt {files}/missing.pth", "missing.pth: no such file"),
+    "no checkpoint": ("{ten}", "--ckpt"),
+    "unknown network": ("{ten} --ckpt random:vgg16", "nor one of random:resnet18"),
+    "another width": ("{ten} --ckpt {files}/good.pth --width 1/8", "size mismatch for conv1.weight"),
+    "no data": ("--ckpt {files}/good.pth", "doesn't say what it was trained on; name the DATA"),
+    "no labels": ("{ten}/train " + UNTRAINED, "needs labels: train/<class>/... and val/<class>/..."),
+    "odd class": ("{odd} " + UNTRAINED, "not in one of the 10 class folders of train/"),
+    "batch larger than the data": (
+        "{ten} " + UNTRAINED + " --lars", "--batch 4096: the data has only 80 images"),
+    "epochs of knn": ("{ten} " + UNTRAINED + " --knn --epochs 3", "--epochs: --knn trains nothing"),
+    "width": ("{ten} " + UNTRAINED + " --width 1/1000", "--width 0.001: from 0.015625 to 64"),
+    "no epochs": ("{ten} " + UNTRAINED + " --sgd --epochs 0", "--epochs 0: from 1"),
+    "nothing to resume": ("{ten} " + UNTRAINED + " --sgd --batch 8 --resume", "nothing to resume"),
+    "resuming the cached protocol": (
+        "{ten} " + UNTRAINED + " --cached --resume", "--cached is not done in parts"),
+    "features in a file that is there": (
+        "{ten} " + UNTRAINED + " --knn --features {files}/good.pth", "good.pth: exists already"),
+    "export of no file": (UNTRAINED + " --export torchvision", "no such file"),
+    "two protocols": ("{ten} --ckpt {files}/good.pth --cached --knn", "not allowed with argument"),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with good.pth, and odd/, data whose val/ has a class that train/ has not."""
+    folder = tmp_path_factory.mktemp("prepared")
+    torch.save(untrained("resnet18", 1 / 16, True).state_dict(), folder / "good.pth")
+    for place in ("train/disc", "val/disc", "val/mystery"):
+        (folder / "odd" / place).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(folder / "odd" / place / "0.png")
+    for name in shapes.OBJECTS:
+        (folder / "odd/train" / name).mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("arguments, message", REFUSALS.values(), ids=REFUSALS)
+def test_evaluation_of_what_cannot_be_evaluated_is_refused_in_one_line(
+        tmp_path, monkeypatch, ten, prepared, arguments, message):
+    """Against the message that tells what to do; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(prepared.rglob("*"))
+    places = dict(ten=ten, files=prepared, odd=prepared / "odd")
+    filled_in = [word.format(**places) for word in arguments.split()]
+    assert message in refusal("lineval.py", *filled_in)
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(prepared.rglob("*")) == before
+
+
+@slow
+def test_a_refusal_ends_the_program_under_torchrun_too(tmp_path, prepared):
+    """The message comes once, from one of the two processes."""
+    done = torchrun(ROOT / "lineval.py", "--ckpt", prepared / "good.pth", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("doesn't say what it was trained on") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Exports ------------------------------------------------------------------------------------------------
+
+RESNET50 = torchvision_names(3, (3, 4, 6, 3), 4)
+BACKBONE_NAMES = [name for name in RESNET50 if not name.startswith("fc.")]
+
+
+def test_the_torchvision_export_has_torchvisions_names(exported):
+    """Against the names spelled out, in order, and the model's tensors."""
+    folder, model = exported
+    ours = model.state_dict()
+    state = torch.load(folder / "resnet50-torchvision.pth", weights_only=True)
+    assert list(state) == BACKBONE_NAMES
+    assert equal(state, {name: ours[f"encoder.{name}"] for name in BACKBONE_NAMES})
+
+
+def test_the_released_export_has_the_released_names(exported):
+    """Against the names spelled out, and the model's tensors; the projector's last bias is zero."""
+    folder, model = exported
+    content = torch.load(folder / "released.pth.tar", weights_only=True)
+    assert content["arch"] == "resnet50"
+    assert content["epoch"] == 7  # 6, and 9 steps
+    state = content["state_dict"]
+    names = [f"encoder.{name}" for name in BACKBONE_NAMES] + [*RELEASED_HEADS, "encoder.fc.6.bias"]
+    assert sorted(state) == sorted("module." + name for name in names)
+    assert not state.pop("module.encoder.fc.6.bias").any()
+    assert equal(state, prefixed("module.", model.state_dict()))
+
+
+def test_an_export_does_not_replace_a_file(exported):
+    """The first export stays."""
+    checkpoint = exported[0] / "checkpoint.pth"
+    assert "exists already" in refusal("lineval.py", "--ckpt", checkpoint, "--export", "released")
+
+
+def test_main_lincls_would_find_a_backbone_in_the_released_export(exported):
+    """The authors' loader: keep module.encoder.* without its fc, drop the prefix, and miss nothing but fc."""
+    state = torch.load(exported[0] / "released.pth.tar", weights_only=True)["state_dict"]
+    kept = {}
+    for name, t in state.items():
+        if name.startswith("module.encoder") and not name.startswith("module.encoder.fc"):
+            kept[name[len("module.encoder."):]] = t
+    found = resnet.resnet50(width=1 / 64).load_state_dict(kept, strict=False)
+    assert sorted(found.missing_keys) == ["fc.bias", "fc.weight"]
+    assert found.unexpected_keys == []
+
+
+# --- The whole way ------------------------------------------------------------------------------------------
+
+@slow
+def test_linear_evaluation_of_the_shapes_run_beats_the_untrained_network(tmp_path):
+    """The README's first commands, as they stand."""
+    commands = [
+        "simsiam.py",
+        "lineval.py --ckpt runs/shapes/checkpoint.pth",
+        "lineval.py --ckpt random:resnet18",
+    ]
+    for command in commands:
+        script, *arguments = command.split()
+        done = python(ROOT / script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    trained = result_of(tmp_path / "runs/shapes/lineval-cached")
+    by_chance = result_of(tmp_path / "runs/shapes-random-resnet18/lineval-cached")
+    assert trained["top1"] >= by_chance["top1"] + 20

@@ -1,0 +1,134 @@
+"""harness/loading.py: which images a step gets, and what worker processes make of files, good and bad."""
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness import data, draws, loading
+from harness.errors import STOPPING, BadImage
+from tests.helpers import CPU
+
+pytest_plugins = ["tests.fixtures"]
+
+
+def global_order(batches):
+    """[(epoch, image), ...] in the order of the steps."""
+    return [(epoch, i) for epoch, index in batches for i in index.tolist()]
+
+
+def test_an_epoch_visits_its_permutation_and_drops_the_rest():
+    """All steps of two epochs against each epoch's permutation, without the last, incomplete batch."""
+    expected = []
+    for epoch in range(2):
+        order = draws.permutation(7, epoch, 50)
+        expected += [(epoch, i) for i in order[:48].tolist()]
+    batches = list(loading.index_batches(7, 50, 8, 2))
+    assert len(batches) == 12
+    assert global_order(batches) == expected
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_processes_share_each_global_batch(world):
+    """Each global batch of one process against the shares of several, put together."""
+    ranks = range(world)
+    shares = [loading.index_batches(0, 50, 8, 2, rank=rank, world=world) for rank in ranks]
+    whole = loading.index_batches(0, 50, 8, 2)
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(index) for _, index in parts} == {8 // world}
+        assert global_order(parts) == global_order([batch])
+
+
+def test_steps_go_on_where_a_run_was_interrupted():
+    """The steps from the fourth of the second epoch on against the same steps of an uninterrupted run."""
+    whole = list(loading.index_batches(0, 50, 8, 3))
+    rest = loading.index_batches(0, 50, 8, 3, start_epoch=1, start_step=3)
+    assert global_order(rest) == global_order(whole[6 + 3:])
+
+
+def levels_source(folder, bad=(), count=24):
+    """A Source of image files, image i all of level 10 i; those in `bad` are empty."""
+    for i in range(count):
+        path = folder / f"{i:03}.png"
+        Image.new("L", (8, 8), 10 * i).save(path)
+        if i in bad:
+            path.write_bytes(b"")
+    return data.Source(files=data.list_images(os.fsencode(folder)))
+
+
+def cut_twice(image, epoch, i):
+    """Two "views" of an image: itself, and one that shows which epoch and image were asked for."""
+    asked = torch.full_like(image, 100 * epoch + i)
+    return [image.permute(2, 0, 1), asked.permute(2, 0, 1)]
+
+
+def decoded(source, workers):
+    """Decode images 3 and 0 in epoch 1, then 5 and 4 in epoch 2.
+
+    -> [[epoch, index, the first view's level, the second's], ...]
+    """
+    first = np.array([3, 0])
+    second = np.array([5, 4])
+    batches = [(1, first), (2, second)]
+    found = []
+    for epoch, index, views in loading.decode(source, cut_twice, batches, CPU, workers):
+        levels = [x.amax(dim=(1, 2, 3)).tolist() for x in views]
+        assert views[0].shape == (2, 3, 8, 8)
+        found += [[epoch, *row] for row in zip(index, *levels, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_decode_what_they_are_asked_for(tmp_path, workers):
+    """Images and arguments of two batches against a list written by hand, in the order of the batches."""
+    assert decoded(levels_source(tmp_path), workers) == [
+        [1, 3, 30, 103],
+        [1, 0, 0, 100],
+        [2, 5, 50, 205],
+        [2, 4, 40, 204],
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_replace_bad_images_and_the_source_counts_them(tmp_path, workers, capsys):
+    """The next good image is in the place of each bad one; the source knows the bad ones that were met."""
+    source = levels_source(tmp_path, bad=(3, 5, 9))
+    assert decoded(source, workers) == [
+        [1, 3, 40, 103],
+        [1, 0, 0, 100],
+        [2, 5, 60, 205],
+        [2, 4, 40, 204],
+    ]
+    assert sorted(source.bad) == [3, 5]
+    assert capsys.readouterr().err.count("bad image, replaced by the next good one") == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_in_a_worker_are_an_error_of_one_line(tmp_path, workers):
+    """A worker's error arrives as it was raised, not wrapped in a traceback."""
+    source = levels_source(tmp_path, bad=range(22))
+    message = "20 files in a row can't be read as images, the first: .*/000.png"
+    with pytest.raises(BadImage, match=message) as error:
+        decoded(source, workers)
+    assert "\n" not in str(error.value)
+
+
+def test_workers_ignore_the_signals_that_end_a_run():
+    """The handlers of this process after the call that a worker starts with."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        loading.outlive_signals(0)
+        assert [signal.getsignal(number) for number in STOPPING] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_array_reaches_the_device():
+    """A tensor of the same numbers, without a copy on the CPU."""
+    array = np.arange(5.0)
+    tensor = loading.to_device(array, CPU)
+    assert tensor.tolist() == array.tolist()
+    assert tensor.data_ptr() == array.ctypes.data

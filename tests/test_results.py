@@ -1,0 +1,197 @@
+"""The figures and pages that we show, against the logs and measurements in results/ that they are made of."""
+import hashlib
+import json
+import re
+import runpy
+
+import numpy as np
+import pytest
+
+from tests.helpers import ROOT, log_of, result_of
+
+RESULTS = ROOT / "results"
+
+
+def readme():
+    """The README's words, one space between them, wherever its lines end."""
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
+def read_json(name):
+    """A file of measurements."""
+    return json.loads((RESULTS / name).read_text())
+
+
+# --- The README's runs --------------------------------------------------------------------------------------
+
+RUNS = {  # run: the figures of its log that the README has
+    "shapes": ["loss", "std", "knn", "untrained", "pixels"],
+    "shapes-intel": ["loss", "knn", "untrained", "pixels"],
+    "shapes-intel-2": ["loss", "knn", "untrained", "pixels"],
+    "shapes-fig2-without-stopgrad": ["loss", "std", "knn", "untrained", "pixels"],
+    "cifar10-width4": ["loss", "std", "knn", "untrained", "pixels"]}
+EVALUATIONS = [  # whose accuracy the README has
+    "shapes-cached",
+    "shapes-untrained-cached",
+    "shapes-intel",
+    "shapes-intel-2",
+    "cifar10-width4-cached"]
+ELSEWHERE = [  # those that only results/README.md has
+    "cifar10-width4-untrained-cached",
+    "cifar10-width4-sgd",
+    "cifar10-width4-lars",
+    "cifar10-width4-knn"]
+
+
+@pytest.mark.parametrize("run, figure", [(run, figure) for run in RUNS for figure in RUNS[run]])
+def test_readmes_figures_are_those_of_the_logs_in_results(run, figure):
+    """The last epoch's, the untrained network's, the raw pixels'; each as the README rounds it."""
+    start, untrained, *_, last, end = log_of(RESULTS / run)
+    assert end["event"] == "end"
+    figures = {
+        "loss": f"{last['loss']:.3f}",
+        "std": f"{last['std']:.2f}",
+        "knn": f"{last['knn']:.1f}%",
+        "untrained": f"{untrained['knn']:.1f}%",
+        "pixels": f"{start['knn_pixels']:.1f}%"}
+    assert figures[figure] in readme()
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_readmes_linear_accuracies_are_those_in_results(evaluation):
+    """top1 of lineval.json."""
+    assert f"{result_of(RESULTS / evaluation)['top1']:.1f}%" in readme()
+
+
+@pytest.mark.parametrize("evaluation", ELSEWHERE)
+def test_results_readme_has_the_linear_accuracies(evaluation):
+    """top1 and top5 of lineval.json, in the table of results/README.md."""
+    result = result_of(RESULTS / evaluation)
+    row = rf"^\| `{evaluation}` \|.*\| {result['top1']:.2f} \| {result['top5']:.2f} \|$"
+    assert re.search(row, (RESULTS / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("evaluation", [name for name in EVALUATIONS + ELSEWHERE if "cifar10-width4" in name])
+def test_kept_evaluations_are_of_the_kept_backbone(evaluation):
+    """The hash in lineval.json against that of the file, where it is of a trained network."""
+    backbone = (RESULTS / "cifar10-width4/backbone.pth").read_bytes()
+    result = result_of(RESULTS / evaluation)
+    of_our_file = "cifar10-width4" in result["backbone"]
+    assert of_our_file == ("untrained" not in evaluation)
+    assert not of_our_file or result["sha256"] == hashlib.sha256(backbone).hexdigest()
+
+
+# --- CIFAR-10 -----------------------------------------------------------------------------------------------
+
+ROWS = ["small", "small-decayed-predictor", "small-affine"]
+
+
+def cells_of(name):
+    """The cells of a row of the README's table of results, after the first."""
+    row = re.search(rf"^\| `{name}`[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    return [cell.strip() for cell in row[1].split("|")]
+
+
+def mean_and_std(values):
+    """As the README has them; nothing where nothing was measured."""
+    return f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}" if values else ""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_readmes_results_are_those_of_the_logs(name):
+    """Mean and standard deviation over three seeds, from log.jsonl and the evaluations' files."""
+    runs = [RESULTS / "cifar10" / f"{name}-{seed}" for seed in range(3)]
+    logs = [log_of(run) for run in runs]
+    assert [log[0]["settings"]["seed"] for log in logs] == [0, 1, 2]
+    assert [log[-1]["event"] for log in logs] == ["end"] * 3
+    expected = [str(logs[0][-1]["epochs"]), mean_and_std([log[-2]["knn"] for log in logs])]
+    for protocol in ("sgd", "lars", "cached"):
+        files = [run / f"lineval-{protocol}.json" for run in runs]
+        results = [json.loads(file.read_text()) for file in files if file.exists()]
+        for result in results:
+            assert result["protocol"] == protocol
+            assert result["val_images"] == 10_000
+        expected.append(mean_and_std([result["top1"] for result in results]))
+    assert cells_of(name) == expected
+
+
+def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
+    """results/cifar10.md against what results/cifar10.py makes of them."""
+    monkeypatch.chdir(ROOT)
+    page = (RESULTS / "cifar10.md").read_text()
+    note = re.search(r"`results/cifar10`\. (.*?) Top-1 in percent", page)[1]
+    assert runpy.run_path("results/cifar10.py")["page"](note, "results/cifar10") == page
+
+
+# --- Reliability and speed ----------------------------------------------------------------------------------
+
+def test_every_killed_run_ended_with_the_uninterrupted_weights():
+    """The counts of results/drills/kills.json against each other."""
+    kills = read_json("drills/kills.json")
+    assert kills["ended with the uninterrupted weights"] == kills["runs"]
+    assert sum(kills["hits"].values()) == kills["kills"] >= 100
+    assert kills["hits"]["writing a checkpoint"] >= 20
+    assert kills["hits"]["in a step"] >= 20
+
+
+def test_no_damaged_file_was_more_than_read_or_refused():
+    """The outcomes in results/drills/fuzz.json."""
+    fuzz = read_json("drills/fuzz.json")
+    assert fuzz["images"].keys() == fuzz["checkpoints"].keys() == {"read", "refused"}
+    assert fuzz["whole program"].keys() == {"went on"}
+
+
+def test_reliability_figures_are_those_in_results():
+    """The README's against the drills' files."""
+    kills = read_json("drills/kills.json")
+    fuzz = read_json("drills/fuzz.json")
+    for figure in (
+            f"{kills['kills']} kills",
+            f"{kills['hits']['writing a checkpoint']} of them while a checkpoint was written",
+            f"{kills['hits']['in a step']} in a step",
+            f"{sum(fuzz['images'].values()):,} damaged images",
+            f"{sum(fuzz['checkpoints'].values()):,} damaged checkpoints",
+            f"{fuzz['checkpoints']['read']} of them unharmed"):
+        assert figure in readme()
+
+
+def speeds_of(what):
+    """{part of the input pipeline: images/s on one core}"""
+    return {part: one_core for part, (one_core, _) in read_json("speed-cpu.json")[what].items()}
+
+
+def step_speeds():
+    """{recipe: {variant: images/s of a training step}}"""
+    parts = read_json("speed-cpu.json")
+    steps = [part for name, part in parts.items() if name.startswith("step of ")]
+    return {step["recipe"]: {name: v["images/s"] for name, v in step["variants"].items()} for step in steps}
+
+
+def test_pipelines_speeds_are_those_in_results():
+    """The README's ratios against results/speed-cpu.json."""
+    files = speeds_of("photos")
+    memory = speeds_of("in memory")
+    for figure in (
+            f"makes {files['decode and cut'] / files['all, by Pillow']:.2f} times",
+            f"at {files['decode and cut'] / files['decode']:.2f} of",
+            f"it is still {files['all'] / files['all, by Pillow']:.2f} times",
+            f"is {memory['all'] / memory['all, by Pillow']:.2f} times as fast"):
+        assert figure in readme()
+
+
+def test_steps_speeds_are_those_in_results():
+    """The README's ratios against results/speed-cpu.json; "nothing from --compile" is within a tenth."""
+    steps = step_speeds()
+    gains = {recipe: f"{speeds['ours'] / speeds['plain']:.2f}" for recipe, speeds in steps.items()}
+    assert f"{gains['cifar10']} from channels_last" in readme()
+    assert f"{gains['imagenet']} with ResNet-50" in readme()
+    for speeds in steps.values():
+        assert 0.9 < speeds["ours, compiled"] / speeds["ours"] < 1.1
+
+
+def test_start_up_figures_are_those_in_results():
+    """The README's against results/drills/start_up.json: the time to list, the size of the names."""
+    found = read_json("drills/start_up.json")
+    names = found["memory with the names, MiB"] - found["memory before, MiB"]
+    assert f"{found['listing, s']:.0f} s" in readme()
+    assert f"{names} MiB" in readme()

@@ -1,0 +1,601 @@
+"""harness/run.py and files.py: what a run leaves in its folder, and how it goes on from there."""
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import resnet
+import simsiam
+from harness import data, files, images
+from harness.errors import Refused, printable
+from harness.folder import folder_name
+from harness.run import Run
+from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
+from tests.helpers import long, obey_permissions, odd_files, program, refusal, result_of, slow, weights_of
+from tests.helpers import write_folder
+
+pytest_plugins = ["tests.fixtures"]
+KEPT = ROOT / "results"
+OLD = ROOT / "tests" / "data"
+
+
+# --- What is in the folder ----------------------------------------------------------------------------------
+
+def test_run_folder_holds_what_the_readme_promises(finished):
+    """The files, against the README's list."""
+    out, _ = finished
+    assert sorted(path.name for path in out.iterdir()) == [
+        "backbone.pth",
+        "checkpoint-previous.pth",
+        "checkpoint.pth",
+        "curves.png",
+        "log.jsonl",
+        "views.png",
+    ]
+    assert Image.open(out / "curves.png").size == (1260, 300)
+    assert Image.open(out / "views.png").height > 8 * 16
+
+
+def test_log_holds_what_the_readme_promises(finished):
+    """Its records, their keys and the values' ranges, for 3 epochs of 3 steps."""
+    start, *epochs, end = log_of(finished[0])
+    assert start["event"] == "start"
+    assert start["settings"]["recipe"] == "cifar10"
+    assert start["seed"] == 0
+    assert 0 <= start["knn_pixels"] <= 100
+    assert {"command", "torch", "numpy", "pillow", "settings", "device"} <= start.keys()
+    assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
+    assert [r["step"] for r in epochs] == [0, 3, 6, 9]
+    assert all(0 <= r["knn"] <= 100 for r in epochs)
+    assert end["event"] == "end"
+    for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds"):
+        assert epochs[0][key] is None, key
+        assert all(isinstance(r[key], float) for r in epochs[1:]), key
+    assert all(-1 <= r["loss"] <= 1 for r in epochs[1:])
+    assert all(0 <= r["data_wait"] <= 1 for r in epochs[1:])
+
+
+def test_screen_says_what_the_run_does(finished):
+    """Words that its output must have, for 50 training images."""
+    _, printed = finished
+    assert "50 images" in printed
+    assert "k 50 (all there are)" in printed
+    assert "minimum -1" in printed
+    assert printed.count("kNN ") >= 4
+
+
+def saved_network(out):
+    """A ResNet under torchvision's names with the weights of backbone.pth, and nothing missing."""
+    network = resnet.resnet18(width=1 / 16, cifar_stem=True)
+    network.fc = torch.nn.Sequential()
+    network.load_state_dict(torch.load(out / "backbone.pth", weights_only=True))
+    return network.eval()
+
+
+def test_backbone_is_the_checkpoints(finished):
+    """backbone.pth against the encoder in checkpoint.pth, name by name."""
+    trained = weights_of(finished[0])
+    for name, t in saved_network(finished[0]).state_dict().items():
+        assert torch.equal(t, trained[f"encoder.{name}"]), name
+
+
+def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
+    """The last kNN in the log against votes in numpy, from backbone.pth."""
+    network = saved_network(finished[0])
+    settings = simsiam.recipe("cifar10")
+    mean, std = (np.array(settings[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    features = []
+    for source in data.open_data(small):
+        x = (source.pixels.numpy() / 255 - mean) / std
+        with torch.no_grad():
+            v = network(torch.tensor(x).float()).numpy()
+        features.append(v / np.linalg.norm(v, axis=1, keepdims=True))
+    train, val = data.open_data(small)
+    weight = np.exp(features[1] @ features[0].T / 0.1)
+    votes = weight @ np.eye(3)[train.labels]
+    top1 = np.mean(votes.argmax(axis=1) == val.labels)
+    assert log_of(finished[0])[-2]["knn"] == pytest.approx(100 * top1)
+
+
+def test_unlabelled_photographs_train_without_knn(large, tmp_path, capsys):
+    """A folder without classes: no kNN in the log, and the screen says why."""
+    options = [*TINY, "--batch", "8", "--epochs", "1", "--size", "48", "--workers", "0"]
+    assert here("simsiam.py", large / "train", *options, "--out", tmp_path / "run") is None
+    start, *epochs, _ = log_of(tmp_path / "run")
+    assert start["settings"]["recipe"] == "imagenet"
+    assert all(r["knn"] is None for r in epochs)
+    assert "needs labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [
+    "..", ".", "/", "a/../..", "/..", "x/...", ".hidden", "..pth", "a\nb", "../../etc/passwd", None,
+])
+def test_a_name_cannot_lead_out_of_the_runs_folder(name):
+    """Every name of a run is one folder below runs/."""
+    place = os.path.normpath(os.path.join("runs", folder_name(name)))
+    assert re.fullmatch(r"runs/[^/]+", place, re.DOTALL)
+
+
+def test_the_phase_says_what_the_run_is_doing(tmp_path, small, monkeypatch):
+    """A property in the place of Run.phase, read at the calls that make the phases what they are."""
+    phases = []
+    met = {"train_step": set(), "knn_accuracy": set(), "dumps": set(), "replace": set()}
+
+    def read(run):
+        return phases[-1]
+
+    def write(run, phase):
+        phases.append(phase)
+
+    def watch(module, name, counts=lambda *args: True):
+        function = getattr(module, name)
+
+        def watched(*args, **options):
+            if counts(*args):
+                met[name].add(phases[-1])
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    monkeypatch.setattr(Run, "phase", property(read, write), raising=False)
+    watch(simsiam, "train_step")
+    watch(simsiam, "knn_accuracy")
+    watch(json, "dumps", counts=lambda record: record["event"] == "epoch")
+    watch(os, "replace", counts=lambda old, new: os.fspath(new).endswith("checkpoint.pth"))
+    options = [*TINY, "--recipe", "cifar10", "--epochs", "1", "--workers", "0", "--save-minutes", "0"]
+    assert here("simsiam.py", small, *options, "--out", tmp_path / "run") is None
+    assert set(phases) == {
+        "starting",
+        "between steps",
+        "in a step",
+        "writing a checkpoint",
+        "writing the log",
+        "kNN",
+    }
+    assert met["train_step"] == {"in a step"}
+    assert met["knn_accuracy"] == {"kNN"}
+    assert met["dumps"] == {"writing the log"}
+    assert met["replace"] == {"writing a checkpoint"}
+
+
+# --- Going on -----------------------------------------------------------------------------------------------
+
+def positions_saved(monkeypatch):
+    """A list that grows by (epoch, step) with every checkpoint that a run in this process writes."""
+    save = Run.save
+    positions = []
+
+    def watched(run, *args):
+        save(run, *args)
+        positions.append((run.epoch, run.step))
+
+    monkeypatch.setattr(Run, "save", watched)
+    return positions
+
+
+def reproducible(log):
+    """The epochs of a log, without what the clock and the machine make of them."""
+    keys = ("epoch", "step", "loss", "std", "lr", "knn")
+    return [[r[key] for key in keys] for r in log if r["event"] == "epoch"]
+
+
+@pytest.mark.parametrize("experiment", ["simsiam", "sec52-moving-average"])
+def test_a_checkpoint_is_written_after_every_step(tmp_path, small, monkeypatch, experiment):
+    """With --save-minutes 0: the positions, which are all from the second step on."""
+    options = [*LONGER, "--epochs", "2", "--experiment", experiment, "--save-minutes", "0"]
+    positions = positions_saved(monkeypatch)
+    assert here("simsiam.py", small, *options, "--out", tmp_path / "run") is None
+    every = [(epoch, step) for epoch in (0, 1) for step in range(1, 9)]
+    every.remove((0, 1))
+    assert sorted(set(positions)) == [(0, 0), *every]
+    assert positions == sorted(positions)
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    assert checkpoint["settings"]["save_minutes"] == 0
+
+
+def test_a_checkpoint_is_written_at_the_end_of_every_epoch(tmp_path, small, monkeypatch):
+    """Without --save-minutes: the positions, in a run that takes seconds."""
+    positions = positions_saved(monkeypatch)
+    assert here("simsiam.py", small, *LONGER, "--epochs", "2", "--out", tmp_path / "run") is None
+    assert positions == [(0, 0), (0, 8), (1, 8)]
+
+
+@pytest.mark.parametrize("kind, batch, epochs, steps", [
+    pytest.param("small", 6, 6, 8, id="in memory"),
+    pytest.param("large", 2, 5, 10, id="files", marks=slow),
+])
+def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(
+        tmp_path, request, kind, batch, epochs, steps):
+    """kill -9 within an epoch; weights and log against those of an uninterrupted run, bit for bit."""
+    sizes = ["--batch", batch, "--epochs", epochs]
+    options = [request.getfixturevalue(kind), *TINY, *sizes, "--recipe", "cifar10", "--knn-every", "30"]
+    options += ["--save-minutes", "0"]
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    assert here("simsiam.py", *options, "--out", whole) is None
+    command = [sys.executable, ROOT / "simsiam.py", *options, "--out", killed]
+    position = kill_when([str(part) for part in command], killed, epoch=2)
+    assert 0 < position["step"] < steps, "the kill came at a moment that shows nothing"
+    assert position["epoch"] < epochs - 1, "the kill came at a moment that shows nothing"
+    assert here("simsiam.py", *options, "--out", killed, "--resume") is None
+    assert equal(weights_of(whole), weights_of(killed))
+    assert [r["event"] for r in log_of(killed)].count("resume") == 1
+    assert reproducible(log_of(whole)) == reproducible(log_of(killed))
+
+
+def test_resume_auto_starts_and_then_continues(small, tmp_path, capsys):
+    """The same command twice: the log's events, and the lr of the last step, which does not change."""
+    command = [small, *TINY, "--epochs", "1", "--workers", "0", "--out", tmp_path / "run", "--resume", "auto"]
+    assert here("simsiam.py", *command) is None
+    assert "continuing" not in capsys.readouterr().out
+    lr = log_of(tmp_path / "run")[-2]["lr"]
+    assert here("simsiam.py", *command) is None
+    assert "continuing" in capsys.readouterr().out
+    events = [r["event"] for r in log_of(tmp_path / "run")]
+    assert events == ["start", "epoch", "resume", "epoch", "end"]
+    assert log_of(tmp_path / "run")[-2]["lr"] == lr
+    assert lr > 0
+
+
+def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
+    """Four epochs and another weight decay, for a run of three: refused, until both are named."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    options = [small, *TINY, "--epochs", "4", "--weight-decay", "0.1", "--workers", "0"]
+    options += ["--out", out, "--resume"]
+    said = refusal("simsiam.py", *options)
+    assert "epochs 3 -> 4; weight_decay 0.0005 -> 0.1" in said
+    assert said.endswith("--override epochs weight_decay")
+    assert "workers" not in said
+    assert "weight_decay 0.0005 -> 0.1" in refusal("simsiam.py", *options, "--override", "epochs")
+    capsys.readouterr()
+    assert here("simsiam.py", *options, "--override", "epochs", "weight_decay") is None
+    note = "other settings than so far: epochs 3 -> 4; weight_decay 0.0005 -> 0.1; workers 1 -> 0\n"
+    assert note in capsys.readouterr().out
+    assert log_of(out)[-2]["epoch"] == 4
+    optimizer = torch.load(out / "checkpoint.pth", weights_only=True)["optimizer"]
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.1}
+
+
+# --- A checkpoint of an earlier version (commit 90de9cb) ----------------------------------------------------
+
+OLD_NETWORK = "--arch resnet18 --cifar-stem --width 1/64 --dim 8 --pred-dim 8 --proj-hidden 8"
+OLD_TRAINING = "--recipe cifar10 --size 16 --batch 10 --epochs 4 --base-lr 0.2 --knn-every 2"
+OLD_OPTIONS = f"{OLD_NETWORK} {OLD_TRAINING} --workers 0 --device cpu".split()
+
+
+@pytest.fixture
+def old_run(tmp_path, small):
+    """A run of that version on the small folder, which SIGTERM stopped in its third epoch."""
+    out = tmp_path / "old-run"
+    shutil.copytree(OLD / "old-run", out)
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 1)
+    train, _ = data.open_data(small)
+    if train.fingerprint() != checkpoint["settings"]["content"]:
+        pytest.skip("this version of Pillow draws other images")
+    return out
+
+
+def without_settings(out, *names):
+    """Take these settings out of a run's checkpoint."""
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    for name in names:
+        del checkpoint["settings"][name]
+    torch.save(checkpoint, out / "checkpoint.pth")
+
+
+def measured(log):
+    """[epoch, loss, std, lr] of each trained epoch of a log."""
+    epochs = [r for r in log if r["event"] == "epoch" and r["epoch"] > 0]
+    return np.array([[r[key] for key in ("epoch", "loss", "std", "lr")] for r in epochs])
+
+
+def old_epochs():
+    """What that version's uninterrupted run measured."""
+    records = [json.loads(line) for line in (OLD / "old-run.jsonl").read_text().splitlines()]
+    return measured(records)
+
+
+def test_an_earlier_versions_run_goes_on(small, old_run):
+    """Resumed to its end, against the log of that version's uninterrupted run."""
+    assert here("simsiam.py", small, *OLD_OPTIONS, "--out", old_run, "--resume") is None
+    assert np.allclose(measured(log_of(old_run)), old_epochs(), rtol=0, atol=1e-4)
+    assert log_of(old_run)[-1]["event"] == "end"
+
+
+def test_a_setting_that_a_checkpoint_lacks_is_the_recipes(small, old_run):
+    """Without three settings that this run has from the recipe, against that version's run."""
+    without_settings(old_run, "affine", "objective", "m")
+    assert here("simsiam.py", small, *OLD_OPTIONS, "--out", old_run, "--resume") is None
+    assert np.allclose(measured(log_of(old_run)), old_epochs(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lacking, options, change", [
+    pytest.param("affine", ["--affine"], "affine False -> True", id="asked for"),
+    pytest.param("pred_lr", ["--pred-lr", "cosine"], "pred_lr constant -> cosine", id="asked for, of two"),
+    pytest.param("dim", [], "dim 2048 -> 8", id="not the recipe's in this run"),
+])
+def test_a_setting_that_a_checkpoint_lacks_is_no_other_setting(small, old_run, lacking, options, change):
+    """A run that differs from the recipe in what the checkpoint lacks is refused."""
+    without_settings(old_run, lacking)
+    said = refusal("simsiam.py", small, *OLD_OPTIONS, *options, "--out", old_run, "--resume")
+    assert change in said
+    assert said.endswith(f"--override {lacking}")
+
+
+def test_an_earlier_versions_checkpoint_is_evaluated(tmp_path, small, old_run):
+    """kNN of the resumed run's checkpoint, with a setting less, against the last one in its log."""
+    assert here("simsiam.py", small, *OLD_OPTIONS, "--out", old_run, "--resume") is None
+    without_settings(old_run, "affine")
+    options = ["--ckpt", old_run / "checkpoint.pth", "--knn", "--out", tmp_path / "knn"]
+    assert here("lineval.py", small, *options) is None
+    assert result_of(tmp_path / "knn")["top1"] == pytest.approx(log_of(old_run)[-2]["knn"])
+
+
+def test_an_earlier_versions_checkpoint_is_evaluated_as_it_is(tmp_path, small):
+    """Untouched: its size and its normalisation are in the result."""
+    options = ["--ckpt", OLD / "old-run/checkpoint.pth", "--knn", "--out", tmp_path / "knn"]
+    assert here("lineval.py", small, *options) is None
+    result = result_of(tmp_path / "knn")
+    assert result["recipe"] == "cifar10"
+    assert result["size"] == 16
+    assert result["images"] == 50
+    assert 0 <= result["top1"] <= 100
+
+
+# --- Damaged and crafted files ------------------------------------------------------------------------------
+
+def test_checkpoints_are_whole_at_every_instant(tmp_path, monkeypatch):
+    """A crash between any two system calls of files.save leaves the old file or the new one."""
+    path = tmp_path / "checkpoint.pth"
+    files.save({"a": 1}, str(path))
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    for call in ("fsync", "replace"):
+        monkeypatch.setattr(os, call, crash)
+        with pytest.raises(KeyboardInterrupt):
+            files.save({"a": 2}, str(path))
+        monkeypatch.undo()
+        assert torch.load(path, weights_only=True) == {"a": 1}
+    files.save({"a": 3}, str(path))
+    assert torch.load(path, weights_only=True) == {"a": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, small, finished):
+    """A limit on the size of files stands for the disk. The first checkpoint, without momentum yet, fits."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    enough_for_the_first = (finished[0] / "checkpoint.pth").stat().st_size * 3 // 4
+    resource.setrlimit(resource.RLIMIT_FSIZE, (enough_for_the_first, limits[1]))
+    try:
+        said = refusal("simsiam.py", small, *TINY, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.pth: can't be written" in said
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 0
+    assert not list(tmp_path.glob("*.tmp"))
+    assert here("simsiam.py", small, *TINY, "--out", tmp_path, "--resume") is None
+    assert equal(weights_of(tmp_path), weights_of(finished[0]))
+
+
+DAMAGES = {
+    "cut in half": lambda whole: whole[:len(whole) // 2],
+    "empty": lambda whole: b"",
+    "a bit flipped": lambda whole: flipped(whole, 9000),
+}
+
+
+def readable(out):
+    """The positions of those checkpoints in a run's folder that can be read."""
+    positions = []
+    for name in ("checkpoint.pth", "checkpoint-previous.pth"):
+        with contextlib.suppress(Refused):
+            checkpoint = files.read(out / name)
+            positions.append((checkpoint["epoch"], checkpoint["step"]))
+    return positions
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, damage, monkeypatch, capsys):
+    """The weights against the uninterrupted run's. One of the two checkpoints is good at every instant."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    damaged = damage((out / "checkpoint.pth").read_bytes())
+    (out / "checkpoint.pth").write_bytes(damaged)
+    replace = os.replace
+    renamed = []
+
+    def watched(old, new):
+        replace(old, new)
+        assert readable(out)
+        renamed.append(os.path.basename(new))
+
+    monkeypatch.setattr(os, "replace", watched)
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    said = capsys.readouterr().out
+    assert "checkpoint.pth: can't be read" in said
+    assert "going on from" in said
+    assert "after 1 epochs and 3 steps" in said
+    assert "checkpoint.pth" in renamed
+    assert equal(weights_of(out), weights_of(finished[0]))
+    for name in ("checkpoint.pth", "checkpoint-previous.pth"):
+        (out / name).write_bytes(damaged)
+    assert "can't be read" in refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
+
+
+@slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_crafted_checkpoint_is_refused_in_one_line(tmp_path, small, finished):
+    """None is harmless enough to go on from, and none is written to."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    (out / "checkpoint-previous.pth").unlink()
+    path = out / "checkpoint.pth"
+    whole = torch.load(path, weights_only=True)
+    for name, content in crafted_checkpoints(whole).items():
+        torch.save(content, path)
+        before = path.read_bytes()
+        said = refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
+        assert str(path) in said, name
+        assert path.read_bytes() == before, name
+
+
+@pytest.mark.parametrize("text", [
+    pytest.param("", id="empty"),
+    pytest.param("\x00\udcff{{\n", id="no text"),
+    pytest.param("[1]\n{}\n", id="no records"),
+    pytest.param('{"event": "start"}\n{"event": "epoch"}\n', id="an epoch without its number"),
+    pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": "x"}\n', id="a word for an epoch's number"),
+    pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": 1, "loss": []}\n', id="a list for a loss"),
+    pytest.param("[" * 100_000 + "}\n", id="nested too deep"),
+])
+def test_a_crafted_log_is_refused_in_one_line(tmp_path, small, finished, text):
+    """Logs that no run has written, beside a good checkpoint."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    (out / "log.jsonl").write_text(text, errors="surrogateescape")
+    said = refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
+    assert "log.jsonl: no log of this run; restore it, or give another --out (" in said
+
+
+# --- What else may happen in a run --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("save_minutes, what", [
+    pytest.param("0", r"a weight|at lr .*", id="saved in between"),
+    pytest.param("10", r"at lr \S+ the loss, \S+, or the gradient, of norm \S+,", id="not saved in between"),
+])
+def test_what_is_not_finite_ends_the_run(tmp_path, small, save_minutes, what):
+    """Found in the weights before they are saved, or in loss and gradient. The last checkpoint is finite."""
+    options = ["--base-lr", "1e6", "--weight-decay", "1", "--save-minutes", save_minutes]
+    said = refusal("simsiam.py", small, *LONGER, *options, "--out", tmp_path / "run")
+    place = r"is not finite in epoch \d+, step \d+; the last good checkpoint is .*/checkpoint.pth\. Try"
+    assert re.match(rf"simsiam.py: ({what}) {place}", said)
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    assert all(t.isfinite().all() for t in checkpoint["model"].values())
+    assert (checkpoint["step"] > 0) == (save_minutes == "0")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=slow)])
+def test_a_run_goes_on_without_its_bad_images(tmp_path, workers, capfd):
+    """Odd files among good ones: the bad are named once, counted, and replaced by the next good one."""
+    folder = tmp_path / "good"
+    write_folder(folder, "train", 40, (70, 80))
+    write_folder(folder, "val", 6, (70, 80))
+    expected = odd_files(folder / "train/odd")
+    bad = [name for name, colour in expected.items() if colour is None]
+    options = [*TINY, "--batch", "6", "--epochs", "2", "--size", "24", "--workers", workers]
+    assert here("simsiam.py", folder, *options, "--out", tmp_path / "run") is None
+    line = r"^bad image, replaced by the next good one: .*/odd/(.*?): can't"
+    named = re.findall(line, capfd.readouterr().err, re.MULTILINE)
+    assert sorted(named) == sorted(map(printable, bad))
+    epochs = [r for r in log_of(tmp_path / "run") if r["event"] == "epoch"]
+    assert [r["bad_images"] for r in epochs[1:]] == [len(bad)] * 2
+
+
+def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path):
+    """Source.image against a search by hand, whoever asks first."""
+    write_folder(tmp_path, "train", 12, (70, 80))
+    expected = odd_files(tmp_path / "train/odd")
+    source, _ = data.open_data(tmp_path)
+    names = [os.path.basename(os.fsdecode(file)) for file in source.files]
+    good = [i for i, name in enumerate(names) if expected.get(name, "good") is not None]
+    assert len(good) < len(source)
+    for i in range(len(source)):
+        following = [(i + k) % len(source) for k in range(len(source))]
+        first = next(j for j in following if j in good)
+        assert torch.equal(source.image(i), images.read_image(source.files[first]))
+
+
+def test_too_many_bad_images_end_the_run(tmp_path):
+    """14 of 40 files are empty."""
+    write_folder(tmp_path, "train", 40, (70, 80), suffix=".jpg")
+    for path in sorted((tmp_path / "train").rglob("*.jpg"))[::3]:
+        path.write_bytes(b"")
+    options = [*TINY, "--size", "24", "--knn-every", "0", "--workers", "0"]
+    said = refusal("simsiam.py", tmp_path, *options, "--out", tmp_path / "run")
+    assert re.search("1[1-4] of 40 images can't be read, which is too many", said)
+    assert "python augment.py DATA --check lists them" in said
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_run_folders_without_permission(tmp_path):
+    """One line, and the last checkpoint untouched. A single image that can't be read is replaced."""
+    folder = write_folder(tmp_path / "data", "train", 40, (70, 80))
+    (folder / "train/a/006.png").chmod(0)
+    options = [folder, *TINY, "--size", "24"]
+    (tmp_path / "locked").mkdir(mode=0o555)
+    refused = program(*options, "--out", tmp_path / "locked/run", preexec_fn=obey_permissions)
+    assert refused.returncode == 1
+    assert re.search(r"^simsiam.py: .*Permission denied.*locked/run", refused.stderr, re.MULTILINE)
+    assert "Traceback" not in refused.stderr
+    out = tmp_path / "run"
+    made = program(*options, "--out", out, preexec_fn=obey_permissions)
+    assert made.returncode == 0, made.stderr
+    assert "006.png: can't be read as an image (PermissionError" in made.stderr
+    before = (out / "checkpoint.pth").read_bytes()
+    out.chmod(0o555)
+    options += ["--epochs", "4", "--override", "epochs", "--resume"]
+    refused = program(*options, "--out", out, preexec_fn=obey_permissions)
+    assert refused.returncode == 1
+    assert "log.jsonl: can't be written" in refused.stderr
+    assert (out / "checkpoint.pth").read_bytes() == before
+
+
+@slow
+def test_without_stopgrad_the_run_collapses_and_says_so(tmp_path, capsys):
+    """Two epochs of the drawn shapes: near the minimum, with a small std; what is said is what is logged."""
+    options = "--width 1/8 --base-lr 1 --batch 64 --epochs 2 --knn-every 0 --size 24 --workers 0".split()
+    experiment = ["--experiment", "fig2-without-stopgrad"]
+    assert here("simsiam.py", *TINY, *options, *experiment, "--out", tmp_path) is None
+    last = log_of(tmp_path)[-2]
+    assert last["loss"] < -0.8
+    assert last["std"] < 0.5
+    assert log_of(tmp_path)[0]["settings"]["pred_lr"] == "cosine"
+    assert ("collapsed: all outputs" in capsys.readouterr().out) == last["collapsed"]
+
+
+def test_the_kept_run_without_stopgrad_has_collapsed():
+    """The logs in results/: collapsed against healthy, on both sides of the alarm's 3/sqrt(64) = 0.375."""
+    whole = log_of(KEPT / "shapes-fig2-without-stopgrad")
+    healthy = log_of(KEPT / "shapes")[-2]
+    assert whole[-2]["collapsed"]
+    assert whole[-2]["loss"] < -0.95
+    assert whole[-2]["std"] < 0.31
+    assert whole[-2]["knn"] < whole[0]["knn_pixels"]
+    assert healthy["std"] > 3 * 0.31
+    assert not healthy["collapsed"]
+
+
+@long
+def test_ten_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
+    """Memory, open files and log lines, early in a run of 10,000 steps against its end."""
+    open_files = []
+    draw_curves = simsiam.draw_curves
+
+    def watched(*args):
+        draw_curves(*args)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+
+    monkeypatch.setattr(simsiam, "draw_curves", watched)
+    options = "--recipe cifar10 --batch 2 --knn-every 0 --workers 0 --epochs 400".split()
+    assert here("simsiam.py", small, *TINY, *options, "--out", tmp_path / "run") is None
+    log = log_of(tmp_path / "run")
+    epochs = [r for r in log if r["event"] == "epoch"]
+    assert len(epochs) == 401
+    assert epochs[-1]["step"] == 10_000
+    assert len(log) == 403
+    assert epochs[-1]["memory_mb"] - epochs[40]["memory_mb"] < 10
+    assert len(open_files) == 401
+    assert open_files[-1] == open_files[1]

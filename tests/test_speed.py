@@ -1,0 +1,66 @@
+"""results/speed.py: the conventional pipeline makes the same views as ours, and every part is measured."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import augment
+from harness import data, shapes
+from results import speed
+from tests.helpers import CPU, slow
+
+pytest_plugins = ["tests.fixtures"]
+
+
+def distance(x, y):
+    """How far each view is from another, in levels on average."""
+    return (x - y).abs().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("epoch", range(8))
+def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
+    """Both pipelines, all of their draws: as far apart as Pillow's hue and blur are from exact ones."""
+    for k, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / f"{k}.png")
+    source, _ = data.open_data(tmp_path)
+    index = np.arange(len(photos))
+    levels = augment.Policy(size=96, mean=(0,) * 3, std=(1 / 255,) * 3)
+    batches = [(epoch, index)]
+    (_, ours), = augment.load_views(source, levels, 3, batches, CPU, 0)
+    by_pillow = speed.views_by_pillow(source, levels, 3, epoch, index)
+    for x, y in zip(ours, by_pillow, strict=True):
+        assert distance(x, y).max() < 4
+        assert x.std() > 20
+    assert distance(ours[0], by_pillow[1]).median() > 10
+
+
+PARTS = ["decode and cut", "colour", "all", "all, by Pillow"]
+
+
+def check_bench(capsys, source, policy, parts):
+    """Measure; compare the parts with these, the rates with possible ones, the table with the result."""
+    threads = torch.get_num_threads()
+    found = speed.bench(source, policy, CPU, repeats=3)  # the first time makes the tables of crops
+    assert torch.get_num_threads() == threads
+    assert list(found) == parts
+    for rates in found.values():
+        assert min(rates) > 0
+        assert max(rates) < 1e7
+    for part in ("decode and cut", "colour"):
+        assert found["all"][0] < 1.5 * found[part][0]
+    table = capsys.readouterr().out.splitlines()
+    assert [line[:40].strip() for line in table[1:]] == parts
+
+
+def test_the_benchmark_measures_every_part_of_files(large, capsys):
+    """The parts, of images that are decoded."""
+    source, _ = data.open_data(large)
+    parts = ["decode", *PARTS, "DataLoader, 1 and 2 workers"]
+    check_bench(capsys, source, augment.Policy(size=24), parts)
+
+
+@slow
+def test_the_benchmark_measures_every_part_in_memory(capsys):
+    """The parts, of images that are held in memory."""
+    policy = augment.Policy(size=32, blur=0)
+    check_bench(capsys, shapes.draw_shapes(0, 0, 16), policy, PARTS)

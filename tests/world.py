@@ -1,0 +1,95 @@
+"""What must not depend on the number of processes. test_processes.py runs this in one process and in two."""
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import augment
+import simsiam
+from harness import ends, loading, processes, shapes
+from harness.per_image import PerImageVectors
+from tests.helpers import CPU, tiny_model
+
+VARIANTS = ("right", "local-bn", "local-lr", "wrong-sampler")
+
+
+def my_batches(variant):
+    """The views of six steps, as float64. Wrong: every process takes process 0's part of the batch."""
+    rank = 0 if variant == "wrong-sampler" else dist.get_rank()
+    source = shapes.draw_shapes(0, 0, 48, 16)
+    batches = loading.index_batches(0, 48, 16, 2, rank=rank, world=dist.get_world_size())
+    for _, views in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
+        yield [x.double() for x in views]
+
+
+def train(variant):
+    """Six steps in float64 -> the model's state_dict, and loss and std after each step."""
+    torch.manual_seed(0)
+    model = tiny_model().double()
+    network = DistributedDataParallel(model) if variant == "local-bn" else simsiam.distribute(model, CPU)
+    optimizer = simsiam.sgd(model, 0.9, 1e-4)
+    lr = simsiam.initial_lr(2.0, 16 // dist.get_world_size() if variant == "local-lr" else 16)
+    autocast = torch.autocast("cpu", enabled=False)
+    numbers = []
+    for step, views in enumerate(my_batches(variant)):
+        simsiam.set_lr(optimizer, lr, step, 8, 0, "constant")
+        L, z = simsiam.train_step(network, simsiam.loss, optimizer, autocast, views)
+        numbers.append(processes.mean_over_processes(L).item())
+        numbers.append(simsiam.feature_std(z[0], processes.all_sum).item())
+    return model.state_dict(), torch.tensor(numbers)
+
+
+def keep_vectors(file):
+    """Write and read vectors of 11 images -> sums read, all of them, whether a file brings them back."""
+    store = PerImageVectors(11, 3, CPU)
+    rng = np.random.default_rng(0)
+    seen = []
+    for _ in range(6):
+        index = rng.permutation(11)[:4]
+        vectors = torch.from_numpy(rng.normal(size=(4, 3))).float()
+        mine = processes.my_share(4)
+        read = store.get(index[mine]).sum(dim=0)
+        seen.append(processes.all_sum(read))
+        store.put(index[mine], vectors[mine])
+    whole = store.state_dict()
+    if dist.get_rank() == 0:
+        torch.save(whole, file)
+    dist.barrier()
+    again = PerImageVectors(11, 3, CPU)
+    again.load_state_dict(torch.load(file))
+    equal = torch.tensor(float(torch.equal(again.mine, store.mine)))
+    return {"seen": torch.stack(seen), "equal": processes.mean_over_processes(equal).item(), **whole}
+
+
+def speak_together():
+    """What the small functions of harness/processes.py return."""
+    rank = dist.get_rank()
+    counted = torch.zeros(11)
+    counted[processes.my_share(11)] += 1
+    return {
+        "sum": processes.all_sum(torch.tensor([1.0, rank])).tolist(),
+        "mean": processes.mean_over_processes(torch.tensor([1.0, rank])).tolist(),
+        "shares": processes.all_sum(counted).tolist(),
+        "same": processes.same_everywhere(5, CPU),
+        "not the same": processes.same_everywhere(rank, CPU),
+    }
+
+
+def everything(folder, variants):
+    """All of the above in a world that is there already, written by process 0 -> folder/result."""
+    result = {variant: train(variant) for variant in variants}
+    result["vectors"] = keep_vectors(folder / "vectors.pth")
+    result["together"] = speak_together()
+    if dist.get_rank() == 0:
+        torch.save(result, folder / "result")
+    return folder / "result"
+
+
+if __name__ == "__main__":
+    processes.join_world(CPU)
+    everything(pathlib.Path(sys.argv[1]), VARIANTS)
+    dist.destroy_process_group()
+    ends.leave(None)
