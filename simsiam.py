@@ -185,7 +185,7 @@ class SimSiam(nn.Module):
         if predictor == "none":
             # p = z, and Eq. (4)'s gradient is half of that of D(z1, z2) without stop-gradient: the same
             # direction.
-            self.predictor = nn.Identity()                            # Sec. 4.2 (no h): p = z
+            self.predictor = nn.Identity()                            # Sec. 4.2 (no h): p is z
         self.predictor.requires_grad_(predictor == "mlp")
         if fc_std > 0:
             for module in self.modules():
@@ -242,13 +242,16 @@ def cosine(step, total_steps, warmup_steps):
 
 def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
     """Give f the decayed lr. Give h the same (pred_lr "cosine"), or one that stays (pred_lr "constant",
-    Table 1 c)."""
+    Table 1 c).
+
+    The one that stays isn't warmed up either: an answer of the authors to a question (simsiam's issue 11).
+    """
     f, h = optimizer.param_groups
     f["lr"] = lr * warmup(step, warmup_steps) * cosine(step, total_steps, warmup_steps)
     if pred_lr == "cosine":
         h["lr"] = f["lr"]
     else:
-        h["lr"] = lr * warmup(step, warmup_steps)
+        h["lr"] = lr
 
 
 # --- 4. The training loop: distributed SGD --------------------------------------------------------------
@@ -519,7 +522,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
-ASPECT = (3 / 4, 4 / 3)                 # PyTorch's
+ASPECT = (3 / 4, 4 / 3)                 # PyTorch's, which the paper's notation refers to
 JITTER = (0.4, 0.4, 0.4, 0.1)           # brightness, contrast, saturation, hue
 STRONG_JITTER = (0.6, 0.6, 0.6, 0.5)
 
@@ -561,8 +564,8 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "blur":         (number, 0.5,             0.0,             0.0),             # released code; supp. D
     "sigma":        (PAIR,   (0.1, 2.0),      (0.1, 2.0),      (0.1, 2.0)),      # supp. A
     "flip":         (number, 0.5,             0.5,             0.5),             # supp. A
-    "mean":         (THREE,  IMAGENET_MEAN,   CIFAR_MEAN,      IMAGENET_MEAN),   # supp. A (the data's)
-    "std":          (THREE,  IMAGENET_STD,    CIFAR_STD,       IMAGENET_STD),    # supp. A (the data's)
+    "mean":         (THREE,  IMAGENET_MEAN,   CIFAR_MEAN,      IMAGENET_MEAN),   # released code
+    "std":          (THREE,  IMAGENET_STD,    CIFAR_STD,       IMAGENET_STD),    # released code
     "centre":       (number, 224 / 256,       1.0,             1.0),             # released code (test view)
     "knn_every":    (int,    10,              5,               10),              # -
 }
@@ -622,7 +625,9 @@ EXPERIMENTS = {
     "table4-200-epochs":        ({"batch": 256, "epochs": 200},             "70.0"),
     "table4-400-epochs":        ({"batch": 256, "epochs": 400},             "70.8"),
     "table4-800-epochs":        ({"batch": 256, "epochs": 800},             "71.3"),
-    "table5-recipe":            ({"base_lr": 0.5, "weight_decay": 1e-5},    "transfers best"),
+    "table5-base":              ({"batch": 256, "epochs": 200},             "its transfer: the base"),
+    "table5-recipe":            ({"batch": 256, "epochs": 200, "base_lr": 0.5, "weight_decay": 1e-5},
+                                 "better than the base recipe"),
 }
 # Where a recipe's value is smaller than ImageNet's, these settings of an experiment shrink in the same
 # proportion. Warm-up shrinks with the epochs. All others stay as they are: lr, weight decay, and k, the

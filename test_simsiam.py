@@ -101,7 +101,8 @@ PAPERS_RESULTS = {  # what a row changes on ImageNet, and the top-1 that its tab
     "table4-200-epochs": (dict(batch=256, epochs=200), "70.0"),
     "table4-400-epochs": (dict(batch=256, epochs=400), "70.8"),
     "table4-800-epochs": (dict(batch=256, epochs=800), "71.3"),
-    "table5-recipe": (dict(base_lr=0.5, weight_decay=1e-5), "transfers best")}
+    "table5-base": (dict(batch=256, epochs=200), "the base"),
+    "table5-recipe": (dict(batch=256, epochs=200, base_lr=0.5, weight_decay=1e-5), "better than the base recipe")}
 
 RELEASED_HEADS = {  # of the released checkpoint (ResNet-50), without encoder.fc.6.bias, which BN makes void
     "encoder.fc.0.weight": (2048, 2048),
@@ -481,7 +482,7 @@ def test_lr_of_h_is_decayed_or_stays():
     """Table 1 (c), against values in closed form."""
     assert lrs_at(8, "cosine") == pytest.approx([1.0, 1.0])
     assert lrs_at(8, "constant") == pytest.approx([1.0, 2.0])
-    assert lrs_at(1, "constant") == [1.0, 1.0]                       # the constant one warms up too
+    assert lrs_at(1, "constant") == [1.0, 2.0]                       # only f warms up
 
 
 def test_sgd_has_every_parameter_once():
@@ -1184,9 +1185,84 @@ def paper_map():
     return "\n".join(rows) + "\n"
 
 
-def test_readme_has_the_map_of_the_sources():
-    """The table in the README against the one that is made from the sources."""
-    assert paper_map() in (ROOT / "README.md").read_text(), "python test_simsiam.py writes it"
+# What of the paper is no equation: {what: (where it has it, file, the beginning of the line that does it,
+# the test's file and name)}. Each line's beginning occurs once in its file.
+SETTINGS_MAP = {
+    "crop": ("supp. A", "augment.py", "def draw_crop(",
+             "tests/test_augment.py", "test_crops_are_distributed_as_random_resized_crop_draws_them"),
+    "colour jitter": ("supp. A", "augment.py", "def change_colours(",
+                      "tests/test_augment.py", "test_the_four_changes_come_in_each_views_own_order"),
+    "grayscale": ("supp. A", "augment.py", "def luma(",
+                  "tests/test_augment.py", "test_grayscale_agrees_with_pillow"),
+    "blur": ("supp. A", "augment.py", "def blur(",
+             "tests/test_augment.py", "test_blur_is_exact_and_agrees_with_pillow"),
+    "flip": ("supp. A", "augment.py", "    return view.flip(-1)",
+             "tests/test_augment.py", "test_crop_and_resize_agree_with_pillow"),
+    "projection MLP": ("Sec. 3", "simsiam.py", "def projection_mlp(",
+                       "test_simsiam.py", "test_model_has_the_released_models_names_and_shapes"),
+    "prediction MLP": ("Sec. 3", "simsiam.py", "def prediction_mlp(",
+                       "test_simsiam.py", "test_model_has_the_released_models_names_and_shapes"),
+    "weight decay on all": ("Sec. 3", "simsiam.py", "def sgd(",
+                            "test_simsiam.py", "test_sgd_has_every_parameter_once"),
+    "all settings": ("Sec. 3; supp. A, D", "simsiam.py", "SETTINGS = {",
+                     "test_simsiam.py", "test_recipes_hold_the_papers_settings"),
+    "the ablations": ("Sec. 4, 5; supp. A, B", "simsiam.py", "EXPERIMENTS = {",
+                      "test_simsiam.py", "test_experiments_hold_the_papers_settings_and_results"),
+    "LARS evaluation": ("supp. A", "lineval.py", "def lars(",
+                        "tests/test_lineval.py", "test_two_processes_give_the_accuracy_of_one"),
+    "SGD evaluation": ("supp. A", "lineval.py", "def sgd(",
+                       "tests/test_lineval.py", "test_two_processes_give_the_accuracy_of_one"),
+    "kNN monitor": ("supp. D", "simsiam.py", "def knn(",
+                    "test_simsiam.py", "test_knn_agrees_with_a_loop"),
+}
+
+
+def line_of(file, beginning):
+    """The number of the one line of a file that begins so."""
+    lines = (ROOT / file).read_text().splitlines()
+    found = [number for number, line in enumerate(lines, 1) if line.startswith(beginning)]
+    assert len(found) == 1, (file, beginning, found)
+    return found[0]
+
+
+def settings_map():
+    """The README's second table, from SETTINGS_MAP."""
+    rows = ["| setting | in the paper | line | test |", "|---|---|---|---|"]
+    for what, (where, file, beginning, test_file, test) in SETTINGS_MAP.items():
+        number = line_of(file, beginning)
+        line_of(test_file, f"def {test}(")
+        rows.append(f"| {what} | {where} | [{file}:{number}]({file}#L{number}) | [`{test}`]({test_file}) |")
+    return "\n".join(rows) + "\n"
+
+
+READING = [  # what to read, the file, from and up to the lines that begin so, and what to read it beside
+    ("sections 1 to 4", "simsiam.py", '"""', "# --- 5.", "Sec. 3: loss, heads, optimiser, training loop"),
+    ("", "resnet.py", '"""', None, "He et al. 2016, Table 1"),
+    ("", "augment.py", '"""', None, "supplement A: crop, flip, jitter, grayscale, blur"),
+    ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: collapse, ablations, why it works"),
+    ("the protocols", "lineval.py", '"""', "# --- The frozen backbone", "supplement A: linear evaluation"),
+    ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, against something independent"),
+]
+
+
+def reading_table():
+    """The README's table of what to read in which order, from READING."""
+    rows = ["| read | lines | beside |", "|---|---|---|"]
+    for part, file, start, end, beside in READING:
+        lines = (ROOT / file).read_text().splitlines()
+        first = next(number for number, line in enumerate(lines) if line.startswith(start))
+        last = len(lines) if end is None else line_of(file, end) - 1
+        name = f"[{file}]({file}#L{first + 1})"
+        if part:
+            name = f"{name}, {part}"
+        rows.append(f"| {name} | {last - first} | {beside} |")
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("made", [paper_map, settings_map, reading_table])
+def test_readme_has_the_map_of_the_sources(made):
+    """The tables in the README against those that are made from the sources."""
+    assert made() in (ROOT / "README.md").read_text(), "python test_simsiam.py writes them"
 
 
 @pytest.mark.parametrize("tag", MAP)
@@ -1311,7 +1387,8 @@ def test_every_departure_has_its_row_in_the_readme(file):
 def commands_of(script):
     """The arguments of every command in the README's listings that calls this script."""
     found = []
-    for listing in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")     # a command may go on in the next line
+    for listing in re.findall(r"```bash\n(.*?)```", readme, re.S):
         for line in listing.splitlines():
             _, script_there, arguments = line.split("#")[0].partition(f" {script}")
             if script_there:
@@ -1333,7 +1410,8 @@ def test_readme_commands_parse(module, at_least):
 def test_readmes_first_command_runs(tmp_path):
     """As it stands, for an epoch, which learns; a slow test in tests/ runs it to its end."""
     quick_start = (ROOT / "README.md").read_text().split("## Quick start")[1]
-    assert re.search(r"```bash\n(.*?)\n", quick_start)[1] == "python simsiam.py"
+    command, _, _ = re.search(r"```bash\n(.*?)\n", quick_start)[1].partition("#")
+    assert command.strip() == "python simsiam.py"
     with start("-u", ROOT / "simsiam.py", cwd=tmp_path) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/24"):
@@ -1368,12 +1446,14 @@ def test_readme_shows_the_algorithm_as_it_is():
 
 
 def write_map():
-    """Put the map of the sources in the place of the README's."""
+    """Put the maps of the sources in the place of the README's."""
     readme = ROOT / "README.md"
-    before, header, after = readme.read_text().partition("| in the paper |")
-    assert header, "README.md has no table whose first cell is: in the paper"
-    _, end, rest = after.partition("\n\n")
-    readme.write_text(before + paper_map() + end[1:] + rest)
+    for table in (paper_map(), settings_map(), reading_table()):
+        header = table.splitlines()[0]
+        before, found, after = readme.read_text().partition(header)
+        assert found, f"README.md has no table with the header {header}"
+        _, end, rest = after.partition("\n\n")
+        readme.write_text(before + table + end[1:] + rest)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python results/paper_rows.py                                        shapes, three seeds, two minutes a run
     python results/paper_rows.py --data CIFAR --epochs 20 --seeds 1     on a GPU. Not run there yet
 
-Start it from the repository's root, on Linux. The first makes results/paper-on-cpu.md, the second makes
-results/paper-on-cifar10.md. What follows -- on the command line goes to simsiam.py.
+Start it from the repository's root, on Linux. The first makes results/paper_rows.md, the second makes
+results/paper_rows-cifar10.md. What follows -- on the command line goes to simsiam.py.
 
 A run is `python simsiam.py --experiment NAME ...` and then `python lineval.py --cached`. Its figures become
 a line of the .jsonl file beside the page. A run that has its line is not run again: the same command
@@ -65,6 +65,7 @@ CLAIMS = {
     "table4-200-epochs": ("works better", "table4-100-epochs"),
     "table4-400-epochs": ("works better", "table4-100-epochs"),
     "table4-800-epochs": ("works better", "table4-100-epochs"),
+    "table5-base": ("", "simsiam"),
     "table5-recipe": ("", "simsiam"),
 }
 
@@ -145,7 +146,7 @@ class Table:
         self.epochs = epochs
         self.seeds = seeds
         self.more = more
-        self.name = "paper-on-cpu" if data is None else "paper-on-cifar10"
+        self.name = "paper_rows" if data is None else "paper_rows-cifar10"
         self.lines = f"results/{self.name}.jsonl"
         self.page = f"results/{self.name}.md"
         self.guesses = GUESSES if data is None else []

@@ -6,8 +6,8 @@
 Start it from the repository's root. DATA is whatever simsiam.py takes. PHOTOS is a folder of photographs
 (default: drawn JPEGs of 500 x 375), CIFAR a CIFAR-10 folder (default: the drawn shapes).
 
-The second writes each part into results/speed-cpu.json, or speed-cuda.json, as soon as it is measured, and
-makes results/speed.md of both. Add --resume to continue after an interruption. On a GPU it takes less than
+The second writes each part into results/speed.json, or speed-cuda.json on a GPU, as soon as it is measured,
+and makes results/speed.md of both. Add --resume to continue after an interruption. On a GPU it takes less than
 10 minutes by estimate; it has not run there yet.
 
 Variants are interleaved, and medians reported. The ratios within a table count more than the figures.
@@ -668,6 +668,9 @@ def whole_page(machines):
 
 # --- The program ----------------------------------------------------------------------------------
 
+FILES = {"cuda": "results/speed-cuda.json", "cpu": "results/speed.json"}
+
+
 def read_json(path):
     """What an earlier start has measured; nothing where there was none."""
     if not os.path.exists(path):
@@ -678,7 +681,7 @@ def read_json(path):
 
 def measure_everything(args, device):
     torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
-    path = f"results/speed-{device.type}.json"
+    path = FILES[device.type]
     found = conditions(args, device)
     if args.resume:
         found |= read_json(path)
@@ -688,7 +691,7 @@ def measure_everything(args, device):
             drawn_photos(folder)
             photos = folder
         measure(parts_for(photos, args.cifar, device), found, path)
-    machines = [read_json(f"results/speed-{kind}.json") for kind in ("cuda", "cpu")]
+    machines = [read_json(file) for file in FILES.values()]
     with open("results/speed.md", "w") as f:
         f.write(whole_page([found for found in machines if found]))
 

@@ -7,14 +7,19 @@ import runpy
 import numpy as np
 import pytest
 
-from tests.helpers import ROOT, log_of, result_of
+from tests.helpers import ROOT, log_of
 
 RESULTS = ROOT / "results"
 
 
+def words_of(page):
+    """A page's words, one space between them, wherever its lines end."""
+    return " ".join((ROOT / page).read_text().split())
+
+
 def readme():
-    """The README's words, one space between them, wherever its lines end."""
-    return " ".join((ROOT / "README.md").read_text().split())
+    """The README's words."""
+    return words_of("README.md")
 
 
 def read_json(name):
@@ -26,21 +31,20 @@ def read_json(name):
 
 RUNS = {  # run: the figures of its log that the README has
     "shapes": ["loss", "std", "knn", "untrained", "pixels"],
-    "shapes-intel": ["loss", "knn", "untrained", "pixels"],
-    "shapes-intel-2": ["loss", "knn", "untrained", "pixels"],
-    "shapes-fig2-without-stopgrad": ["loss", "std", "knn", "untrained", "pixels"],
-    "cifar10-width4": ["loss", "std", "knn", "untrained", "pixels"]}
+    "shapes-fig2-without-stopgrad": ["loss", "std", "knn"],
+}
 EVALUATIONS = [  # whose accuracy the README has
-    "shapes-cached",
-    "shapes-untrained-cached",
-    "shapes-intel",
-    "shapes-intel-2",
-    "cifar10-width4-cached"]
+    "shapes/lineval-cached",
+    "shapes/untrained-lineval-cached",
+    "cifar10-width4/lineval-cached",
+]
 ELSEWHERE = [  # those that only results/README.md has
-    "cifar10-width4-untrained-cached",
-    "cifar10-width4-sgd",
-    "cifar10-width4-lars",
-    "cifar10-width4-knn"]
+    "cifar10-width4/lineval-cached",
+    "cifar10-width4/untrained-lineval-cached",
+    "cifar10-width4/lineval-sgd",
+    "cifar10-width4/lineval-lars",
+    "cifar10-width4/lineval-knn",
+]
 
 
 @pytest.mark.parametrize("run, figure", [(run, figure) for run in RUNS for figure in RUNS[run]])
@@ -57,28 +61,37 @@ def test_readmes_figures_are_those_of_the_logs_in_results(run, figure):
     assert figures[figure] in readme()
 
 
+def test_readmes_run_without_stopgrad_is_that_of_the_same_data():
+    """Raw pixels and the untrained network are those of the run with stop-gradient, as the README's row says."""
+    start, untrained, *_ = log_of(RESULTS / "shapes")
+    other_start, other_untrained, *_ = log_of(RESULTS / "shapes-fig2-without-stopgrad")
+    assert other_start["knn_pixels"] == start["knn_pixels"]
+    assert other_untrained["knn"] == untrained["knn"]
+
+
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
 def test_readmes_linear_accuracies_are_those_in_results(evaluation):
-    """top1 of lineval.json."""
-    assert f"{result_of(RESULTS / evaluation)['top1']:.1f}%" in readme()
+    """top1 of the evaluation's file."""
+    assert f"{read_json(evaluation + '.json')['top1']:.1f}%" in readme()
 
 
 @pytest.mark.parametrize("evaluation", ELSEWHERE)
 def test_results_readme_has_the_linear_accuracies(evaluation):
-    """top1 and top5 of lineval.json, in the table of results/README.md."""
-    result = result_of(RESULTS / evaluation)
+    """top1 and top5 of the evaluation's file, in the table of results/README.md."""
+    result = read_json(evaluation + ".json")
     row = rf"^\| `{evaluation}` \|.*\| {result['top1']:.2f} \| {result['top5']:.2f} \|$"
     assert re.search(row, (RESULTS / "README.md").read_text(), re.M)
 
 
-@pytest.mark.parametrize("evaluation", [name for name in EVALUATIONS + ELSEWHERE if "cifar10-width4" in name])
+@pytest.mark.parametrize("evaluation", ELSEWHERE)
 def test_kept_evaluations_are_of_the_kept_backbone(evaluation):
-    """The hash in lineval.json against that of the file, where it is of a trained network."""
+    """The hash in the evaluation's file against that of the backbone, where it is of a trained network."""
     backbone = (RESULTS / "cifar10-width4/backbone.pth").read_bytes()
-    result = result_of(RESULTS / evaluation)
-    of_our_file = "cifar10-width4" in result["backbone"]
-    assert of_our_file == ("untrained" not in evaluation)
-    assert not of_our_file or result["sha256"] == hashlib.sha256(backbone).hexdigest()
+    result = read_json(evaluation + ".json")
+    expected = hashlib.sha256(backbone).hexdigest()
+    if "untrained" in evaluation:
+        expected = None
+    assert result["sha256"] == expected
 
 
 # --- CIFAR-10 -----------------------------------------------------------------------------------------------
@@ -142,7 +155,7 @@ def test_no_damaged_file_was_more_than_read_or_refused():
 
 
 def test_reliability_figures_are_those_in_results():
-    """The README's against the drills' files."""
+    """results/operations.md's against the drills' files."""
     kills = read_json("drills/kills.json")
     fuzz = read_json("drills/fuzz.json")
     for figure in (
@@ -152,23 +165,23 @@ def test_reliability_figures_are_those_in_results():
             f"{sum(fuzz['images'].values()):,} damaged images",
             f"{sum(fuzz['checkpoints'].values()):,} damaged checkpoints",
             f"{fuzz['checkpoints']['read']} of them unharmed"):
-        assert figure in readme()
+        assert figure in words_of("results/operations.md")
 
 
 def speeds_of(what):
     """{part of the input pipeline: images/s on one core}"""
-    return {part: one_core for part, (one_core, _) in read_json("speed-cpu.json")[what].items()}
+    return {part: one_core for part, (one_core, _) in read_json("speed.json")[what].items()}
 
 
 def step_speeds():
     """{recipe: {variant: images/s of a training step}}"""
-    parts = read_json("speed-cpu.json")
+    parts = read_json("speed.json")
     steps = [part for name, part in parts.items() if name.startswith("step of ")]
     return {step["recipe"]: {name: v["images/s"] for name, v in step["variants"].items()} for step in steps}
 
 
 def test_pipelines_speeds_are_those_in_results():
-    """The README's ratios against results/speed-cpu.json."""
+    """The README's ratios against results/speed.json."""
     files = speeds_of("photos")
     memory = speeds_of("in memory")
     for figure in (
@@ -180,7 +193,7 @@ def test_pipelines_speeds_are_those_in_results():
 
 
 def test_steps_speeds_are_those_in_results():
-    """The README's ratios against results/speed-cpu.json; "nothing from --compile" is within a tenth."""
+    """The README's ratios against results/speed.json; "nothing from --compile" is within a tenth."""
     steps = step_speeds()
     gains = {recipe: f"{speeds['ours'] / speeds['plain']:.2f}" for recipe, speeds in steps.items()}
     assert f"{gains['cifar10']} from channels_last" in readme()
@@ -190,8 +203,8 @@ def test_steps_speeds_are_those_in_results():
 
 
 def test_start_up_figures_are_those_in_results():
-    """The README's against results/drills/start_up.json: the time to list, the size of the names."""
+    """results/operations.md's against results/drills/start_up.json: the time to list, the size of the names."""
     found = read_json("drills/start_up.json")
     names = found["memory with the names, MiB"] - found["memory before, MiB"]
-    assert f"{found['listing, s']:.0f} s" in readme()
-    assert f"{names} MiB" in readme()
+    assert f"{found['listing, s']:.0f} s" in words_of("results/operations.md")
+    assert f"{names} MiB" in words_of("results/operations.md")
