@@ -32,3 +32,27 @@
 The rooms import each other, torch, numpy and Pillow, and nothing from the scripts at the top level. What a
 room needs of them (views, a network, the kNN rule) it gets as an argument.
 """
+import sys
+
+import torch
+
+# The oldest that the tests passed with.
+OLDEST_PYTHON = (3, 10)
+OLDEST_TORCH = (2, 6)
+
+
+def as_text(version):
+    """(3, 10) -> 3.10"""
+    return ".".join(map(str, version))
+
+
+def check_versions(python, torch_version):
+    """End the program with one line where Python, (major, minor, ...), or torch, "2.13.0+cpu", is too old."""
+    if tuple(python[:2]) < OLDEST_PYTHON:
+        sys.exit(f"Python {python[0]}.{python[1]} is too old: use {as_text(OLDEST_PYTHON)} or newer")
+    major, minor, *_ = torch_version.split(".")
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        sys.exit(f"torch {torch_version} is too old: use {as_text(OLDEST_TORCH)} or newer")
+
+
+check_versions(sys.version_info, torch.__version__)

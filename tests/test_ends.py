@@ -2,7 +2,6 @@
 import contextlib
 import functools
 import os
-import re
 import shlex
 import signal
 import time
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 import simsiam
+from harness.errors import Refused
 from tests.helpers import LONGER, ROOT, TINY, equal, free_port, here, kill_all, log_of, losses_of
 from tests.helpers import processes_of, program, refusal, slow, start, stopped_at, torchrun, wait_for_epoch
 from tests.helpers import weights_of, write_folder
@@ -340,7 +340,8 @@ TROUBLES = {  # id: (what is raised, what the one line says)
     "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
     "no memory on the GPU": (RuntimeError("CUDA out of memory. Tried\nx"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
-    "a full disk": (OSError(28, "No space left", "a\x1b[2J"), "No space left"),
+    "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
+    "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a?[2J.png: no image"),
 }
 
 

@@ -1,5 +1,6 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
 import hashlib
+import subprocess
 import sys
 
 import numpy as np
@@ -436,10 +437,10 @@ def test_linear_evaluation_of_the_shapes_run_beats_the_untrained_network(tmp_pat
         "lineval.py --ckpt runs/shapes/checkpoint.pth",
         "lineval.py --ckpt random:resnet18",
     ]
-    for command in commands:
-        script, *arguments = command.split()
-        done = python(ROOT / script, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    for line in commands:
+        script, *arguments = line.split()
+        command = [sys.executable, ROOT / script, *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)  # it takes minutes
     trained = result_of(tmp_path / "runs/shapes/lineval-cached")
     by_chance = result_of(tmp_path / "runs/shapes-random-resnet18/lineval-cached")
     assert trained["top1"] >= by_chance["top1"] + 20

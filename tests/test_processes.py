@@ -2,6 +2,7 @@
 import datetime
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,19 +52,26 @@ def test_two_processes_equal_one_in_float64(one, two):
 
 
 def test_eta_is_spread_over_the_processes_without_a_difference(one, two):
-    """PerImageVectors in two processes against one."""
-    alone, both = one["vectors"], two["vectors"]
-    assert torch.equal(alone["vectors"], both["vectors"])
-    assert torch.allclose(alone["seen"], both["seen"], atol=1e-6)
-    assert both["vectors"].abs().sum() > 0
-    assert alone["equal"] == 1
-    assert both["equal"] == 1
+    """PerImageVectors in two processes and in one against an array in numpy."""
+    rng = np.random.default_rng(0)
+    kept = np.zeros((11, 3), np.float32)
+    seen = []
+    for _ in range(6):
+        index = rng.permutation(11)[:4]
+        seen.append(kept[index].sum(axis=0))
+        kept[index] = rng.normal(size=(4, 3))
+    assert np.abs(seen).sum() > 1
+    for found in (one["vectors"], two["vectors"]):
+        assert np.array_equal(found["vectors"], kept)
+        assert np.allclose(found["seen"], seen, atol=1e-6)
+        assert found["equal"] == 1
 
 
 def test_processes_speak_together(one, two):
     """Sums, means, shares and comparisons against those counted by hand."""
     assert two["together"]["sum"] == [2, 1]
     assert two["together"]["mean"] == [1, 0.5]
+    assert two["together"]["what the mean is of"] == [1, 0]
     assert two["together"]["shares"] == [1] * 11
     assert two["together"]["same"]
     assert not two["together"]["not the same"]

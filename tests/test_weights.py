@@ -89,11 +89,15 @@ def test_every_known_layout_gives_the_same_backbone(tmp_path, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_file_says_the_settings_if_it_is_ours_and_the_epochs_if_it_tells(tmp_path, layout):
     """Against what went into the file."""
-    torch.save(LAYOUTS[layout][0], tmp_path / "file.pth")
-    _, epochs, settings = weights.read_weights(str(tmp_path / "file.pth"))
+    path = str(tmp_path / "file.pth")
+    torch.save(LAYOUTS[layout][0], path)
+    _, epochs, settings = weights.read_weights(path)
     expected = LAYOUTS["checkpoint.pth"][0]["settings"] if layout == "checkpoint.pth" else {}
     assert settings == expected
     assert epochs == {"checkpoint.pth": 3, "released": 100, "MoCo": 200}.get(layout)
+    backbone = lineval.read_backbone(path)
+    assert backbone.settings == expected
+    assert backbone.epochs == epochs
 
 
 SHAPES = {

@@ -67,11 +67,14 @@ def keep_vectors(file):
 def speak_together():
     """What the small functions of harness/processes.py return."""
     rank = dist.get_rank()
+    numbers = torch.tensor([1.0, rank], dtype=torch.float64)
+    mean = processes.mean_over_processes(numbers)
     counted = torch.zeros(11)
     counted[processes.my_share(11)] += 1
     return {
         "sum": processes.all_sum(torch.tensor([1.0, rank])).tolist(),
-        "mean": processes.mean_over_processes(torch.tensor([1.0, rank])).tolist(),
+        "mean": mean.tolist(),
+        "what the mean is of": numbers.tolist(),
         "shares": processes.all_sum(counted).tolist(),
         "same": processes.same_everywhere(5, CPU),
         "not the same": processes.same_everywhere(rank, CPU),
