@@ -77,6 +77,7 @@ SWEEP = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)                # base_lr 
 
 def linear_layer(features, classes):
     """All that is trained. Weight from a normal of std 0.01, bias 0, as in MoCo and the released code."""
+    # The global random numbers decide: seed them alike on all processes before.
     layer = nn.Linear(features, classes)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -127,6 +128,7 @@ def lr_factor(protocol, step, total_steps):
     """
     if protocol == "lars":
         return cosine(step, total_steps, 0)
+    # In whole numbers: 0.6 times the steps would be rounded.
     decays = sum(10 * step >= tenths * total_steps for tenths in (6, 8))
     return 0.1 ** decays
 
@@ -423,6 +425,7 @@ def export(path, layout, out):
         name = "released.pth.tar"
         tensors = released_state(backbone)
         content = {"epoch": backbone.epochs or 0, "arch": arch, "state_dict": tensors}
+    # Nothing is replaced: the name says nothing of which network it is.
     target = os.path.join(out or os.path.dirname(path), name)
     if os.path.exists(target):
         raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
@@ -462,6 +465,7 @@ def parse(argv=None):
     parser.add_argument("--ckpt", required=True, metavar="FILE",
                         help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")
+    # Not --protocol NAME: each has a line of its own in the help, with whose it is.
     protocol = parser.add_mutually_exclusive_group()
     for name in PROTOCOLS:
         protocol.add_argument(f"--{name}", dest="protocol", action="store_const", const=name, help=NOTE[name])
@@ -534,6 +538,7 @@ def evaluate(args):
     trains = s["protocol"] in OPTIMIZERS
     out = args.out or default_folder(args, s)
     resuming = holds_run(out, [*CHECKPOINTS, "lineval.json"], args.resume if trains else None, device)
+    # An evaluation can take hours: a file that is in the way is better met now than at its end.
     if args.features and not resuming and os.path.exists(args.features):
         raise Refused(f"--features {args.features}: exists already; name another file")
     job = Job(s, policy, train, val, backbone, device)
@@ -541,7 +546,7 @@ def evaluate(args):
         job.run = new_run(job, out, resuming, args.override)
     job.say(start_block(s, backbone, device, out))
     if trains:
-        job.run.begin()
+        job.run.begin()  # makes the folder too
     else:
         os.makedirs(out, exist_ok=True)
 
@@ -726,6 +731,7 @@ def freeze(job, ckpt):
 def neighbors(train, val, bank, queries, rows=10, columns=8):
     """Some validation images, of each class in turn, (R,), and for each the training images nearest by
     cosine, (R, C)."""
+    # Even steps through the images as sorted by class meet as many classes as there are rows.
     by_class = np.argsort(val.labels, kind="stable")
     rows = min(rows, len(val))
     chosen = by_class[np.linspace(0, len(val) - 1, rows).astype(int)]
@@ -777,6 +783,7 @@ def save_features(path, train, val, bank, queries):
         arrays[f"{split}_labels"] = source.labels
         if source.files is not None:
             arrays[f"{split}_files"] = source.files
+    # Through an open file: given a name, numpy would put .npz behind it.
     with replacing(path) as f:
         np.savez(f, **arrays)
 

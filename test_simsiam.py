@@ -102,7 +102,8 @@ PAPERS_RESULTS = {  # what a row changes on ImageNet, and the top-1 that its tab
     "table4-400-epochs": (dict(batch=256, epochs=400), "70.8"),
     "table4-800-epochs": (dict(batch=256, epochs=800), "71.3"),
     "table5-base": (dict(batch=256, epochs=200), "the base"),
-    "table5-recipe": (dict(batch=256, epochs=200, base_lr=0.5, weight_decay=1e-5), "better than the base recipe")}
+    "table5-recipe": (
+        dict(batch=256, epochs=200, base_lr=0.5, weight_decay=1e-5), "better than the base recipe")}
 
 RELEASED_HEADS = {  # of the released checkpoint (ResNet-50), without encoder.fc.6.bias, which BN makes void
     "encoder.fc.0.weight": (2048, 2048),
@@ -1239,7 +1240,7 @@ READING = [  # what to read, the file, from and up to the lines that begin so, a
     ("sections 1 to 4", "simsiam.py", '"""', "# --- 5.", "Sec. 3: loss, heads, optimiser, training loop"),
     ("", "resnet.py", '"""', None, "He et al. 2016, Table 1"),
     ("", "augment.py", '"""', None, "supplement A: crop, flip, jitter, grayscale, blur"),
-    ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: collapse, ablations, why it works"),
+    ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: ablations, the hypothesis"),
     ("the protocols", "lineval.py", '"""', "# --- The frozen backbone", "supplement A: linear evaluation"),
     ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, against something independent"),
 ]

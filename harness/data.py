@@ -40,6 +40,7 @@ def open_data(path, seed=0):
         raise Refused(f"{path}: no such file or folder; give an image folder, a list of files or a CIFAR-10 "
                       "folder")
     names = os.listdir(root)
+    # CIFAR-10's folders hold no images: they are recognised by the names of their batches.
     for sign, read in cifar.LAYOUTS.items():
         if sign in names:
             train, val = (cifar.read_cifar(path, batches, read) for batches in cifar.BATCHES)
@@ -95,7 +96,7 @@ def list_classes(root, classes):
     files = list_images(root)
     number = {os.fsencode(name): k for k, name in enumerate(classes)}
     labels = []
-    for name in files:
+    for name in files:  # a folder that train/ lacks would be a class that nothing was learned of
         folder = name[len(root) + 1:].partition(b"/")[0]
         if folder not in number:
             raise Refused(f"{os.fsdecode(name)}: not in one of the {len(classes)} class folders of train/; "

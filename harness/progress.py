@@ -34,7 +34,7 @@ class Progress:
         if self.done == 0:
             self.began = now
             self.last = now
-        if now - self.last < self.pause:
+        if now - self.last < self.pause:  # nobody reads a hundred lines a second
             return
         self.last = now
         seconds = (now - self.began) / self.done * (self.total - 1 - self.done)

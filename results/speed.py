@@ -7,8 +7,8 @@ Start it from the repository's root. DATA is whatever simsiam.py takes. PHOTOS i
 (default: drawn JPEGs of 500 x 375), CIFAR a CIFAR-10 folder (default: the drawn shapes).
 
 The second writes each part into results/speed.json, or speed-cuda.json on a GPU, as soon as it is measured,
-and makes results/speed.md of both. Add --resume to continue after an interruption. On a GPU it takes less than
-10 minutes by estimate; it has not run there yet.
+and makes results/speed.md of both. Add --resume to continue after an interruption. On a GPU it takes less
+than 10 minutes by estimate; it has not run there yet.
 
 Variants are interleaved, and medians reported. The ratios within a table count more than the figures.
 """

@@ -62,7 +62,7 @@ def test_readmes_figures_are_those_of_the_logs_in_results(run, figure):
 
 
 def test_readmes_run_without_stopgrad_is_that_of_the_same_data():
-    """Raw pixels and the untrained network are those of the run with stop-gradient, as the README's row says."""
+    """Its raw pixels and untrained network against those of the run with stop-gradient."""
     start, untrained, *_ = log_of(RESULTS / "shapes")
     other_start, other_untrained, *_ = log_of(RESULTS / "shapes-fig2-without-stopgrad")
     assert other_start["knn_pixels"] == start["knn_pixels"]
@@ -203,7 +203,7 @@ def test_steps_speeds_are_those_in_results():
 
 
 def test_start_up_figures_are_those_in_results():
-    """results/operations.md's against results/drills/start_up.json: the time to list, the size of the names."""
+    """The time to list and the size of the names in results/operations.md, against drills/start_up.json."""
     found = read_json("drills/start_up.json")
     names = found["memory with the names, MiB"] - found["memory before, MiB"]
     assert f"{found['listing, s']:.0f} s" in words_of("results/operations.md")
