@@ -179,8 +179,8 @@ def matrix_number(side, start, length, flip):
 
 @lru_cache
 def resize_matrices(side, size, device):
-    """Bilinear, antialiased resizing of every part of a line of `side` pixels to `size`, as matrices (size,
-    side).
+    """Bilinear, antialiased resizing of every part of a line of `side` pixels to `size`: matrices (size,
+    side), stacked along the first axis.
 
     The matrix of a part stands at matrix_number(). All are made at once and kept: 9 MB for 32 pixels, 136
     MB for 64. Those of parts that reach beyond the line mean nothing. Row i of a matrix holds the weights
@@ -495,7 +495,7 @@ def main():
             check(train, val)
             return
         policy = Policy()
-        if train.pixels is not None:  # as the recipe for small images has it
+        if train.pixels is not None:  # as recipe cifar10 has it
             policy = Policy(size=max(train.pixels.shape[2:]), blur=0)
         contact_sheet(train, policy, args.seed, args.epoch).save(args.out)
     except (Refused, OSError, ValueError) as error:

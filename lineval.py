@@ -151,7 +151,7 @@ def probe_step(layer, optimizer, v, labels, world):
 # --- The four protocols ---------------------------------------------------------------------------------
 
 # Each protocol is a function of a Job (below: settings, data, the frozen network) and of the features of all
-# training images, bank (n, D), and of all validation images, queries (n, D), seen without augmentation. All
+# training images, bank (n, D), and of all validation images, queries (m, D), seen without augmentation. All
 # processes call it together, and all get the same result.
 
 class Judged(NamedTuple):
@@ -166,7 +166,8 @@ def lars(job, bank, queries):
     """The paper's protocol (supplement A): an epoch sees each training image once, cropped and flipped at
     random.
 
-    The layer is trained by LARS, with half a cosine as its lr. The queries judge it after every epoch.
+    The layer is trained by LARS (OPTIMIZERS), with half a cosine as its lr (lr_factor). The queries judge
+    it after every epoch.
     """
     return train_layer(job, queries)
 
@@ -450,7 +451,8 @@ def released_state(backbone):
     weights = [name for name in projector if heads[name].dim() == 2]
     if weights:  # the last fc layer of theirs has a bias, which the BN behind it voids
         last = weights[-1]
-        state[f"module.{last.replace('weight', 'bias')}"] = torch.zeros(len(heads[last]))
+        bias = f"module.{last.replace('weight', 'bias')}"
+        state.setdefault(bias, torch.zeros(len(heads[last])))
     return state
 
 
@@ -551,7 +553,7 @@ def evaluate(args):
         os.makedirs(out, exist_ok=True)
 
     # 2. Features of all images as they are: to classify, to save, to look at
-    loaded = freeze(job, args.ckpt)
+    hashes = freeze(job, args.ckpt)
     bank = job.features_of(train)
     queries = job.features_of(val)
     if not (bank.isfinite().all() and queries.isfinite().all()):
@@ -562,7 +564,7 @@ def evaluate(args):
 
     # 3. Classify
     judged = EVALUATE[s["protocol"]](job, bank, queries)
-    check_frozen(job.network, loaded)
+    check_frozen(job.network, hashes)
 
     # 4. The number
     bad = sum(bad_images(source, device) for source in (train, val))  # asked of all processes

@@ -16,10 +16,10 @@ Read top to bottom, beside the paper:
     3. the optimiser and the schedule               7. Sec. 5: SimSiam as alternating optimisation
     4. the training loop                            8. settings and experiments, with the paper's figures
 
-You may stop after 4: that is SimSiam. 5 to 8 are the rest of the paper. 9, at the end, is the program:
-options, and the order in which a run puts the pieces together. The views are made in augment.py, the
-backbone is in resnet.py, and what any training program needs (processes, checkpoints, the log) is in
-harness/.
+You may stop after 4: that is SimSiam. (Its batches come from `plain` in 7, the std that it shows from 5.) 5
+to 8 are the rest of the paper. 9, at the end, is the program: options, and the order in which a run puts
+the pieces together. The views are made in augment.py, the backbone is in resnet.py, and what any training
+program needs (processes, checkpoints, the log) is in harness/.
 
 The paper's letters: x1, x2 two views of a batch of images (N, 3, S, S); f the encoder (backbone and
 projection MLP), h the prediction MLP; z1 = f(x1), p1 = h(z1), (N, d) each; D the negative cosine
@@ -91,7 +91,7 @@ def train_step(network, objective, optimizer, autocast, views):
     """One iteration of Algorithm 1, on views x1, x2 (N, 3, S, S) of this process's share of the batch.
 
     network     SimSiam, or its DistributedDataParallel, which averages the gradients over the processes
-    objective   `loss`, or another function of p1, p2, z1, z2
+    objective   `loss`, or another function of all p's and then all z's, in the order of the views
     autocast    the context that sets the precision of the forward pass
     Returns the loss and z1, z2, detached, for the monitors.
     """
@@ -126,9 +126,8 @@ class BatchNorms(NamedTuple):
 
 
 def linear_and_bn(inputs, outputs, bn, affine=True):
-    """A fully-connected layer, and a BN if `bn`. It has a bias only where no BN follows, which would
-    subtract it again."""
-    if not bn:
+    """A fully-connected layer, and a BN if `bn`."""
+    if not bn:  # only then a bias: a BN would subtract it again
         return [nn.Linear(inputs, outputs)]
     return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, affine=affine)]
 
@@ -203,7 +202,7 @@ class SimSiam(nn.Module):
         """
         f, h = self.encoder, self.predictor
         z = tuple(f(x) for x in views)
-        p = tuple(h(z_i) for z_i in z)                                # Sec. 5.1 (h): predicts the mean view
+        p = tuple(h(z_i) for z_i in z)                                # Sec. 5.1 (h): learns the mean of z
         return p, z
 
 
@@ -269,13 +268,15 @@ def distribute(model, device):
 
 
 def train(run, network, stream, optimizer, schedule, autocast, progress, after_epoch, after_step=None):
-    """The training loop, over the steps and epochs that the run still needs. Not only for SimSiam.
+    """The training loop, over the steps and epochs that the run still needs.
+
+    Another method may use it, with its own model, objective and optimiser.
 
     run             the run's position, checkpoints and log (harness/run.py)
     network         what distribute() made of the model
     stream          yields (views, objective) for each step; see stream_for in section 7
-    schedule        called with the step before it is made: sets the optimiser's lr
-    after_step      called with the step after it was made, if given: SimSiam needs nothing there
+    schedule        called before each step, with its number: sets the optimiser's lr
+    after_step      called after each step, with its number: what other methods do there; SimSiam does nothing
     after_epoch     called when an epoch is done and saved: measures, writes the log
     """
     after_step = after_step or (lambda step: None)
@@ -326,7 +327,8 @@ def collapsed(excess, std_sqrt_d, n):
     n.
 
     Behind an output BN the outputs can't all be one point, because their mean is 0. At best n - 1 of them
-    meet at u, and one is at -u. There std x sqrt(d) is about 2/sqrt(n), and the excess 4/n.
+    meet at u, and one is at -u. There std x sqrt(d) is about 2/sqrt(n); the excess is 0 where the views
+    agree on which image is the odd one, and 4/n where they don't.
     """
     return excess < 0.05 and std_sqrt_d < max(0.1, 3 / math.sqrt(n))
 
@@ -449,9 +451,9 @@ def towards(eta1, eta2):
     """The objective that fits theta to an eta that stays: theta^t <- argmin_theta L(theta, eta^{t-1}).
 
     eta1, eta2 (N, d): each image's eta, computed from its view 1 and its view 2. Each view is fitted to the
-    other's.
+    other's. The symmetrised loss needs both; the paper has one eta an image.
     """
-    return lambda p1, p2, z1, z2: loss(p1, p2, eta1, eta2)            # Eq. (7): theta, eta constant
+    return lambda p1, p2, z1, z2: loss(p1, p2, eta1, eta2)            # Eq. (7): of theta; eta stays
 
 
 def twice(batches, k, step):
@@ -499,11 +501,12 @@ def average(views, store, m):
     """Sec. 5.2's moving average, which does without a predictor: eta_x <- m eta_x + (1 - m) F(T'(x)).
 
     store: PerImageVectors. F's output and eta are normalised (footnote 5). Before an image's first visit
-    its eta is zero, and then a share of z alone: D takes the same direction from it. Both views start from
-    the image's one vector, and the normalised sum of both is stored. That is ours: the paper doesn't say.
+    its stored vector is 0, so that eta is (1 - m) z: not of length 1, but D normalises it. Both views start
+    from the image's one vector, and the normalised sum of both is stored. That is ours: the paper doesn't
+    say. Calling the objective stores the new eta, so that it must be called once a step.
     """
     for index, x in views:
-        def objective(p1, p2, z1, z2, index=index):
+        def objective(p1, p2, z1, z2, index=index):  # bound now: the loop's index changes
             old = store.get(index)                                    # (N, d)
             v = [l2_normalize(stopgrad(z)) for z in (z1, z2)]
             eta1, eta2 = (m * old + (1 - m) * v_i for v_i in v)       # Sec. 5.2 (moving average): of eta
@@ -1029,6 +1032,8 @@ def describe_experiment(s):
 
 def describe_knn(job):
     """How often kNN is measured, with how many neighbours, and on what."""
+    if job.settings["knn_every"] == 0:
+        return "none (--knn-every 0)"
     if not job.watches_knn:
         return "none (needs labels and val/)"
     neighbours = "k 200" if len(job.train) >= 200 else f"k {len(job.train)} (all there are)"

@@ -1110,7 +1110,7 @@ MAP = {  # tag: (the equation, what the claimed line has, what a mutant has in i
         r"h(z_1) = \mathbb{E}_z [z_2] = \mathbb{E}_{\mathcal{T}} [f(\mathcal{T}(x))]",
         "h(z_i)", "z_i"),
     "Sec. 5.2 (k-step)": (
-        r"\theta \leftarrow \theta - \mathrm{lr} \nabla_{\theta} \mathcal{L}(\theta, \eta^t)",
+        r"\mathcal{L}(\theta, \eta^t), \eta^t = \mathrm{const}",
         "towards(eta1, eta2)", "towards(eta2, eta1)"),
     "Sec. 5.2 (moving average)": (
         r"\eta_x^t \leftarrow m \eta_x^{t-1} + (1 - m) \mathcal{F}_{\theta^t}(\mathcal{T}'(x))",

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which of the two is read, and whether it fits a run.
+"""The checkpoints of a run folder: which of the two is read, and whether it fits a run. Run.save writes them.
 
 checkpoint.pth is the newest, checkpoint-previous.pth the one before it. Each is a dict: "format", the state
 of each part of the run ("model", "optimizer", ...), the position ("epoch", "step"), what the log needs of

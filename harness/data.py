@@ -3,6 +3,7 @@
     nothing                                 the drawn shapes (harness/shapes.py)
     a folder with data_batch_1[.bin]        CIFAR-10 (harness/cifar.py)
     train/<class>/..., val/<class>/...      an image folder with labels; val/ is optional
+    train/ without class folders            all images below train/, at any depth, without labels
     any other folder                        all images below it, at any depth, without labels
     an image file                           itself
     any other file                          a list: a path on each line, relative to the list

@@ -54,7 +54,7 @@ def accuracy(scores, labels):
 
 
 def calibrated(backbone, test_views, train):
-    """A copy of an untrained backbone whose BN statistics are those of up to 2048 of the training images.
+    """A copy of a backbone in train mode, whose BN statistics are those of up to 2048 of the training images.
 
     BN starts with mean 0 and variance 1. With these, an untrained network is a worse feature extractor than
     it needs to be, and a comparison with it would flatter the trained one.

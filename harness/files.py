@@ -19,9 +19,9 @@ from .errors import Refused
 def replacing(path, mode="wb", keep=None):
     """Write a file so that at every instant either the old one or the new one is there, whole.
 
-    It is written under a temporary name, brought out to the disk, then renamed. keep: the name under which
-    the old file stays, from an instant before the new one has its name. Raises Refused, the old file
-    untouched, where that fails.
+    It is written under a temporary name, brought out to the disk, then renamed.
+    keep    another name under which the old file stays. For an instant it is there under that name only
+    Raises Refused, the old file untouched, where the new one can't be written.
     """
     temporary = f"{path}.tmp"
     try:

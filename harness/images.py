@@ -2,8 +2,8 @@
 
 What Pillow opens becomes RGB: the first frame, without transparency; of 16 bits the higher 8; EXIF turns
 nothing. What Pillow can't open or decode whole is bad. A bad file never ends a run by itself: the next good
-one takes its place (read_or_replace), and the Source that the file belongs to counts it
-(harness/source.py).
+one takes its place, under the bad one's label (read_or_replace), and the Source that the file belongs to
+counts it (harness/source.py).
 """
 import multiprocessing
 import os
@@ -65,7 +65,7 @@ def read_or_replace(files, i):
             return read_image(files[place]), bad
         except BadImage as error:
             bad[place] = str(error)
-    raise BadImage(f"{IN_A_ROW} files in a row can't be read as images, the first: {bad[i]}")
+    raise BadImage(f"{len(bad)} files in a row can't be read as images, the first: {bad[i]}")
 
 
 # --- python augment.py DATA --check ---------------------------------------------------------------------

@@ -19,6 +19,8 @@ def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, w
     """Yield (epoch, indices) for every step from the start on: this process's share of each global batch of
     n images.
 
+    n           images of the data set
+    batch       images of a global batch
     The last, incomplete batch of an epoch is dropped. The global batches are the same for any number of
     processes.
     """

@@ -5,6 +5,8 @@
     {"event": "resume", ...}    the run went on after an interruption, perhaps on another machine
     {"event": "end", ...}       the run has reached its end
 
+An epoch's "std" is std x sqrt(d): 1 is scattered, 0 collapsed.
+
 Lines are only added, so that a kill can cut nothing but the last one. When a run goes on from a checkpoint,
 the records after that checkpoint are dropped: those epochs are done again.
 """

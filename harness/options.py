@@ -4,8 +4,8 @@
     add_setting(parser, "area", ...)            an option for a row of a script's own table of settings
     check_limits({"area": (0.2, 1.0)})          raises Refused for what no run could do
 
-An option's default is not set here. Each script has a table of its settings, and takes from there whatever
-the command line does not name: so a value given can be told from a default. The limits are those that a
+A recipe's settings have no defaults here. Each script has a table of them, and takes from there whatever the
+command line does not name: so a value given can be told from a default. The limits are those that a
 user meets; combinations of settings are checked by the script that knows what they mean.
 """
 import argparse

@@ -1,7 +1,7 @@
 """Joining the processes of a run, and sums over them.
 
 A single process is a world of one: it has a process group too. So nothing else asks whether there are
-several.
+several, but for simsiam.distribute, which leaves a single process without DistributedDataParallel.
 """
 import datetime
 import os

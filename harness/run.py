@@ -58,7 +58,7 @@ class Run:
         self.seconds = 0.0                 # in this epoch, altogether
         self.waited = 0.0                  # in this epoch, for data
         self.began = 0.0                   # when this epoch began, as if it had never been interrupted
-        # The sums of loss and std over this epoch's steps, and their means once it is done.
+        # The sums of loss and std x sqrt(d) over this epoch's steps, and their means once it is done.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.means = None
         self.saved = time.monotonic()
@@ -193,10 +193,10 @@ class Run:
         self.seconds = time.monotonic() - self.began
         self.save()
 
-    def add_to_means(self, loss, std=0.0):
-        """Count a step's loss and std in the epoch's means."""
+    def add_to_means(self, loss, std_sqrt_d=0.0):
+        """Count a step's loss and std x sqrt(d) in the epoch's means."""
         self.sums[0] += loss
-        self.sums[1] += std
+        self.sums[1] += std_sqrt_d
 
     def check_finite(self, loss, gradient_norm, lr):
         """Raises Refused where the loss or the gradient of the step before was not finite."""

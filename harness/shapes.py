@@ -12,8 +12,6 @@ from .draws import SHAPES, uniforms
 from .source import Source
 
 
-# --- Drawing them ----------------------------------------------------------------------------------------
-
 SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
 
 
@@ -44,6 +42,8 @@ OBJECTS = {
     "arrow": [box(-1, -0.2, 0.1, 0.2), [0.05 - 0.7j, 1, 0.05 + 0.7j]],
 }
 
+
+# --- Drawing them ----------------------------------------------------------------------------------------
 
 def draw_shapes(seed, start, count, side=32):
     """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source. The

@@ -42,7 +42,7 @@ class Source:
     def note(self, bad):
         """Remember bad files, {index: what is wrong}, and name each once on stderr.
 
-        Raises BadImage where more than 10 files and one in a hundred are bad.
+        Raises BadImage where more files are bad than 10 plus one in a hundred.
         """
         for i in bad.keys() - self.bad.keys():
             problem = printable(bad[i])
