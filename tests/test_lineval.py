@@ -409,6 +409,18 @@ def test_the_released_export_has_the_released_names(exported):
     assert equal(state, prefixed("module.", model.state_dict()))
 
 
+def test_the_released_export_keeps_a_bias_that_no_bn_voids(tmp_path):
+    """Of a projector without BN (Table 3 a), against the model's own."""
+    model = simsiam.SimSiam("resnet18", width=1 / 64, dim=6, pred_dim=3, proj_hidden=5, bn=(0, 0, 0, 0))
+    content = {"state_dict": prefixed("module.", model.state_dict())}
+    torch.save(content, tmp_path / "model.pth")
+    assert here("lineval.py", "--ckpt", tmp_path / "model.pth", "--export", "released") is None
+    state = torch.load(tmp_path / "released.pth.tar", weights_only=True)["state_dict"]
+    bias = model.encoder.fc[-1].bias
+    assert bias.abs().max() > 0
+    assert torch.equal(state["module.encoder.fc.4.bias"], bias)
+
+
 def test_an_export_does_not_replace_a_file(exported):
     """The first export stays."""
     checkpoint = exported[0] / "checkpoint.pth"
