@@ -1415,7 +1415,7 @@ def test_readmes_first_command_runs(tmp_path):
     assert command.strip() == "python simsiam.py"
     with start("-u", ROOT / "simsiam.py", cwd=tmp_path) as process:
         for line in process.stdout:
-            if line.startswith("epoch 1/24"):
+            if line.startswith("epoch 1/24  loss"):
                 break
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
