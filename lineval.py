@@ -37,7 +37,8 @@ from harness.data import open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
 from harness.errors import Refused
-from harness.evaluate import accuracy, bad_images, calibrated, check_frozen, extract, hits, tensor_hashes
+from harness.evaluate import BATCH, accuracy, bad_images, calibrated
+from harness.evaluate import check_frozen, extract, hits, tensor_hashes
 from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
@@ -502,7 +503,7 @@ class Job:
         self.run = None  # of the protocols that are done in parts
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"])
         shares = [len(source) / settings["world"] for source in (train, val)]
-        batches = sum(math.ceil(share / 256) for share in shares)
+        batches = sum(math.ceil(share / BATCH) for share in shares)  # as extract makes them
         self.progress = Progress(batches, quiet=dist.get_rank() > 0)
         self.say = self.progress.line
 

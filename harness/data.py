@@ -8,7 +8,7 @@
     an image file                           itself
     any other file                          a list: a path on each line, relative to the list
 
-A Source with labels needs classes, and these come from train/: val/ must have no others. Images of one size
+The classes are the folders of train/: val/ must have no others. Images of one size
 up to 64 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
 import os
@@ -126,8 +126,10 @@ def read_list(path):
 
 
 def in_memory(source):
-    """The same source, its pixels in one tensor, if all images are small and of one size. A look at 16
-    files tells most."""
+    """The same source, its pixels in one tensor, if all images are small and of one size.
+
+    It compares the sizes of 16 files first, so that large data sets are not opened whole.
+    """
     looked_at = np.linspace(0, len(source) - 1, 16).astype(int)
     sizes = {size_of(source.files[i]) for i in looked_at} - {None}
     if len(sizes) != 1:

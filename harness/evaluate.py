@@ -15,17 +15,22 @@ from .loading import to_device
 from .processes import all_sum, my_share
 
 
+BATCH = 256  # images at a time
+
+
 @torch.no_grad()
 def extract(features, test_views, source, device, autocast=contextlib.nullcontext()):
     """Features of all images of a source, in order: (n, D) on every process. The processes share the work.
+
+    Each process needs an image at least.
 
     features    images (N, 3, S, S) -> (N, D)
     test_views  (source, batches of (epoch, indices)) -> yields (indices, images)
     """
     n = len(source)
     mine = my_share(n)
-    starts = range(0, len(mine), 256)
-    batches = [(0, mine[i:i + 256]) for i in starts]  # test views don't depend on the epoch: any will do
+    starts = range(0, len(mine), BATCH)
+    batches = [(0, mine[i:i + BATCH]) for i in starts]  # test views don't depend on the epoch: any will do
     out = None
     for index, x in test_views(source, batches):
         with autocast:
@@ -65,7 +70,7 @@ def calibrated(backbone, test_views, train):
             module.momentum = None  # a plain average over the batches
     chosen = permutation(0, 0, len(train))[:2048]
     # All processes take the same batches: each needs the statistics.
-    pieces = math.ceil(len(chosen) / 256)
+    pieces = math.ceil(len(chosen) / BATCH)
     batches = [(0, index) for index in np.array_split(chosen, pieces)]
     with torch.no_grad():
         for _, x in test_views(train, batches):
@@ -74,8 +79,7 @@ def calibrated(backbone, test_views, train):
 
 
 def bad_images(source, device):
-    """How many of a source's files all processes together have found to be bad. Each knows them all from
-    then on."""
+    """Count the bad files that any process has found, and tell them to all processes."""
     flags = torch.zeros(len(source), dtype=torch.uint8, device=device)
     flags[list(source.bad)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)

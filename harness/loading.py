@@ -16,11 +16,10 @@ LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
 
 
 def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
-    """Yield (epoch, indices) for every step from the start on: this process's share of each global batch of
-    n images.
+    """Yield (epoch, indices) for every step from the start on: this process's share of each global batch.
 
-    n           images of the data set
-    batch       images of a global batch
+    n       images of the data set
+    batch   images of a global batch, which `world` divides
     The last, incomplete batch of an epoch is dropped. The global batches are the same for any number of
     processes.
     """

@@ -35,7 +35,7 @@ class Log:
         self.records = []     # all processes have them: what a run does next can depend on them
 
     def read(self, last_epoch):
-        """Take the records that a checkpoint has behind it: no epoch after last_epoch, and no end.
+        """Keep the records that were written before the checkpoint: no epoch after last_epoch, and no end.
 
         Raises Refused where the file holds no log of a run.
         """

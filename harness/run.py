@@ -19,7 +19,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from .checkpoint import FORMAT, check_format, compare_settings, newest_checkpoint
+from .checkpoint import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
 from .errors import STOPPING, Refused, Stopped
 from .files import refusing, save
 from .late import OnTheirWay
@@ -35,6 +35,7 @@ class Run:
                 "optimizer" are among them. All are equal on all processes, or bring themselves together when
                 they are asked for their state, as PerImageVectors do
     settings    what makes the run what it is, {name: value}: "epochs", "batch", "seed", "save_minutes", ...
+    steps_per_epoch     as many as loading.index_batches yields an epoch: images // batch
     resuming    go on from the folder's checkpoint
     override    names of settings that may differ from the checkpoint's
     defaults    {name: value} of settings that a checkpoint may lack, because it was made by an older version
@@ -57,7 +58,7 @@ class Run:
         self.step = 0
         self.seconds = 0.0                 # in this epoch, altogether
         self.waited = 0.0                  # in this epoch, for data
-        self.began = 0.0                   # when this epoch began, as if it had never been interrupted
+        self.began = 0.0                   # when this epoch would have begun without interruptions
         # The sums of loss and std x sqrt(d) over this epoch's steps, and their means once it is done.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.means = None
@@ -95,6 +96,7 @@ class Run:
         if not same_everywhere(position, self.device):
             raise Refused(f"{path}: the processes have read different ones; --out must be a folder that all "
                           "machines share")
+        # Epoch 0's record, of the untrained network, is written after the first checkpoint.
         self.log.read(last_epoch=self.epoch if position > 0 else -1)
 
     def load_parts(self, checkpoint):
@@ -128,8 +130,8 @@ class Run:
                           f"{epochs} epochs of {self.steps_per_epoch} steps")
 
     def begin(self, **more):
-        """Write the log's first record, with all that the run could depend on, and a checkpoint; or that
-        the run goes on.
+        """A new run writes the log's first record, with `more` in it, and a checkpoint. A resumed run only
+        logs that it goes on.
 
         From now on the signals in STOPPING end the run, after the step that it is in.
         """
@@ -194,7 +196,8 @@ class Run:
         self.save()
 
     def add_to_means(self, loss, std_sqrt_d=0.0):
-        """Count a step's loss and std x sqrt(d) in the epoch's means."""
+        """Count a step's loss and std x sqrt(d), scalars that are equal on all processes, in the epoch's
+        means."""
         self.sums[0] += loss
         self.sums[1] += std_sqrt_d
 
@@ -216,9 +219,11 @@ class Run:
                                    f"{gradient_norm},", step)
 
     def refuse_not_finite(self, what, step):
+        """Raise Refused, and say where the last good checkpoint is."""
+        remedy = "a smaller --base-lr or --warmup 10" if "warmup" in self.settings else "a smaller --base-lr"
         raise Refused(f"{what} is not finite in epoch {self.epoch + 1}, step {step}; the last good "
-                      f"checkpoint is {self.path('checkpoint.pth')}. Try a smaller --base-lr or --warmup "
-                      "10, in another --out")
+                      f"checkpoint is {self.path('checkpoint.pth')}. Try {remedy}, "
+                      "in another --out")
 
     def save_or_stop_if_asked(self):
         """Do what any process wanted at the step before, and tell what this one wants now. Raises Stopped,
@@ -260,9 +265,9 @@ class Run:
                 "settings": self.settings,
             }
             # A damaged checkpoint must not take the place of the good one before it.
-            keep = None if self.newest_is_damaged else self.path("checkpoint-previous.pth")
+            keep = None if self.newest_is_damaged else self.path(PREVIOUS)
             with self.during("writing a checkpoint"):
-                save(checkpoint, self.path("checkpoint.pth"), keep)
+                save(checkpoint, self.path(NEWEST), keep)
             self.newest_is_damaged = False
         self.saved = time.monotonic()
 

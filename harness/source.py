@@ -15,7 +15,7 @@ class Source:
     """One split. Small images are held in memory, others are files. Labels and classes exist only where
     they are known.
 
-    pixels      (N, 3, H, W) uint8 tensor, or None where there are files
+    pixels      (N, 3, H, W) uint8 tensor, where the images are held in memory; else None
     files       (N,) array of byte strings, or None. It is one buffer, which worker processes share. The
                 reference counts of a list of Python strings would make each worker copy it
     labels      (N,) int64 array, or None

@@ -18,6 +18,7 @@ from .errors import Refused
 from .files import read, refusing
 
 # What stands before conv1.weight in each layout: MoCo's, the released one, ours, torchvision's.
+# Each also without "module.", which a network gets from DistributedDataParallel.
 PREFIXES = ("module.encoder_q.", "module.encoder.", "encoder_q.", "encoder.", "module.", "")
 ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (False, (2, 2, 2, 2)): "resnet18",
@@ -127,7 +128,8 @@ def blocks_of_stage(tensors, k):
 
 
 def name_groups(names):
-    """Names, and how often each occurs; where many share a beginning, that: {"module.predictor.*": 8, ...}"""
+    """Names, and how often each occurs. Those with a common beginning count as one: {"module.predictor.*":
+    8}"""
     beginning = r"^(.*?\b(fc|predictor|encoder_k|layer\d))\..*"
     return collections.Counter(re.sub(beginning, r"\1.*", name) for name in names)
 
