@@ -440,14 +440,14 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
         stored = source.image(i)
         views = []
         for pair in range(pairs):
-            views += [view_as_picture(stored, policy, seed, epoch + pair, i, v) for v in range(2)]
+            crops = cut_views(policy, seed, 2, stored, epoch + pair, i)
+            views += [view_as_picture(crops[v], policy, seed, epoch + pair, i, v) for v in range(2)]
         shown.append((Image.fromarray(stored.numpy()), views))
     return draw_contact_sheet(shown, policy.size)
 
 
-def view_as_picture(stored, policy, seed, epoch, i, v):
-    """View number v of image i, `stored` (H, W, 3), as a PIL image: its normalisation undone."""
-    crop = cut_views(policy, seed, 2, stored, epoch, i)[v]            # (3, S, S)
+def view_as_picture(crop, policy, seed, epoch, i, v):
+    """View number v of image i, from its crop (3, S, S) uint8, as a PIL image: its normalisation undone."""
     colour = draw_colour(policy, seed, epoch, [i], v)
     x, = photometric(crop[None], colour, policy)
     mean = torch.tensor(policy.mean).view(3, 1, 1)

@@ -43,7 +43,7 @@ from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
 from harness.machine import device_name, fastest_layout, hardware
-from harness.options import check_limits, new_parser, number
+from harness.options import check_amp, check_batch, check_limits, new_parser, number
 from harness.pictures import draw_neighbors
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.progress import Progress
@@ -263,7 +263,8 @@ def train_layer(job, queries):
     # because some papers report it.
     best = max(run.log.epochs(), key=lambda record: record["top1"])
     found = {"best_epoch_not_the_result": {"epoch": best["epoch"], "top1": best["top1"]}}
-    return Judged(*test_layer(job, layer, queries), layer, found)
+    last = run.log.epochs()[-1]
+    return Judged(last["top1"], last["top5"], layer, found)
 
 
 def fit(features, labels, classes, lrs, epochs, batch, seed):
@@ -647,13 +648,12 @@ def settings_for(args, backbone, recipe, train, val, world):
         "workers": args.workers,
         "save_minutes": args.save_minutes,
     }
-    if s["amp"] and s["device"] != "cuda":
-        raise Refused("--amp: bf16 autocast is for GPUs")
+    check_amp(s)
     if protocol in OPTIMIZERS:  # the training view plays a part
         s["area"] = policy.area
         s["aspect"] = policy.aspect
         s["flip"] = policy.flip
-        check_trained(s)
+        check_batch(s)
         s["lr"] = initial_lr(s["base_lr"], s["batch"])
     return s, policy
 
@@ -681,15 +681,6 @@ def describe_data(args, recipe, train, val):
         "val_images": len(val),
         "classes": len(train.classes),
     }
-
-
-def check_trained(s):
-    """Raise Refused for a batch that the processes or the images don't allow, where one is trained on."""
-    if s["batch"] % s["world"] != 0:
-        raise Refused(f"--batch {s['batch']}: {s['world']} processes don't divide it; the batch is the "
-                      "global one")
-    if s["images"] < s["batch"]:
-        raise Refused(f"--batch {s['batch']}: the data has only {s['images']} images, less than one batch")
 
 
 def default_folder(args, s):

@@ -53,7 +53,7 @@ from harness.files import replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
 from harness.machine import fastest_layout, hardware, peak_memory
-from harness.options import add_setting, check_limits, new_parser, number
+from harness.options import add_setting, check_amp, check_batch, check_limits, new_parser, number
 from harness.per_image import PerImageVectors
 from harness.pictures import draw_curves
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
@@ -706,15 +706,10 @@ def given_settings(args):
 
 def check_together(s):
     """Raise Refused for settings that are good each by itself, but not together."""
-    if s["batch"] % s["world"] != 0:
-        raise Refused(f"--batch {s['batch']}: {s['world']} processes don't divide it; the batch is the "
-                      "global one")
+    check_batch(s)
     if s["batch"] < 2:
         raise Refused("--batch 1: BN needs at least 2 images")
-    if s["images"] < s["batch"]:
-        raise Refused(f"--batch {s['batch']}: the data has only {s['images']} images, less than one batch")
-    if s["amp"] and s["device"] != "cuda":
-        raise Refused("--amp: bf16 autocast is for GPUs")
+    check_amp(s)
     for name in ("area", "aspect", "sigma"):
         low, high = s[name]
         if low > high:

@@ -34,8 +34,8 @@ from harness import loading, shapes
 from harness.per_image import PerImageVectors
 from harness.source import Source
 from tests import shape_comments
-from tests.helpers import (CPU, ROOT, TINY, equal, here, log_of, numpy_D, slow, start, tiny_model, torchrun,
-                           torchvision_names, vectors, weights_of)
+from tests.helpers import (CPU, RELEASED_HEADS, ROOT, TINY, equal, here, log_of, numpy_D, slow, start,
+                           tiny_model, torchrun, torchvision_names, vectors, weights_of)
 
 pytest_plugins = ["tests.fixtures"]
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -104,32 +104,6 @@ PAPERS_RESULTS = {  # what a row changes on ImageNet, and the top-1 that its tab
     "table5-base": (dict(batch=256, epochs=200), "the base"),
     "table5-recipe": (
         dict(batch=256, epochs=200, base_lr=0.5, weight_decay=1e-5), "better than the base recipe")}
-
-RELEASED_HEADS = {  # of the released checkpoint (ResNet-50), without encoder.fc.6.bias, which BN makes void
-    "encoder.fc.0.weight": (2048, 2048),
-    "encoder.fc.1.weight": (2048,),
-    "encoder.fc.1.bias": (2048,),
-    "encoder.fc.1.running_mean": (2048,),
-    "encoder.fc.1.running_var": (2048,),
-    "encoder.fc.1.num_batches_tracked": (),
-    "encoder.fc.3.weight": (2048, 2048),
-    "encoder.fc.4.weight": (2048,),
-    "encoder.fc.4.bias": (2048,),
-    "encoder.fc.4.running_mean": (2048,),
-    "encoder.fc.4.running_var": (2048,),
-    "encoder.fc.4.num_batches_tracked": (),
-    "encoder.fc.6.weight": (2048, 2048),
-    "encoder.fc.7.running_mean": (2048,),
-    "encoder.fc.7.running_var": (2048,),
-    "encoder.fc.7.num_batches_tracked": (),
-    "predictor.0.weight": (512, 2048),
-    "predictor.1.weight": (512,),
-    "predictor.1.bias": (512,),
-    "predictor.1.running_mean": (512,),
-    "predictor.1.running_var": (512,),
-    "predictor.1.num_batches_tracked": (),
-    "predictor.3.weight": (2048, 512),
-    "predictor.3.bias": (2048,)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1317,7 +1291,7 @@ def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, reque
 
 SHAPE_COMMENTS = {
     "simsiam.py": 9,
-    "augment.py": 35,
+    "augment.py": 34,
     "lineval.py": 9,
     "harness/batchnorm.py": 2,
     "harness/evaluate.py": 1,

@@ -68,6 +68,28 @@ def check_limits(values):
             raise Refused(f"--{option} {given}: from {low:g} to {high:g}")
 
 
+def check_batch(settings):
+    """Raise Refused for a batch that the processes don't divide, or that has more images than the data.
+
+    An epoch of less than one batch would have no step; index_batches needs the rest.
+    """
+    batch = settings["batch"]
+    if batch % settings["world"] != 0:
+        world = settings["world"]
+        raise Refused(f"--batch {batch}: {world} processes don't divide it; the batch is the global one")
+    if settings["images"] < batch:
+        raise Refused(f"--batch {batch}: the data has only {settings['images']} images, less than one batch")
+
+
+def check_amp(settings):
+    """Raise Refused for bf16 autocast on a CPU.
+
+    The runs of this program on CPUs are of small networks, in float32.
+    """
+    if settings["amp"] and settings["device"] != "cuda":
+        raise Refused("--amp: bf16 autocast is for GPUs")
+
+
 def number(text):
     """A number of the command line: 0.125 and 1/8 alike. Raises ValueError for other text."""
     numerator, _, denominator = text.partition("/")
