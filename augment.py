@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from harness.data import open_data
+from harness.data import find_data, open_data
 from harness.draws import uniforms
 from harness.errors import Refused, printable
 from harness.images import check_files
 from harness.loading import decode, to_device
-from harness.pictures import draw_contact_sheet
+from harness.options import add_range
+from harness.pictures import draw_contact_sheet, save_picture
 
 # --- The policy, and the draws of a view -----------------------------------------------------------------
 
@@ -49,13 +50,14 @@ class Policy(NamedTuple):
     blur: float = 0.5                       # of blur. DEPARTURE: the released code's; the paper gives none
     sigma: tuple = (0.1, 2.0)               # std of the Gaussian in pixels, uniform
     flip: float = 0.5                       # probability of the horizontal flip
+    vflip: float = 0.0                      # of the vertical one. Not the paper's: for views from above
     mean: tuple = (0.485, 0.456, 0.406)     # ImageNet's, subtracted from values in [0, 1]
     std: tuple = (0.229, 0.224, 0.225)      # ImageNet's, by which they are then divided
     centre: float = 224 / 256               # test view: the share of the shorter side that is kept
 
 
-# Where views lie in their images: arrays (N,), in pixels; flip is bool.
-Crop = namedtuple("Crop", "top left height width flip")
+# Where views lie in their images: arrays (N,), in pixels. Bool: flip, left and right; vflip, up and down.
+Crop = namedtuple("Crop", "top left height width flip vflip")
 
 
 class Colour(NamedTuple):
@@ -79,6 +81,7 @@ FACTOR = slice(28, 32)
 GRAY = 32
 BLUR = 33
 SIGMA = 34
+VFLIP = 35
 
 
 def draw_crop(policy, seed, epoch, index, view, height, width):
@@ -110,7 +113,8 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     top = np.where(found, top, (height - h) // 2)                     # (N,)
     left = np.where(found, left, (width - w) // 2)                    # (N,)
     box = (a.astype(np.int64) for a in (top, left, h, w))
-    return Crop(*box, u[:, FLIP] < policy.flip)
+    vflip = uniforms(seed, epoch, index, view, VFLIP)[:, 0] < policy.vflip
+    return Crop(*box, u[:, FLIP] < policy.flip, vflip)
 
 
 def draw_colour(policy, seed, epoch, index, view):
@@ -145,7 +149,8 @@ def crop_resize(image, crop, n, size):
     right = left + crop.width[n]
     part = image[None, top:bottom, left:right].permute(0, 3, 1, 2)    # (1, 3, h, w)
     view, = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
-    return view.flip(-1) if crop.flip[n] else view
+    flipped = [axis for axis, flip in ((-1, crop.flip[n]), (-2, crop.vflip[n])) if flip]
+    return view.flip(flipped) if flipped else view
 
 
 def crop_resize_batch(images, crop, size):
@@ -157,8 +162,10 @@ def crop_resize_batch(images, crop, size):
     height, width = images.shape[2:]
     rows = resize_matrices(height, size, images.device)
     cols = resize_matrices(width, size, images.device)
-    row = to_device(matrix_number(height, crop.top, crop.height, False), images.device)          # (N,)
-    col = to_device(matrix_number(width, crop.left, crop.width, crop.flip), images.device)       # (N,)
+    row = matrix_number(height, crop.top, crop.height, crop.vflip)    # (N,)
+    col = matrix_number(width, crop.left, crop.width, crop.flip)      # (N,)
+    row = to_device(row, images.device)
+    col = to_device(col, images.device)
     out = images.new_empty(len(images), 3, size, size)
     for part in pieces(images, 0, len(images)):
         # (n, H, 3, W): in this order both products find their numbers one after the other in memory
@@ -201,13 +208,20 @@ def resize_matrices(side, size, device):
     return torch.stack([weight, weight.flip(2)]).flatten(0, 2)
 
 
+STRIP = 4  # an image that is longer than so many times its shorter side loses its ends before it is resized
+
+
 def resize_centre(images, policy):
     """The test view: shorter side to S / centre, then the centre S x S. (N, 3, H, W) uint8 -> (N, 3, S, S)
     uint8"""
-    height, width = images.shape[2:]
     size = policy.size
     resize = round(size / policy.centre)
-    shorter = min(height, width)
+    shorter = min(images.shape[2:])
+    # The ends of a strip, which are far from the centre, could take gigabytes when enlarged.
+    for axis in (2, 3):
+        beyond = max(0, images.shape[axis] - STRIP * shorter) // 2
+        images = images.narrow(axis, beyond, images.shape[axis] - 2 * beyond)
+    height, width = images.shape[2:]
     if resize != shorter:
         height, width = (side * resize // shorter for side in (height, width))
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
@@ -467,21 +481,26 @@ def parse(argv=None):
                         help="a photo, or whatever simsiam.py takes as DATA (default: the drawn shapes)")
     parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of the views, and of the shapes (default: %(default)s)")
+                        help="of the views (default: %(default)s)")
     parser.add_argument("--epoch", type=int, default=0, help="of the views (default: %(default)s)")
     parser.add_argument("--check", action="store_true",
-                        help="read every image instead, and list what is wrong with which")
+                        help="say what was found in DATA, and what is left out and why; read every image; list "
+                             "what is wrong with which")
+    add_range(parser)
     return parser.parse_args(argv)
 
 
-def check(*sources):
-    """Read every image file of the sources and list the bad ones. Raises Refused, with their count, where
-    there are any."""
-    files = []
-    for source in sources:
-        if source is not None and source.files is not None:
-            files += list(source.files)
-    bad = check_files(files)
+def check(data):
+    """Say what was found, read every image file of both splits, and list the bad ones. Raises Refused, with
+    their count, where there are any."""
+    for heading, text in data.rows().items():
+        print(f"{heading:10}{printable(text)}", file=sys.stderr)
+    files = [source.files for source in (data.train, data.val) if source and source.files is not None]
+    if not files:
+        print("no image files: all pixels are in memory, and good")
+        return
+    files = np.concatenate(files)
+    bad = check_files(files, data.train.value_range)
     if bad:
         raise Refused(f"{bad} of {len(files)} image files are bad")
     print(f"all {len(files)} image files are good")
@@ -490,14 +509,16 @@ def check(*sources):
 def main():
     args = parse()
     try:
-        train, val = open_data(args.data, args.seed)
         if args.check:
-            check(train, val)
+            check(find_data(args.data, args.range))
             return
+        if not args.out.lower().endswith(".png"):
+            raise Refused(f"--out {args.out}: name a .png")
+        train, *_ = open_data(args.data, args.range)
         policy = Policy()
         if train.pixels is not None:  # as recipe cifar10 has it
             policy = Policy(size=max(train.pixels.shape[2:]), blur=0)
-        contact_sheet(train, policy, args.seed, args.epoch).save(args.out)
+        save_picture(contact_sheet(train, policy, args.seed, args.epoch), args.out)
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"augment.py: {printable(error)}")
     print(f"{args.out}: some of {len(train)} images, and pairs of {policy.size}-pixel views of each")

@@ -36,14 +36,14 @@ import resnet
 from harness.data import open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
-from harness.errors import Refused
-from harness.evaluate import BATCH, accuracy, bad_images, calibrated
-from harness.evaluate import check_frozen, extract, hits, tensor_hashes
+from harness.errors import Refused, printable
+from harness.evaluate import BATCH, accuracy, bad_images, calibrated, check_frozen
+from harness.evaluate import extract, hits, neighbours, tensor_hashes
 from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
 from harness.machine import device_name, fastest_layout, hardware
-from harness.options import check_amp, check_batch, check_limits, new_parser, number
+from harness.options import add_setting, check_amp, check_batch, check_limits, new_parser, number
 from harness.pictures import draw_neighbors
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.progress import Progress
@@ -157,7 +157,7 @@ def probe_step(layer, optimizer, v, labels, world):
 
 class Judged(NamedTuple):
     """What a protocol has found."""
-    top1: float           # percent of all validation images
+    top1: float           # percent of all validation images that could be read
     top5: float
     layer: object = None  # the linear layer, where one was trained
     found: dict = {}      # what else goes into lineval.json
@@ -209,7 +209,8 @@ def knn(job, bank, queries):
     """
     labels = to_device(job.train.labels, job.device)
     truth = to_device(job.val.labels, job.device)
-    return Judged(*knn_accuracy(bank, labels, queries, truth))
+    k = neighbours(len(bank), len(job.train.classes))
+    return Judged(*knn_accuracy(bank, labels, queries, truth, k), found={"k": k})
 
 
 EVALUATE = {"lars": lars, "sgd": sgd, "cached": cached, "knn": knn}
@@ -404,10 +405,19 @@ def evaluable(settings, path):
             "size": int(settings["size"]),
             "width": float(settings["width"]),
             "centre": float(settings["centre"]),
+            "range": settings.get("range") and pair(settings["range"]),
         }
         settings = {**settings, **needed}
         check_limits(settings)
     return settings
+
+
+def pair(value_range):
+    """(low, high). Raises ValueError for anything else."""
+    low, high = map(float, value_range)
+    if not low < high:
+        raise ValueError(f"range {value_range}")
+    return low, high
 
 
 def export(path, layout, out):
@@ -480,6 +490,8 @@ def parse(argv=None):
                                                      "recipe's)")
     parser.add_argument("--features", metavar="FILE.npz", help="save features, labels and file names of "
                                                                "both splits there")
+    for name, kind in (("size", int), ("mean", (number, 3)), ("std", (number, 3))):
+        add_setting(parser, name, kind, ["of the views (default: the pre-training's, or else the recipe's)"])
     parser.add_argument("--export", choices=("torchvision", "released"),
                         help="write the network in this layout, and evaluate nothing")
     return parser.parse_args(argv)
@@ -490,7 +502,7 @@ class Job:
 
     settings    see settings_for
     policy      of the training views; the test view takes size, centre, mean and std from it
-    train, val  Sources with labels
+    train, val  Sources with labels. (To save features, both may lack labels, and val may be None)
     backbone    a Backbone; freeze() prepares its network
     """
 
@@ -503,10 +515,20 @@ class Job:
         self.network = backbone.network.to(device, memory_format=fastest_layout(backbone.network, device))
         self.run = None  # of the protocols that are done in parts
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"])
-        shares = [len(source) / settings["world"] for source in (train, val)]
+        shares = [len(source) / settings["world"] for source in (train, val) if source]
         batches = sum(math.ceil(share / BATCH) for share in shares)  # as extract makes them
         self.progress = Progress(batches, quiet=dist.get_rank() > 0)
         self.say = self.progress.line
+
+    def use(self, train, val):
+        """Go on with these Sources, bad files left out. Raises Refused where too few are left."""
+        self.train = train
+        self.val = val
+        self.settings["images"] = len(train)
+        self.settings["val_images"] = len(val)
+        self.settings["content"] = train.fingerprint()
+        if self.settings["protocol"] in OPTIMIZERS:
+            check_batch(self.settings)
 
     def test_views(self, source, batches):
         """(source, batches) -> yields (indices, test views)"""
@@ -519,12 +541,24 @@ class Job:
         return torch.cat(parts)
 
     def features_of(self, source):
-        """Features of all of a source's images as they are, (n, D), with a progress line."""
+        """Features of a source's images as they are -> the source without bad files, its features (n, D), how
+        many were bad.
+
+        A bad file's stand-in has another image's label and name. So the file takes no part in anything.
+        """
         def watched(x):
-            self.progress.step(lambda: f"features of {len(self.train)} + {len(self.val)} images")
+            self.progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
-        return extract(watched, self.test_views, source, self.device)
+        v = extract(watched, self.test_views, source, self.device)
+        bad = bad_images(source, self.device)
+        if bad:
+            v = v[to_device(source.good(), self.device)]
+            source = source.without_bad()
+        if not v.isfinite().all():
+            raise Refused(f"{self.settings['backbone']}: its features are not all finite; the run that wrote "
+                          "it had diverged")
+        return source, v, bad
 
 
 def evaluate(args):
@@ -537,29 +571,31 @@ def evaluate(args):
         if rank == 0:
             export(args.ckpt, args.export, args.out)
         return
-    backbone, recipe, train, val = open_all(args)
-    s, policy = settings_for(args, backbone, recipe, train, val, world)
+    backbone, data, recipe = open_all(args)
+    s, policy = settings_for(args, backbone, recipe, data, world)
     trains = s["protocol"] in OPTIMIZERS
     out = args.out or default_folder(args, s)
     resuming = holds_run(out, [*CHECKPOINTS, "lineval.json"], args.resume if trains else None, device)
     # An evaluation can take hours: a file that is in the way is better met now than at its end.
     if args.features and not resuming and os.path.exists(args.features):
         raise Refused(f"--features {args.features}: exists already; name another file")
-    job = Job(s, policy, train, val, backbone, device)
+    job = Job(s, policy, data.train, data.val, backbone, device)
+    job.say(start_block(s, data, backbone, device, out))
+
+    # 2. Features of all good images as they are: to classify, to save, to look at
+    hashes = freeze(job, args.ckpt)
+    train, bank, bad_train = job.features_of(data.train)
+    if not data.can_judge():  # then only features are asked for: see open_all
+        save_features(args.features, train, bank, *(job.features_of(data.val)[:2] if data.val else ()))
+        job.say(f"done: {args.features}, features of {len(train)} images ({bad_train} bad)")
+        return
+    val, queries, bad_val = job.features_of(data.val)
+    job.use(train, val)
     if trains:
         job.run = new_run(job, out, resuming, args.override)
-    job.say(start_block(s, backbone, device, out))
-    if trains:
         job.run.begin()  # makes the folder too
     else:
         os.makedirs(out, exist_ok=True)
-
-    # 2. Features of all images as they are: to classify, to save, to look at
-    hashes = freeze(job, args.ckpt)
-    bank = job.features_of(train)
-    queries = job.features_of(val)
-    if not (bank.isfinite().all() and queries.isfinite().all()):
-        raise Refused(f"{args.ckpt}: its features are not all finite; the run that wrote it had diverged")
     if rank == 0:
         chosen, nearest = neighbors(train, val, bank, queries)
         draw_neighbors(os.path.join(out, "neighbors.png"), train, val, chosen, nearest)
@@ -569,21 +605,20 @@ def evaluate(args):
     check_frozen(job.network, hashes)
 
     # 4. The number
-    bad = sum(bad_images(source, device) for source in (train, val))  # asked of all processes
     if rank == 0:
         if judged.layer is not None:
             save_classifier(job, judged.layer, os.path.join(out, "classifier.pth"))
         if args.features:
-            save_features(args.features, train, val, bank, queries)
-        write_result(out, job, judged, bad)
+            save_features(args.features, train, bank, val, queries)
+        write_result(out, job, judged, bad_train + bad_val)
     if trains:
         job.run.record("end", epochs=job.run.epoch, top1=judged.top1, top5=judged.top5)
-    say_result(job, judged, out)
+    say_result(job, judged, bad_val, out)
 
 
 def open_all(args):
-    """What is evaluated, on what -> Backbone, settings of its pre-training or else the data's recipe,
-    train, val."""
+    """What is evaluated, on what -> Backbone, Data, and the settings of the one's pre-training or else of the
+    other's recipe."""
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
     backbone = None if is_random else read_backbone(args.ckpt, args.width)
@@ -592,20 +627,24 @@ def open_all(args):
         raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn "
                       "ones)")
     args.data = None if args.data == "shapes" else args.data or saved.get("data")
-    train, val = open_data(args.data, saved.get("seed", args.seed))
-    if train.labels is None or val is None:
+    data = open_data(args.data, args.range or saved.get("range"))
+    if not data.can_judge() and not args.features:
+        why = "".join(f"; {note}" for note in data.found.notes)
         raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
-                      "or CIFAR-10")
+                      f"or CIFAR-10 (--features needs none){why}")
     # How images are shown to the network: as they were in its pre-training, or else as the data suggest.
-    recipe = saved or recipe_for(args.data, train)
+    recipe = saved or recipe_for(args.data, data.train)
+    given = {name: getattr(args, name) for name in ("size", "mean", "std")}
+    recipe = recipe | {name: value for name, value in given.items() if value is not None}
     if is_random:
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
         backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
-    return backbone, recipe, train, val
+    return backbone, data, recipe
 
 
-def settings_for(args, backbone, recipe, train, val, world):
+def settings_for(args, backbone, recipe, data, world):
     """The settings of the evaluation, and the policy of its views. Raises Refused for impossible ones."""
+    train, val = data.train, data.val
     protocol = args.protocol or DEFAULT[recipe["recipe"]]
     default = PROTOCOLS[protocol]
     given = {name: getattr(args, name) for name in ("base_lr", "batch", "epochs")}
@@ -615,9 +654,9 @@ def settings_for(args, backbone, recipe, train, val, world):
     if args.resume == "yes" and protocol not in OPTIMIZERS:
         raise Refused(f"--resume: --{protocol} is not done in parts; give another --out, or nothing, to do "
                       "it again")
-    if min(len(train), len(val)) < world:
-        raise Refused(f"{args.data}: {len(train)} training and {len(val)} validation images for {world} "
-                      "processes")
+    if min(len(source) for source in (train, val) if source) < world:
+        raise Refused(f"{args.data}: {len(train)} training and {len(val or '')} validation images for "
+                      f"{world} processes")
     # A figure of changed settings must not be taken for the protocol's: the note says what was changed.
     note = NOTE[protocol]
     changed = [f"{name} {value} instead of {default[name] or 'a sweep'}"
@@ -647,9 +686,10 @@ def settings_for(args, backbone, recipe, train, val, world):
         "world": world,
         "workers": args.workers,
         "save_minutes": args.save_minutes,
+        "keep_every": args.keep_every,
     }
     check_amp(s)
-    if protocol in OPTIMIZERS:  # the training view plays a part
+    if protocol in OPTIMIZERS and data.can_judge():  # the training view plays a part
         s["area"] = policy.area
         s["aspect"] = policy.aspect
         s["flip"] = policy.flip
@@ -676,10 +716,10 @@ def describe_data(args, recipe, train, val):
     return {
         "recipe": recipe["recipe"],
         "data": args.data,                           # None: the drawn shapes
-        "data_seed": recipe.get("seed", args.seed),  # of the drawn shapes: those of the pre-training
-        "images": len(train),
-        "val_images": len(val),
-        "classes": len(train.classes),
+        "range": train.value_range,
+        "images": len(train),                        # those that could be read
+        "val_images": len(val or ""),
+        "classes": len(train.classes or ""),
     }
 
 
@@ -734,7 +774,7 @@ def neighbors(train, val, bank, queries, rows=10, columns=8):
     return chosen, nearest.cpu().numpy()
 
 
-def start_block(s, backbone, device, out):
+def start_block(s, data, backbone, device, out):
     """The lines that an evaluation starts with."""
     # Where the weights come from, and what of the file was not used: a reader sees whether it was the right
     # one.
@@ -747,17 +787,21 @@ def start_block(s, backbone, device, out):
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
     stem = ", CIFAR stem" if s["cifar_stem"] else ""
-    trained = "k 200"
+    trained = f"k {neighbours(len(data.train), max(1, s['classes']))}"
     if "epochs" in s:
         base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
         trained = f"{s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
-    return "\n".join([
-        f"backbone    {s['backbone']}: {s['arch']}, width {s['width']:g}{stem} ({origin})",
-        f"data        {s['data'] or 'shapes (drawn)'}: {s['images']} training and {s['val_images']} "
-        f"validation images, {s['classes']} classes, {s['size']}-pixel views",
-        f"protocol    {s['protocol']}: {s['note']}; {trained}",
-        f"processes   {s['world']}, {hardware(s, device)}",
-        f"writes to   {out}"])
+    told = "as in its pre-training" if backbone.settings else f"of recipe {s['recipe']}: the file names none"
+    mean, std = (" ".join(f"{v:g}" for v in s[name]) for name in ("mean", "std"))
+    rows = {
+        "backbone": f"{s['backbone']}: {s['arch']}, width {s['width']:g}{stem} ({origin})",
+        **data.rows(),
+        "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
+        "protocol": f"{s['protocol']}: {s['note']}; {trained}",
+        "processes": f"{s['world']}, {hardware(s, device)}",
+        "writes to": out,
+    }
+    return "\n".join(f"{heading:12}{printable(text)}" for heading, text in rows.items())
 
 
 def save_classifier(job, layer, path):
@@ -768,13 +812,19 @@ def save_classifier(job, layer, path):
     save(content, path)
 
 
-def save_features(path, train, val, bank, queries):
-    """train_ and val_ features (n, D) float32, labels (n,) and, where images have files, their names
+def save_features(path, train, bank, val=None, queries=None):
+    """train_ and val_ features (n, D) float32; where there are any, labels (n,) and the names of the files
     (bytes)."""
-    arrays = {"classes": np.array(train.classes)}
+    if dist.get_rank() > 0:
+        return
+    arrays = {}
     for split, source, v in (("train", train, bank), ("val", val, queries)):
+        if source is None:
+            continue
         arrays[f"{split}_features"] = v.cpu().numpy()
-        arrays[f"{split}_labels"] = source.labels
+        if source.labels is not None:
+            arrays["classes"] = np.array(source.classes)
+            arrays[f"{split}_labels"] = source.labels
         if source.files is not None:
             arrays[f"{split}_files"] = source.files
     # Through an open file: given a name, numpy would put .npz behind it.
@@ -792,6 +842,7 @@ def write_result(out, job, judged, bad):
         data, images, ...           on what
         held_out_top1               cached: how each lr of the sweep did on held-out training images
         best_epoch_not_the_result   lars, sgd: for papers that report it
+        images, val_images          those that could be read: a bad one takes no part in anything
         bad_images                  files that could not be read
     """
     result = {
@@ -808,14 +859,17 @@ def write_result(out, job, judged, bad):
         f.write(json.dumps(result, indent=1) + "\n")
 
 
-def say_result(job, judged, out):
+def say_result(job, judged, bad_val, out):
     """The last two lines on the screen."""
     s = job.settings
     files = f"{os.path.join(out, 'lineval.json')}, neighbors.png"
     if judged.layer is not None:
         files += ", classifier.pth"
-    job.say(f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on all {s['val_images']} "
-            f"validation images ({s['note']})\ndone: {files}")
+    images = f"all {s['val_images']}"
+    if bad_val:
+        images = f"the {s['val_images']} good ones of {s['val_images'] + bad_val}"
+    job.say(f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {images} validation "
+            f"images ({s['note']})\ndone: {files}")
 
 
 if __name__ == "__main__":

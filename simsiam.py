@@ -46,16 +46,17 @@ import augment
 import resnet
 from harness.batchnorm import synchronize
 from harness.data import SMALL, open_data
+from harness.draws import permutation
 from harness.ends import launch, leave
 from harness.errors import Refused
-from harness.evaluate import accuracy, bad_images, calibrated, extract
-from harness.files import replacing, save
+from harness.evaluate import accuracy, bad_images, calibrated, extract, neighbours, without_bad
+from harness.files import save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
 from harness.machine import fastest_layout, hardware, peak_memory
 from harness.options import add_setting, check_amp, check_batch, check_limits, new_parser, number
 from harness.per_image import PerImageVectors
-from harness.pictures import draw_curves
+from harness.pictures import draw_curves, save_picture
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.progress import Progress
 from harness.run import Run
@@ -328,9 +329,27 @@ def collapsed(excess, std_sqrt_d, n):
 
     Behind an output BN the outputs can't all be one point, because their mean is 0. At best n - 1 of them
     meet at u, and one is at -u. There std x sqrt(d) is about 2/sqrt(n); the excess is 0 where the views
-    agree on which image is the odd one, and 4/n where they don't.
+    agree on which image is the odd one, and 4/n where they don't. A std of 0 is collapse whatever the loss:
+    images that are all the same have it from the first step on.
     """
-    return excess < 0.05 and std_sqrt_d < max(0.1, 3 / math.sqrt(n))
+    return std_sqrt_d < 0.01 or (excess < 0.05 and std_sqrt_d < max(0.1, 3 / math.sqrt(n)))
+
+
+RANKED = 2000       # training images whose features' rank is watched
+LOW_RANK = 0.4      # of the untrained network's rank. Healthy runs on shapes had 0.5 to 1, a failed one 0.3
+MOST_RAW = 100_000  # training images up to which raw pixels are measured too, to compare with
+
+
+def effective_rank(v):
+    """In how many directions features v (N, D) spread, from 1 to D: exp of the entropy of the normalised
+    singular values of the centred features (RankMe, Garrido et al. 2023).
+
+    It sees what the std can't: a network whose outputs differ, but in a few directions only.
+    """
+    v = as_float32(v)
+    singular = torch.linalg.svdvals(v - v.mean(dim=0))                # (min(N, D),)
+    share = singular / singular.sum()
+    return torch.special.entr(share).sum().exp()
 
 
 def knn(bank, bank_labels, queries, k=200, temperature=0.1):
@@ -348,12 +367,11 @@ def knn(bank, bank_labels, queries, k=200, temperature=0.1):
     return votes.masked_fill_(votes == 0, -math.inf)
 
 
-def knn_accuracy(bank, bank_labels, queries, labels, k=200):
+def knn_accuracy(bank, bank_labels, queries, labels, k):
     """kNN's top-1 and top-5 in percent: features queries (Q, d) of these labels, against those of the bank
     (B, d)."""
     bank = l2_normalize(bank)
     queries = l2_normalize(queries)
-    k = min(k, len(bank))
     return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], k), labels)
 
 
@@ -551,9 +569,9 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "eta":          (str,    "current",       "current",       "current"),       # Sec. 5
     "k":            (int,    1,               1,               1),               # Sec. 5.2; 0: an epoch
     "m":            (number, 0.8,             0.8,             0.8),             # Sec. 5.2
-    "epochs":       (int,    100,             800,             24),              # Sec. 3; supp. D
+    "epochs":       (int,    100,             800,             6),               # Sec. 3; supp. D
     "batch":        (int,    512,             512,             64),              # Sec. 3; supp. D
-    "base_lr":      (number, 0.05,            0.03,            1.0),             # Sec. 3; supp. D
+    "base_lr":      (number, 0.05,            0.03,            2.0),             # Sec. 3; supp. D
     "momentum":     (number, 0.9,             0.9,             0.9),             # Sec. 3
     "weight_decay": (number, 1e-4,            5e-4,            5e-4),            # Sec. 3; supp. D
     "warmup":       (int,    0,               0,               0),               # Sec. 3 (10 in some rows)
@@ -567,11 +585,17 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "blur":         (number, 0.5,             0.0,             0.0),             # released code; supp. D
     "sigma":        (PAIR,   (0.1, 2.0),      (0.1, 2.0),      (0.1, 2.0)),      # supp. A
     "flip":         (number, 0.5,             0.5,             0.5),             # supp. A
+    "vflip":        (number, 0.0,             0.0,             0.0),             # -
     "mean":         (THREE,  IMAGENET_MEAN,   CIFAR_MEAN,      IMAGENET_MEAN),   # released code
     "std":          (THREE,  IMAGENET_STD,    CIFAR_STD,       IMAGENET_STD),    # released code
     "centre":       (number, 224 / 256,       1.0,             1.0),             # released code (test view)
-    "knn_every":    (int,    10,              5,               10),              # -
+    "knn_every":    (int,    10,              5,               3),               # -
 }
+# Steps of each recipe on its own data; and with how few, small data sets taught our runs nothing
+# (results/own-data.md).
+OWN_STEPS = {"imagenet": 250_000, "cifar10": 78_000, "shapes": 1_500}
+FEW_STEPS = 3_000
+
 CHOICES = {
     "arch": tuple(resnet.ARCHS),
     "predictor": ("mlp", "fixed", "none"),
@@ -683,12 +707,14 @@ def settings_for(args, train, world):
     settings["seed"] = args.seed
     settings["data"] = args.data
     settings["images"] = len(train)
+    settings["range"] = train.value_range
     settings["device"] = args.device
     settings["amp"] = args.device == "cuda" if args.amp is None else args.amp
     settings["compile"] = args.compile
     settings["world"] = world
     settings["workers"] = args.workers
     settings["save_minutes"] = args.save_minutes
+    settings["keep_every"] = args.keep_every
     check_limits(settings)
     check_together(settings)
     return settings
@@ -765,6 +791,7 @@ class Job(NamedTuple):
     device: torch.device
     train: object           # Source
     val: object             # Source, or None
+    rows: dict              # what is said of the data: {heading: text}
     policy: augment.Policy
     out: str                # the run's folder
     resuming: bool
@@ -775,21 +802,37 @@ class Job(NamedTuple):
         return augment.load_centres(source, self.policy, batches, self.device, self.settings["workers"])
 
     def knn(self, features, autocast=contextlib.nullcontext()):
-        """kNN top-1 in percent on all validation images, against the training images. features: images ->
-        (N, D)"""
+        """kNN on all good validation images, against all good training images. features: images -> (N, D)
+
+        Returns top-1 in percent, how many were judged, and the features of all training images (n, D).
+        """
         bank, queries = (extract(features, self.test_views, source, self.device, autocast)
                          for source in (self.train, self.val))
-        labels = to_device(self.train.labels, self.device)
-        truth = to_device(self.val.labels, self.device)
-        top1, _ = knn_accuracy(bank, labels, queries, truth)
-        return top1
+        # A bad image's stand-in has another label: it neither votes nor is judged.
+        votes, labels = without_bad(self.train, bank)
+        judged, truth = without_bad(self.val, queries)
+        k = neighbours(len(votes), len(self.train.classes))
+        top1, _ = knn_accuracy(votes, labels, judged, truth, k)
+        return top1, len(judged), bank
+
+    def watch(self, features, autocast):
+        """What the features of test views show of a network: {"knn": top-1, "knn_images": of so many, "rank":
+        of up to RANKED training images}"""
+        chosen = permutation(0, 0, len(self.train))[:RANKED]
+        if not self.watches_knn:  # the rank needs no labels
+            v = extract(features, self.test_views, self.train, self.device, autocast, chosen)
+            return {"rank": effective_rank(v).item()}
+        top1, judged, bank = self.knn(features, autocast)
+        rank = effective_rank(bank[to_device(chosen, self.device)])
+        return {"knn": top1, "knn_images": judged, "rank": rank.item()}
 
 
 def prepare(args):
     """Join the processes, open the data, settle the settings -> Job. Raises Refused; nothing is written
     yet."""
     device, _, world = join_world(torch.device(args.device))
-    train, val = open_data(args.data, args.seed)
+    data = open_data(args.data, args.range)
+    train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
     if not same_everywhere(s["content"], device):
@@ -804,6 +847,7 @@ def prepare(args):
         device=device,
         train=train,
         val=val,
+        rows=data.rows(),
         policy=augment.Policy(**{name: s[name] for name in augment.Policy._fields}),
         out=out,
         resuming=holds_run(out, CHECKPOINTS, args.resume, device),
@@ -892,13 +936,16 @@ def begin(run, job, progress):
         run.begin()
         return
     knn_pixels = None
-    if job.watches_knn and job.train.pixels is not None:
+    if job.watches_knn and len(job.train) <= MOST_RAW:
+        small = job
+        if job.train.pixels is None:
+            small = job._replace(policy=job.policy._replace(size=32))
         with run.during("kNN"):
-            knn_pixels = job.knn(lambda x: x.flatten(1))
+            knn_pixels, *_ = small.knn(lambda x: x.flatten(1))
     run.begin(knn_pixels=knn_pixels)
     if run.first:
-        with replacing(run.path("views.png")) as f:
-            augment.contact_sheet(job.train, job.policy, job.settings["seed"]).save(f, "png")
+        sheet = augment.contact_sheet(job.train, job.policy, job.settings["seed"])
+        save_picture(sheet, run.path("views.png"))
 
 
 def finish(run, encoder, progress):
@@ -921,6 +968,8 @@ MEASURED = {
     "std": "std x sqrt(d) {:.3f}",
     "lr": "lr {:.4g}",
     "knn": "kNN {:.2f}%",
+    "knn_images": "of {}",
+    "rank": "rank {:.1f}",
     "images_per_s": "{:.0f} images/s",
     "data_wait": "{:.0%} waiting for data",
     "seconds": None,
@@ -931,42 +980,57 @@ MEASURED = {
 
 
 def report_untrained(run, job, encoder, autocast, progress):
-    """Epoch 0 of the log: the kNN accuracy of the network as it starts."""
-    knn = None
-    if job.watches_knn:
+    """Epoch 0 of the log: kNN accuracy and rank of the network as it starts."""
+    watched = {}
+    if job.settings["knn_every"] > 0:
         with run.during("kNN"):
             backbone = calibrated(encoder, job.test_views, job.train).eval()
-            knn = job.knn(backbone.features, autocast)
+            watched = job.watch(backbone.features, autocast)
     started = "as loaded" if job.settings["init"] else "untrained"
-    report(run, job, progress, 0, f"  {started} (kNN: with BN calibrated)", knn=knn)
+    report(run, job, progress, 0, f"  {started} (with BN calibrated)", **watched)
 
 
 def report_epoch(run, job, encoder, optimizer, autocast, progress):
-    """An epoch that is done: what was measured in it, and kNN where it is due."""
+    """An epoch that is done: what was measured in it, and kNN and rank where they are due."""
     s = job.settings
     number = run.epoch + 1
     loss_mean, std_mean = run.means
-    knn = None
-    if job.watches_knn and (number % s["knn_every"] == 0 or number == s["epochs"]):
+    watched = {}
+    if s["knn_every"] > 0 and (number % s["knn_every"] == 0 or number == s["epochs"]):
         with run.during("kNN"):
             encoder.eval()
-            knn = job.knn(encoder.features, autocast)
+            watched = job.watch(encoder.features, autocast)
             encoder.train()
     in_trouble = collapsed(loss_mean - OBJECTIVES[s["objective"]].minimum, std_mean, s["batch"])
     if in_trouble and not any(record["collapsed"] for record in run.log.epochs()):
         progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller "
                       "--base-lr; --warmup 10; a larger --batch; --pred-dim a quarter of --dim; and look "
-                      "at views.png")
+                      "at views.png: are the images different from each other?")
+    warn_of_low_rank(run, watched.get("rank"), progress)
     sources = [source for source in (job.train, job.val) if source]
     report(run, job, progress, number, note="",
            loss=loss_mean,
            std=std_mean,
            lr=optimizer.param_groups[0]["lr"],
-           knn=knn,
+           **watched,
            **run.speed(),
            memory_mb=peak_memory(job.device),
            collapsed=in_trouble,
            bad_images=sum(bad_images(source, job.device) for source in sources))
+
+
+def warn_of_low_rank(run, rank, progress):
+    """Say it once where the rank is far below the untrained network's: a loss and a std can look healthy
+    then."""
+    ranks = [record.get("rank") for record in run.log.epochs()]
+    ranks = [earlier for earlier in ranks if earlier is not None]  # an older version's log has none
+    if rank is None or not ranks:
+        return
+    bound = LOW_RANK * ranks[0]
+    if rank < bound and not any(earlier < bound for earlier in ranks):
+        progress.line(f"low rank: the features spread in {rank:.1f} directions, the untrained network's in "
+                      f"{ranks[0]:.1f}; below {bound:.1f} all runs that we saw had learned little, whatever "
+                      "their loss and std. Try a smaller --base-lr, then --warmup 10")
 
 
 def report(run, job, progress, number, note, **measured):
@@ -987,17 +1051,13 @@ def report(run, job, progress, number, note, **measured):
 def start_block(job, given):
     """The lines that a run starts with. given: the settings that the command line names."""
     s = job.settings
-    train = job.train
-    labels = "no labels" if train.labels is None else f"{len(train.classes)} classes"
-    place = "files" if train.pixels is None else "in memory"
     lr = initial_lr(s["base_lr"], s["batch"])
     rows = {
-        "data": f"{s['data'] or 'shapes (drawn)'}: {len(train)} images, {labels}, {place}",
+        **job.rows,
         "recipe": ", ".join([s["recipe"], *(f"{name} {s[name]}" for name in given)]),
         "experiment": describe_experiment(s),
         "settings": ", ".join(f"{name} {s[name]}" for name in SETTINGS),
-        "training": f"{s['epochs']} epochs of {len(train) // s['batch']} steps, global batch {s['batch']}, "
-                    f"lr {lr:.4g}",
+        "training": describe_length(s) + f", global batch {s['batch']}, lr {lr:.4g}",
         "processes": f"{s['world']} x {s['batch'] // s['world']} images, BN over {s['batch']}, "
                      f"{hardware(s, job.device)}",
         "kNN": describe_knn(job),
@@ -1009,6 +1069,20 @@ def start_block(job, given):
         lines += textwrap.wrap(text, 108, initial_indent=f"{name:12}", subsequent_indent=" " * 12,
                                break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
+
+
+def describe_length(s):
+    """The steps of the run beside those of the recipe on its own data, and a warning where they are too
+    few."""
+    steps_per_epoch = s["images"] // s["batch"]
+    steps = s["epochs"] * steps_per_epoch
+    own = OWN_STEPS[s["recipe"]]
+    text = f"{s['epochs']} epochs of {steps_per_epoch} steps: {steps:,} (the recipe on its own data: {own:,})"
+    if steps < min(own, FEW_STEPS):
+        epochs = math.ceil(FEW_STEPS / steps_per_epoch)
+        text += (f". Too few to learn much: with fewer than {FEW_STEPS:,} our runs on small data sets stayed "
+                 f"near the untrained network; --epochs {epochs}, or a smaller --batch, gives as many")
+    return text
 
 
 def describe_experiment(s):
@@ -1030,9 +1104,10 @@ def describe_knn(job):
     if job.settings["knn_every"] == 0:
         return "none (--knn-every 0)"
     if not job.watches_knn:
-        return "none (needs labels and val/)"
-    neighbours = "k 200" if len(job.train) >= 200 else f"k {len(job.train)} (all there are)"
-    return f"every {job.settings['knn_every']} epochs, {neighbours}, on {len(job.val)} images"
+        return f"none (needs labels and val/); the rank every {job.settings['knn_every']} epochs"
+    k = neighbours(len(job.train), len(job.train.classes))
+    return (f"every {job.settings['knn_every']} epochs, k {k} (a fifth of a class, 200 at most), on "
+            f"{len(job.val)} images")
 
 
 def describe_eta(s):

@@ -828,6 +828,25 @@ def test_what_is_spread_or_far_from_the_minimum_is_no_collapse(excess, std_sqrt_
     assert not simsiam.collapsed(excess, std_sqrt_d, 128)
 
 
+def test_a_std_of_zero_is_a_collapse_whatever_the_loss():
+    """Images that are all the same: the loss is 0, and so is the std."""
+    assert simsiam.collapsed(1.0, 0.0, 16)
+
+
+def test_effective_rank_is_the_exponential_of_an_entropy():
+    """Against numpy in float64, from the eigenvalues of the covariance; and in its limits, 1 and D."""
+    v = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 12)
+    eigenvalues = np.linalg.eigvalsh(np.cov(v.numpy().astype(np.float64).T))
+    share = np.sqrt(eigenvalues) / np.sqrt(eigenvalues).sum()
+    expected = np.exp(-(share * np.log(share)).sum())
+    assert simsiam.effective_rank(v).item() == pytest.approx(expected, rel=1e-4)
+    assert 2 < expected < 11
+    line = torch.outer(torch.arange(50.0), torch.ones(4)) + 7
+    assert simsiam.effective_rank(line).item() == pytest.approx(1, abs=1e-3)
+    corners = torch.cat([torch.eye(6), -torch.eye(6)])
+    assert simsiam.effective_rank(corners).item() == pytest.approx(6, rel=1e-5)
+
+
 def test_knn_agrees_with_a_loop():
     """Votes of every query against a loop over its neighbours in numpy."""
     rng = np.random.default_rng(0)
@@ -867,8 +886,9 @@ def test_recipes_hold_the_papers_settings(recipe):
 
 
 def test_default_policy_is_the_papers_for_imagenet():
-    """augment.Policy() against the table above."""
-    assert augment.Policy()._asdict() == {name: PAPER["imagenet"][name] for name in augment.Policy._fields}
+    """augment.Policy() against the table above; the paper flips nothing upside down."""
+    expected = {**PAPER["imagenet"], "vflip": 0}
+    assert augment.Policy()._asdict() == {name: expected[name] for name in augment.Policy._fields}
 
 
 def test_linear_protocols_hold_the_papers_settings():
@@ -927,9 +947,9 @@ def test_experiments_hold_the_papers_settings_and_results(experiment):
     ("table2-batch-4096", "cifar10", {"batch": 4096}),
     ("table2-batch-4096", "shapes", {"batch": 512}),
     ("table2-batch-64", "shapes", {"batch": 8}),
-    ("table2-batch-1024", "shapes", {"warmup": 2}),
+    ("table2-batch-1024", "shapes", {"warmup": 1}),
     ("suppB-dim-512", "shapes", {"dim": 128, "pred_dim": 32}),
-    ("table4-200-epochs", "shapes", {"epochs": 48}),
+    ("table4-200-epochs", "shapes", {"epochs": 12}),
     ("table4-200-epochs", "cifar10", {"epochs": 200})])
 def test_experiments_scale_to_smaller_recipes(experiment, recipe, expected):
     """Against figures in proportion, worked out by hand."""
@@ -1383,22 +1403,20 @@ def test_readme_commands_parse(module, at_least):
 
 
 def test_readmes_first_command_runs(tmp_path):
-    """As it stands, for an epoch, which learns; a slow test in tests/ runs it to its end."""
+    """As it stands, for some steps; slow tests in tests/ run it until it has learned, and evaluate it."""
     quick_start = (ROOT / "README.md").read_text().split("## Quick start")[1]
     command, _, _ = re.search(r"```bash\n(.*?)\n", quick_start)[1].partition("#")
     assert command.strip() == "python simsiam.py"
     with start("-u", ROOT / "simsiam.py", cwd=tmp_path) as process:
         for line in process.stdout:
-            if line.startswith("epoch 1/24  loss"):
+            if line.startswith("epoch 0/6  untrained"):
                 break
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert "; the same command with --resume goes on" in errors
     assert process.returncode == 128 + signal.SIGINT
-    first, untrained, one = log_of(tmp_path / "runs/shapes")
+    first, untrained = log_of(tmp_path / "runs/shapes")
     assert first["command"].endswith("simsiam.py")
-    assert one["epoch"] == 1
-    assert one["loss"] < -0.1
     assert untrained["knn"] < first["knn_pixels"]
 
 

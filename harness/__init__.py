@@ -4,10 +4,15 @@
     draws       random numbers as a hash of (seed, epoch, image, view, draw), and the order of an epoch
 
     source      a split of a data set: images in memory or files, and labels
-    data        what DATA can be: folders, lists, single images
-    cifar       CIFAR-10 as it is downloaded
+    data        from DATA on the command line to images
+    layouts     what DATA can be: a table of layouts, and a look that reads nothing yet
+    walk        which files below a folder are its images, and why the others are none
+    lists       text files that name images, and what is no such list
+    labels      labels of a flat validation folder, from a text file
+    cifar       CIFAR-10 and CIFAR-100 as they are downloaded
     shapes      the drawn data set, for which nothing is downloaded
     images      reading one image file, good or bad
+    values      pixels of more than 8 bits
     loading     worker processes, from files to batches on the device
 
     processes   joining the processes of a run, sums over them
@@ -21,7 +26,7 @@
     late        numbers that are read a step late, so that no step waits for the GPU
     files       files that are whole at every instant, and reading them with suspicion
     weights     files of weights: ours, the authors', MoCo's, torchvision's
-    evaluate    features of many images, counting hits, checking that a network is frozen
+    evaluate    features of many images, counting hits, the images that count, whether a network is frozen
     pictures    curves, contact sheets, nearest neighbours
 
     options     the command line that the scripts share, and its limits

@@ -19,25 +19,28 @@ BATCH = 256  # images at a time
 
 
 @torch.no_grad()
-def extract(features, test_views, source, device, autocast=contextlib.nullcontext()):
-    """Features of all images of a source, in order: (n, D) on every process. The processes share the work.
+def extract(features, test_views, source, device, autocast=contextlib.nullcontext(), chosen=None):
+    """Features of a source's images, in order: (n, D) on every process. The processes share the work.
 
     Each process needs an image at least.
 
     features    images (N, 3, S, S) -> (N, D)
     test_views  (source, batches of (epoch, indices)) -> yields (indices, images)
+    chosen      (n,) indices of the images; by default all
     """
-    n = len(source)
-    mine = my_share(n)
+    if chosen is None:
+        chosen = np.arange(len(source))
+    mine = my_share(len(chosen))
     starts = range(0, len(mine), BATCH)
-    batches = [(0, mine[i:i + BATCH]) for i in starts]  # test views don't depend on the epoch: any will do
+    places = [mine[i:i + BATCH] for i in starts]
+    batches = [(0, chosen[place]) for place in places]  # test views don't depend on the epoch: any will do
     out = None
-    for index, x in test_views(source, batches):
+    for place, (_, x) in zip(places, test_views(source, batches)):
         with autocast:
             v = features(x).float()                                   # (N, D)
         if out is None:
-            out = torch.zeros(n, v.shape[1], device=device)
-        out[to_device(index, device)] = v
+            out = torch.zeros(len(chosen), v.shape[1], device=device)
+        out[to_device(place, device)] = v
     return all_sum(out)
 
 
@@ -76,6 +79,26 @@ def calibrated(backbone, test_views, train):
         for _, x in test_views(train, batches):
             backbone.features(x)
     return backbone
+
+
+def without_bad(source, v):
+    """Features v (n, D) of all of a source's images, and their labels, but for files that any process has
+    found bad."""
+    bad = bad_images(source, v.device)
+    labels = to_device(source.labels, v.device)
+    if bad:
+        good = to_device(source.good(), v.device)
+        return v[good], labels[good]
+    return v, labels
+
+
+def neighbours(images, classes):
+    """How many neighbours vote in kNN: a fifth of what a class has on average, 200 at most.
+
+    200 is what kNN is used with on ImageNet and CIFAR-10. But of 200 neighbours in a bank with 160 images a
+    class, at least 40 would be of another class.
+    """
+    return max(1, min(200, images // (5 * classes)))
 
 
 def bad_images(source, device):

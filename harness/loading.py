@@ -55,7 +55,7 @@ def decode(source, cut, batches, device, workers):
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
     loader = torch.utils.data.DataLoader(
-        Decoder(source.files, cut), batch_sampler=batches, collate_fn=tuple,
+        Decoder(source, cut), batch_sampler=batches, collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
     for epoch, index, views, bad in loader:
         if isinstance(bad, BadImage):
@@ -68,8 +68,9 @@ class Decoder(torch.utils.data.Dataset):
     """In a worker: (epoch, indices) -> a batch of cut images. Each file is read and decoded once for all
     its views."""
 
-    def __init__(self, files, cut):
-        self.files = files
+    def __init__(self, source, cut):
+        self.files = source.files
+        self.value_range = source.value_range
         self.cut = cut
 
     def __getitems__(self, batch):
@@ -83,7 +84,7 @@ class Decoder(torch.utils.data.Dataset):
         bad = {}
         try:
             for i in index:
-                image, met = read_or_replace(self.files, i)
+                image, met = read_or_replace(self.files, i, self.value_range)
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
         except BadImage as error:

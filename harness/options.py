@@ -48,6 +48,7 @@ LIMITS = {
     "blur": (0, 1),
     "sigma": (0.01, 8 / 3),  # augment.blur cuts the Gaussian at 8 pixels, which is three times this std
     "flip": (0, 1),
+    "vflip": (0, 1),
     "std": (1e-3, 1e3),
     "centre": (0.01, 1),
     # Of the run itself.
@@ -55,6 +56,7 @@ LIMITS = {
     "workers": (0, 1024),
     "seed": (0, 2 ** 63 - 1),
     "save_minutes": (0, 1e9),
+    "keep_every": (0, math.inf),  # 0: none
 }
 
 
@@ -113,10 +115,11 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="after DATA: continue the run in --out; with auto: if there is one, and start "
                              "otherwise")
+    add_range(parser)
     parser.add_argument("--override", nargs="+", default=[], metavar="SETTING",
                         help="with --resume: settings that may differ from the checkpoint's")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of weights, views, order, and shapes (default: %(default)s)")
+                        help="of weights, views and order (default: %(default)s)")
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=fastest,
                         help="default: cuda where there is one")
@@ -125,9 +128,19 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--workers", type=int, default=min(16, cores()),
                         help="processes that decode images, per GPU (default: its share of the cores, up "
                              "to 16)")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="EPOCHS",
+                        help="keep the checkpoint of every so many epochs, as checkpoint-NNNN.pth (default: "
+                             "none)")
     parser.add_argument("--save-minutes", type=float, default=10,
                         help="a checkpoint this often within an epoch (default: %(default)s)")
     return parser
+
+
+def add_range(parser):
+    """The option that overrides what harness/values.py finds."""
+    parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
+                        help="the values that become 0 to 255, in files of more than 8 bits (default: by a "
+                             "sample of the files)")
 
 
 def add_setting(parser, name, kind, defaults, choices=None):

@@ -1,6 +1,8 @@
 """The pictures that the programs draw: contact sheets, training curves, nearest neighbours."""
+import os
+
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from .files import replacing
 
@@ -8,6 +10,38 @@ GREEN = "#2a9d3a"
 RED = "#d62728"
 BLUE = "#1f4e9c"
 GREY = "#dddddd"
+
+# --- Knowing them again ---------------------------------------------------------------------------------
+# A picture that lies among somebody's images must not be taken for one of them. So each has a mark in its
+# file, and is looked for under these names, and in the folder that was named as DATA under any name.
+
+OURS = (b"views.png", b"curves.png", b"neighbors.png")
+MARK = "drawn by SimSiam, the reference"
+
+
+def save_picture(image, path):
+    """Write a PIL image as a PNG file with our mark. Raises Refused where it can't be written."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
+    with replacing(path) as f:
+        image.save(f, "png", pnginfo=mark)
+
+
+def is_ours(path, at_the_top):
+    """Whether a file (path: bytes) is a picture of ours.
+
+    at_the_top: it lies in the folder that was named as DATA. Elsewhere only our own names are looked into.
+    """
+    folder, name = os.path.split(path)
+    if name not in OURS and not (at_the_top and name.lower().endswith(b".png")):
+        return False
+    if name in OURS and os.path.exists(os.path.join(folder, b"log.jsonl")):
+        return True  # of a run, perhaps of a version that set no mark
+    try:
+        with open(path, "rb") as f:
+            return MARK.encode() in f.read(256)
+    except OSError:  # whoever reads it says what is wrong
+        return False
 
 
 # --- The contact sheet ----------------------------------------------------------------------------------
@@ -70,8 +104,7 @@ def draw_curves(path, records, knn_pixels, minimum):
     for k, (key, title, low, high, reference, name) in enumerate(panels):
         points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
         draw_panel(pen, k * WIDTH, title, points, last_epoch, low, high, reference, name)
-    with replacing(path) as f:
-        image.save(f, "png")
+    save_picture(image, path)
 
 
 def draw_panel(pen, left, title, points, last_epoch, low, high, reference, name):
@@ -154,5 +187,4 @@ def draw_neighbors(path, train, val, chosen, nearest, tile=96, gap=6):
         for column, k in enumerate(nearest[row], 1):
             same = train.labels[k] == val.labels[i]
             show(train, k, column * cell + 2 * gap, top, GREEN if same else RED)
-    with replacing(path) as f:
-        sheet.save(f, "png")
+    save_picture(sheet, path)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from .checkpoint import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
 from .errors import STOPPING, Refused, Stopped
-from .files import refusing, save
+from .files import read, refusing, save
 from .late import OnTheirWay
 from .log import Log
 from .processes import all_sum, same_everywhere
@@ -43,7 +43,8 @@ class Run:
     Raises Refused where the checkpoint is foreign or of other settings, and where both of the two are
     damaged.
     """
-    MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile"}
+    MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile",
+                  "keep_every"}
 
     def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), defaults=None):
         self.out = out
@@ -194,6 +195,11 @@ class Run:
         self.means = (self.sums / self.steps_per_epoch).tolist()  # waits for the GPU, so that its time counts
         self.seconds = time.monotonic() - self.began
         self.save()
+        number = self.epoch + 1
+        keep_every = self.settings.get("keep_every")
+        if self.first and keep_every and number % keep_every == 0:
+            with self.during("writing a checkpoint"):
+                save(read(self.path(NEWEST)), self.path(f"checkpoint-{number:04}.pth"))
 
     def add_to_means(self, loss, std_sqrt_d=0.0):
         """Count a step's loss and std x sqrt(d), scalars that are equal on all processes, in the epoch's

@@ -2,9 +2,10 @@
 import hashlib
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from .errors import BadImage, printable
 from .images import read_or_replace
@@ -20,12 +21,14 @@ class Source:
                 reference counts of a list of Python strings would make each worker copy it
     labels      (N,) int64 array, or None
     classes     list of names, or None
+    value_range (low, high), which become 0 to 255 where a file has more than 8 bits; or None
     bad         {index: what is wrong with that file}, of the files that were met so far
     """
     pixels: object = None
     files: object = None
     labels: object = None
     classes: object = None
+    value_range: object = None
     bad: dict = field(default_factory=dict)
 
     def __len__(self):
@@ -35,7 +38,7 @@ class Source:
         """The i-th image as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
         if self.pixels is not None:
             return self.pixels[i].permute(1, 2, 0)
-        image, bad = read_or_replace(self.files, i)
+        image, bad = read_or_replace(self.files, i, self.value_range)
         self.note(bad)
         return image
 
@@ -51,6 +54,21 @@ class Source:
         if len(self.bad) > 10 + len(self) / 100:
             raise BadImage(f"{len(self.bad)} of {len(self)} images can't be read, which is too many; "
                            "python augment.py DATA --check lists them")
+
+    def good(self):
+        """The indices of all images but the bad ones: (n,) int64. A stand-in has another image's label and
+        name."""
+        return np.setdiff1d(np.arange(len(self)), list(self.bad))
+
+    def without_bad(self):
+        """The same split, its bad files left out -> Source"""
+        good = self.good()
+        return replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(good)],
+            files=None if self.files is None else self.files[good],
+            labels=None if self.labels is None else self.labels[good],
+            bad={})
 
     def fingerprint(self):
         """A number below 2^48 that tells data sets apart.

@@ -106,7 +106,7 @@ def subset(train, val, n, folder):
         first.append(of_this_class[:n // 10])
     unfinished = f"{folder}.tmp"
     os.makedirs(unfinished, exist_ok=True)
-    train_names, val_names = cifar.BATCHES
+    train_names, val_names = cifar.TEN
     write_batches(unfinished, train_names, train, np.sort(np.concatenate(first)))
     write_batches(unfinished, val_names, val, np.arange(len(val)))
     os.rename(unfinished, folder)
@@ -277,7 +277,7 @@ def cell(values):
 
 def open_cifar10(path):
     """-> train, val. Raises Refused where it is anything but CIFAR-10."""
-    train, val = open_data(path)
+    train, val, _ = open_data(path)
     if val is not None and train.labels is not None:
         if (len(train), len(val), len(train.classes)) == SIZES:
             return train, val

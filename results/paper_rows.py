@@ -150,7 +150,7 @@ class Table:
         self.lines = f"results/{self.name}.jsonl"
         self.page = f"results/{self.name}.md"
         self.guesses = GUESSES if data is None else []
-        train, _ = open_data(data, 0)
+        train, _, _ = open_data(data)
         self.first = {}
         seen = {}
         for name in simsiam.EXPERIMENTS:

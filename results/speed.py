@@ -127,7 +127,7 @@ def views_by_pillow(source, policy, seed, epoch, index):
 def cut(source, policy, device, index):
     """The crops of these images, two views each: a worker's part. Images in memory are cut on the device."""
     if source.pixels is None:
-        decoder = Decoder(source.files, partial(augment.cut_views, policy, 0, 2))
+        decoder = Decoder(source, partial(augment.cut_views, policy, 0, 2))
         _, _, crops, bad = decoder.__getitems__((0, index))
         if isinstance(bad, BadImage):
             raise bad
@@ -474,8 +474,8 @@ def drawn_photos(folder):
 
 def parts_for(photos, cifar, device):
     """{name: a function that measures it}. photos, cifar: what --photos and --cifar name."""
-    large, _ = open_data(photos)
-    small, _ = open_data(cifar)
+    large, _, _ = open_data(photos)
+    small, _, _ = open_data(cifar)
     data = cifar if device.type == "cuda" else None
     options = ("--epochs", "3", "--knn-every", "0")
     parts = {
@@ -698,7 +698,7 @@ def measure_everything(args, device):
 
 def bench_of(data, device):
     """The pipeline's table for this data, with views as large as augment.py shows them."""
-    train, _ = open_data(data)
+    train, _, _ = open_data(data)
     policy = augment.Policy()
     if train.pixels is not None:
         policy = augment.Policy(size=max(train.pixels.shape[2:]), blur=0)

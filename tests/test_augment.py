@@ -76,7 +76,7 @@ def test_crops_are_distributed_as_random_resized_crop_draws_them(size):
     ours = boxes(size, n)
     rng = random.Random(0)
     loop = np.array([reference_crop(rng, *size) for _ in range(n)])
-    theirs = augment.Crop(*loop.T, flip=None)
+    theirs = augment.Crop(*loop.T, flip=None, vflip=None)
     for side in ("top", "left", "height", "width"):
         assert kolmogorov_smirnov(getattr(ours, side), getattr(theirs, side)) < 1, side
     assert kolmogorov_smirnov(ours.height * ours.width, theirs.height * theirs.width) < 1
@@ -99,7 +99,7 @@ def test_crops_lie_within_their_images(size):
 
 def different_boxes(crop):
     """The (top, left, height, width) that occur."""
-    top, left, height, width, _ = crop
+    top, left, height, width, *_ = crop
     return set(zip(top, left, height, width))
 
 
@@ -471,7 +471,7 @@ def the_same(a, b):
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kind, request):
     """All views of two epochs against the same from two processes, and after an interruption."""
-    source, _ = data.open_data(request.getfixturevalue(kind))
+    source, _, _ = data.open_data(request.getfixturevalue(kind))
     steps = len(source) // 8
     whole = first_views(source)
     assert len(whole) == 2 * steps
@@ -487,14 +487,14 @@ def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kin
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_view_is_the_same_whatever_the_workers(large, workers):
     """All views of two epochs against those that worker processes decode."""
-    source, _ = data.open_data(large)
+    source, _, _ = data.open_data(large)
     assert the_same(first_views(source), first_views(source, workers))
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_an_image_has_two_views_and_others_with_another_seed(kind, request):
     """The two views of a batch against each other, and against another seed's."""
-    source, _ = data.open_data(request.getfixturevalue(kind))
+    source, _, _ = data.open_data(request.getfixturevalue(kind))
     x1, x2 = first_views(source, epochs=1)[0]
     assert x1.shape == (8, 3, 16, 16)
     difference = (x1 - x2).flatten(1).abs()
@@ -505,7 +505,7 @@ def test_an_image_has_two_views_and_others_with_another_seed(kind, request):
 
 def test_test_views_are_the_centre_of_each_image(large):
     """Views without randomness, from a worker, against resizing each image alone."""
-    source, _ = data.open_data(large)
+    source, _, _ = data.open_data(large)
     policy = augment.Policy(size=56)
     batch = 0, np.array([3, 1, 8])
     (index, x), = augment.load_centres(source, policy, [batch], CPU, 1)

@@ -27,7 +27,7 @@ def names_of(source):
 
 def test_small_images_of_a_folder_are_held_in_memory(small):
     """Pixels, labels and classes against the files as Pillow reads them."""
-    train, val = data.open_data(small)
+    train, val, _ = data.open_data(small)
     assert train.classes == ["a", "b", "c"]
     assert train.pixels.shape == (50, 3, 16, 16)
     assert len(train) == 50
@@ -40,7 +40,7 @@ def test_small_images_of_a_folder_are_held_in_memory(small):
 
 def test_large_images_of_a_folder_stay_files(large):
     """A file's name, and its pixels, against Pillow's."""
-    train, _ = data.open_data(large)
+    train, _, _ = data.open_data(large)
     assert train.pixels is None
     assert len(train) == 20
     assert names_of(train)[3] == str(large / "train/a/009.jpg")
@@ -51,7 +51,7 @@ def test_images_of_several_small_sizes_stay_files(tmp_path):
     """One image of another size, which a look at 16 files doesn't meet, is found too."""
     write_folder(tmp_path, "train", 40, 16)
     Image.new("RGB", (17, 16)).save(tmp_path / "train/a/003.png")
-    train, _ = data.open_data(tmp_path)
+    train, _, _ = data.open_data(tmp_path)
     assert train.pixels is None
     assert len(train) == 40
 
@@ -72,7 +72,7 @@ def test_folders_without_classes_are_searched_to_any_depth(tmp_path):
     Image.new("RGB", (80, 70)).save(tmp_path / "B.JPG")
     (tmp_path / "notes.txt").write_text("not an image")
     os.symlink(tmp_path, nested / "loop")
-    train, val = data.open_data(tmp_path)
+    train, val, _ = data.open_data(tmp_path)
     assert names_of(train) == [str(nested / "grey.png"), str(tmp_path / "B.JPG")]
     assert val is None
     assert train.labels is None
@@ -87,7 +87,7 @@ def test_a_list_names_files_relative_to_itself(tmp_path, small):
     Image.new("RGB", (80, 70)).save(tmp_path / "photos/B.JPG")
     listing = tmp_path / "list.txt"
     listing.write_text(f"photos/B.JPG\n{small}/train/a/000.png\n\n")
-    train, val = data.open_data(listing)
+    train, val, _ = data.open_data(listing)
     assert names_of(train) == [str(tmp_path / "photos/B.JPG"), f"{small}/train/a/000.png"]
     assert val is None
 
@@ -95,17 +95,20 @@ def test_a_list_names_files_relative_to_itself(tmp_path, small):
 def test_a_single_image_is_a_data_set(large):
     """One file, the one that was named."""
     path = large / "train/a/009.jpg"
-    train, val = data.open_data(path)
+    train, val, _ = data.open_data(path)
     assert names_of(train) == [str(path)]
     assert val is None
 
 
 def test_nothing_stands_for_the_shapes(monkeypatch):
-    """Which images are drawn, and with which seed: none is in both splits."""
-    monkeypatch.setattr(data, "draw_shapes", lambda *drawn: drawn)
-    train, val = data.open_data(None, 3)
-    assert train == (3, 0, 4000)
-    assert val == (3, 4000, 1000)
+    """Which images are drawn, over the cores, against one draw of all: none is in both splits."""
+    monkeypatch.setattr(shapes, "TRAINING", 60)
+    monkeypatch.setattr(shapes, "VALIDATION", 20)
+    train, val, found = data.open_data(None)
+    whole = shapes.draw_shapes(0, 0, 80)
+    assert torch.equal(torch.cat([train.pixels, val.pixels]), whole.pixels)
+    assert np.concatenate([train.labels, val.labels]).tolist() == whole.labels.tolist()
+    assert found.layout == "the drawn shapes"
 
 
 # --- The fingerprint ----------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def test_cifar_in_both_layouts(tmp_path, layout):
     pixels = rng.integers(0, 256, (60, 3, 32, 32), np.uint8)
     labels = rng.integers(0, 10, 60).astype(np.uint8)
     write_cifar(tmp_path, pixels, labels, 10, BATCHES)
-    train, val = data.open_data(tmp_path / layout)
+    train, val, _ = data.open_data(tmp_path / layout)
     assert np.array_equal(train.pixels, pixels[:50])
     assert np.array_equal(val.pixels, pixels[50:])
     assert train.labels.tolist() == labels[:50].tolist()
@@ -210,7 +213,7 @@ def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
     content = pickle.dumps(batch, 2)
     assert b"numpy._core.multiarray" in content
     (tmp_path / "batch").write_bytes(content.replace(b"numpy._core.multiarray", module))
-    pixels, labels = cifar.read_py(tmp_path / "batch")
+    pixels, labels = cifar.read_py(tmp_path / "batch", cifar.LAYOUTS[1])
     assert pixels.shape == (2, 3072)
     assert labels == [1, 2]
 
@@ -265,19 +268,25 @@ def test_data_that_cannot_be_used_is_refused_in_one_line(tmp_path, case):
     assert message in refusal_of(tmp_path / name)
 
 
-def test_a_class_that_train_lacks_is_refused(tmp_path):
-    """The message names the first file of it."""
+def test_a_class_that_train_lacks_makes_val_unusable(tmp_path):
+    """Pre-training goes on without it, and it is said; of the 12 files, 6 are left out."""
     write_folder(tmp_path, "train", 6, 16)
     write_folder(tmp_path, "val", 6, 16)
     os.rename(tmp_path / "val/c", tmp_path / "val/z")
-    assert "val/z/002.png: not in one of the 3 class folders of train/" in refusal_of(tmp_path)
+    train, val, found = data.open_data(tmp_path)
+    assert len(train) == 6
+    assert val is None
+    assert found.notes == ("val/ is not used: z is no class of the training split", )
+    assert sum(found.left_out.values()) == 6
 
 
-def test_an_image_outside_the_class_folders_is_refused(tmp_path):
-    """The message names it."""
+def test_an_image_outside_the_class_folders_is_left_out(tmp_path):
+    """It is counted, with its place."""
     write_folder(tmp_path, "train", 6, 16)
     Image.new("L", (16, 16)).save(tmp_path / "train/stray.png")
-    assert "train/stray.png: not in one of the 3 class folders" in refusal_of(tmp_path)
+    train, _, found = data.open_data(tmp_path)
+    assert len(train) == 6
+    assert +found.left_out == {"images in train/": 1}
 
 
 def test_small_images_too_many_of_which_are_bad_are_refused(tmp_path):

@@ -25,6 +25,8 @@ SHARED_OPTIONS = {  # option: what its help says of the default, "" where it has
     "--no-amp": "",
     "--workers": "(default: its share of the cores, up to 16)",
     "--save-minutes": "(default: 10)",
+    "--keep-every": "(default: none)",
+    "--range": "(default: by a sample of the files)",
 }
 RUN_OPTIONS = {
     "--out": "(default: runs/<name of the data>)",
@@ -49,6 +51,9 @@ EVALUATION_OPTIONS = {
     "--epochs": "lars 90, sgd 100, cached 100",
     "--width": "(default: the file's own; random: the recipe's)",
     "--features": "",
+    "--size": "(default: the pre-training's, or else the recipe's)",
+    "--mean": "(default: the pre-training's, or else the recipe's)",
+    "--std": "(default: the pre-training's, or else the recipe's)",
     "--export": "",
 }
 RECIPE_OPTIONS = {  # option: the defaults of imagenet | cifar10 | shapes, once where they are the same
@@ -69,9 +74,9 @@ RECIPE_OPTIONS = {  # option: the defaults of imagenet | cifar10 | shapes, once 
     "--eta": "current",
     "--k": "1",
     "--m": "0.8",
-    "--epochs": "100 | 800 | 24",
+    "--epochs": "100 | 800 | 6",
     "--batch": "512 | 512 | 64",
-    "--base-lr": "0.05 | 0.03 | 1.0",
+    "--base-lr": "0.05 | 0.03 | 2.0",
     "--momentum": "0.9",
     "--weight-decay": "0.0001 | 0.0005 | 0.0005",
     "--warmup": "0",
@@ -85,10 +90,11 @@ RECIPE_OPTIONS = {  # option: the defaults of imagenet | cifar10 | shapes, once 
     "--blur": "0.5 | 0.0 | 0.0",
     "--sigma": "0.1 2",
     "--flip": "0.5",
+    "--vflip": "0.0",
     "--mean": "0.485 0.456 0.406 | 0.4914 0.4822 0.4465 | 0.485 0.456 0.406",
     "--std": "0.229 0.224 0.225 | 0.247 0.2435 0.2616 | 0.229 0.224 0.225",
     "--centre": "0.875 | 1.0 | 1.0",
-    "--knn-every": "10 | 5 | 10",
+    "--knn-every": "10 | 5 | 3",
 }
 
 
@@ -142,12 +148,14 @@ RUN_KEYS = {  # event: keys of its records in the log of a run
     "start": MACHINE | {"knn_pixels"},
     "resume": MACHINE | {"epoch", "step"},
     "epoch": set("""
-        event epoch step loss std lr knn images_per_s data_wait seconds memory_mb collapsed bad_images
+        event epoch step loss std lr knn knn_images rank
+        images_per_s data_wait seconds memory_mb collapsed bad_images
     """.split()),
     "end": {"event", "epochs", "knn", "backbone"},
 }
 RUN_SETTINGS = set("""
-    recipe experiment init seed data images content device amp compile world workers save_minutes
+    recipe experiment init seed data images content range device amp compile world workers save_minutes
+    keep_every vflip
     arch width cifar_stem proj_layers proj_hidden dim pred_dim predictor bn affine fc_std objective eta k m
     epochs batch base_lr momentum weight_decay warmup pred_lr
     size area aspect jitter strength gray blur sigma flip mean std centre knn_every
@@ -160,8 +168,8 @@ EVALUATION_KEYS = {  # event: keys of its records in the log of an evaluation
 }
 EVALUATION_SETTINGS = set("""
     protocol note backbone sha256 pretrained_epochs arch width cifar_stem recipe
-    data data_seed images val_images classes size mean std centre
-    seed device amp world workers save_minutes
+    data range content images val_images classes size mean std centre
+    seed device amp world workers save_minutes keep_every
 """.split())
 TRAINING = {"base_lr", "lr", "batch", "epochs"}
 AUGMENTATION = {"area", "aspect", "flip"}
@@ -170,7 +178,7 @@ RESULT_KEYS = {  # protocol: keys of lineval.json
     "lars": RESULT | TRAINING | AUGMENTATION | {"best_epoch_not_the_result"},
     "sgd": RESULT | TRAINING | AUGMENTATION | {"best_epoch_not_the_result"},
     "cached": RESULT | TRAINING | {"held_out_top1"},
-    "knn": RESULT,
+    "knn": RESULT | {"k"},
 }
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import data, draws, loading
+from harness import draws, loading
 from harness.errors import STOPPING, BadImage
+from harness.source import Source
+from harness.walk import as_files, walk
 from tests.helpers import CPU
 
 pytest_plugins = ["tests.fixtures"]
@@ -55,7 +57,7 @@ def levels_source(folder, bad=(), count=24):
         Image.new("L", (8, 8), 10 * i).save(path)
         if i in bad:
             path.write_bytes(b"")
-    return data.Source(files=data.list_images(os.fsencode(folder)))
+    return Source(files=as_files(walk(os.fsencode(folder)).images))
 
 
 def cut_twice(image, epoch, i):

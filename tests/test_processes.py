@@ -91,7 +91,7 @@ def test_a_process_that_is_left_alone_ends_by_itself(tmp_path, small, monkeypatc
 
 def test_a_batch_that_processes_do_not_divide_has_no_settings(small):
     """15 images for two processes."""
-    train, _ = data.open_data(small)
+    train, _, _ = data.open_data(small)
     args = simsiam.parse([str(small), *TINY, "--batch", "15"])
     with pytest.raises(Refused, match="--batch 15: 2 processes don't divide it"):
         simsiam.settings_for(args, train, 2)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import sys
 
@@ -14,13 +15,13 @@ from PIL import Image
 
 import resnet
 import simsiam
-from harness import data, files, images
+from harness import data, files, images, shapes
 from harness.errors import Refused, printable
 from harness.folder import folder_name
 from harness.run import Run
 from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
 from tests.helpers import long, obey_permissions, odd_files, program, refusal, result_of, slow, weights_of
-from tests.helpers import write_folder
+from tests.helpers import save_image, write_folder
 
 pytest_plugins = ["tests.fixtures"]
 KEPT = ROOT / "results"
@@ -67,7 +68,8 @@ def test_screen_says_what_the_run_does(finished):
     """Words that its output must have, for 50 training images."""
     _, printed = finished
     assert "50 images" in printed
-    assert "k 50 (all there are)" in printed
+    assert "k 3 (a fifth of a class, 200 at most), on 9 images" in printed
+    assert "3 epochs of 3 steps: 9 (the recipe on its own data: 78,000). Too few" in " ".join(printed.split())
     assert "minimum -1" in printed
     assert printed.count("kNN ") >= 4
 
@@ -93,13 +95,15 @@ def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
     settings = simsiam.recipe("cifar10")
     mean, std = (np.array(settings[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     features = []
-    for source in data.open_data(small):
+    train, val, _ = data.open_data(small)
+    for source in (train, val):
         x = (source.pixels.numpy() / 255 - mean) / std
         with torch.no_grad():
             v = network(torch.tensor(x).float()).numpy()
         features.append(v / np.linalg.norm(v, axis=1, keepdims=True))
-    train, val = data.open_data(small)
-    weight = np.exp(features[1] @ features[0].T / 0.1)
+    similarity = features[1] @ features[0].T
+    third = np.sort(similarity, axis=1)[:, [-3]]  # of 50 images in 3 classes, 3 vote
+    weight = np.exp(similarity / 0.1) * (similarity >= third)
     votes = weight @ np.eye(3)[train.labels]
     top1 = np.mean(votes.argmax(axis=1) == val.labels)
     assert log_of(finished[0])[-2]["knn"] == pytest.approx(100 * top1)
@@ -279,7 +283,7 @@ def old_run(tmp_path, small):
     shutil.copytree(OLD / "old-run", out)
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 1)
-    train, _ = data.open_data(small)
+    train, _, _ = data.open_data(small)
     if train.fingerprint() != checkpoint["settings"]["content"]:
         pytest.skip("this version of Pillow draws other images")
     return out
@@ -507,7 +511,7 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path):
     """Source.image against a search by hand, whoever asks first."""
     write_folder(tmp_path, "train", 12, (70, 80))
     expected = odd_files(tmp_path / "train/odd")
-    source, _ = data.open_data(tmp_path)
+    source, _, _ = data.open_data(tmp_path)
     names = [os.path.basename(os.fsdecode(file)) for file in source.files]
     good = [i for i, name in enumerate(names) if expected.get(name, "good") is not None]
     assert len(good) < len(source)
@@ -599,3 +603,24 @@ def test_ten_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
     assert epochs[-1]["memory_mb"] - epochs[40]["memory_mb"] < 10
     assert len(open_files) == 401
     assert open_files[-1] == open_files[1]
+
+
+# --- The rank ---------------------------------------------------------------------------------------------
+
+def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys):
+    """A run at a hundred times its lr, whose std is near 1: the alarm comes once, and nothing else does. The
+    images have no labels."""
+    for i in range(400):
+        save_image(tmp_path / f"data/{i}.png", shapes.draw_shapes(0, i, 1, 16).image(0))
+    heads = shlex.split("--arch resnet18 --cifar-stem --width 1/8 --dim 64 --pred-dim 16 --proj-hidden 64")
+    views = shlex.split("--batch 16 --size 16 --epochs 2 --knn-every 1 --workers 0")
+    options = [tmp_path / "data", *heads, *views]
+    for lr, alarms in ((0.5, 0), (64, 1)):
+        assert here("simsiam.py", *options, "--base-lr", lr, "--out", tmp_path / f"lr{lr}") is None
+        printed = capsys.readouterr().out
+        assert printed.count("low rank: the features spread in") == alarms
+        assert "collapsed" not in printed
+        untrained, one, two, _ = log_of(tmp_path / f"lr{lr}")[1:]
+        assert untrained["knn"] is None
+        assert (two["rank"] < 0.4 * untrained["rank"]) == bool(alarms)
+        assert one["std"] > 0.9

@@ -21,6 +21,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.getcwd())
+import numpy as np
 import torch
 from PIL import Image
 
@@ -46,7 +47,14 @@ FORMATS = [  # those that Pillow writes and users have
     ("TIFF", {}),
     ("TIFF", {"compression": "tiff_lzw"}),
     ("TIFF", {"compression": "jpeg"}),
+    ("GIF", {}),
+    ("AVIF", {}),
+    ("JPEG2000", {}),
+    ("TGA", {}),
+    ("PCX", {}),
+    ("SGI", {}),
 ]
+DEEP = [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32), ("TIFF", np.float32)]
 
 
 # --- Damage ---------------------------------------------------------------------------------------
@@ -119,13 +127,18 @@ def too_long(*_):
 # --- Images ---------------------------------------------------------------------------------------
 
 def images():
-    """A drawn picture in each of the formats, as bytes."""
+    """A drawn picture in each of the formats and depths, as bytes."""
     drawn = draw_shapes(0, 3, 1, 64).image(0)
     picture = Image.fromarray(drawn.numpy()).resize((90, 70))
     out = []
     for kind, options in FORMATS:
         stream = io.BytesIO()
         picture.save(stream, kind, **options)
+        out.append(stream.getvalue())
+    grey = np.asarray(picture.convert("L"))
+    for kind, dtype in DEEP:  # more than 8 bits
+        stream = io.BytesIO()
+        Image.fromarray(grey.astype(dtype) * dtype(16)).save(stream, kind)
         out.append(stream.getvalue())
     return out
 

@@ -1,0 +1,399 @@
+"""harness/layouts.py, walk.py, lists.py, labels.py: every file below DATA is used, or counted with a reason.
+
+Each tree is a table: {path: what lies there}. A picture is drawn as a level of grey; all else is bytes.
+"""
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness import cifar, data, layouts, pictures
+from harness.errors import Refused
+from tests.helpers import ROOT, TINY, here, log_of, obey_permissions, python, refusal, slow
+
+pytest_plugins = ["tests.fixtures"]
+
+SIZE = (70, 72)  # too large to be held in memory
+
+
+def plant(folder, tree):
+    """Write a tree of files. A number is a picture of this level; None is an empty folder."""
+    for name, content in tree.items():
+        path = folder / name
+        if content is None:
+            path.mkdir(parents=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            Image.new("L", SIZE, content).save(path)
+    return folder
+
+
+def many(pattern, count):
+    """{name: level} of `count` pictures; the pattern has one place for the number."""
+    return {pattern.format(i): i for i in range(count)}
+
+
+def classes(split, names="abc", count=8, suffix=".png"):
+    """A split with class folders."""
+    tree = {}
+    for name in names:
+        tree |= many(f"{split}/{name}/{{:03}}{suffix}", count)
+    return tree
+
+
+def said(found):
+    """What is left out, in words; "" where nothing is."""
+    return layouts.describe(found.left_out) or ""
+
+
+WITH_VAL = classes("train") | classes("val", count=4)
+CASES = {  # id: the tree, training images, classes, validation images, what is left out, a part of the notes
+    "classes": (WITH_VAL, 24, 3, 12, "", ""),
+    "an empty hidden folder": (
+        WITH_VAL | {"train/.ipynb_checkpoints": None}, 24, 3, 12, "1 file: 1 hidden or a system's", ""),
+    "what a Mac's archive adds": (
+        WITH_VAL | {"train/a/._000.png": bytes(100), "__MACOSX/train/a/._1.png": b""}, 24, 3, 12,
+        "2 files: 2 hidden or a system's", ""),
+    "Windows and a network disk": (
+        WITH_VAL | {"train/a/Thumbs.db": b"", "train/@eaDir/x.jpg": 3, "val/desktop.ini": b""}, 24, 3, 12,
+        "3 files: 3 hidden or a system's", ""),
+    "flat, and a hidden folder": (many("train/{}.png", 16) | {"train/.cache": None}, 16, None, None,
+                                  "1 file: 1 hidden or a system's", ""),
+    "formats": (
+        many("{}.jpg", 9) | many("{}.avif", 3) | many("{}.jfif", 2) | many("{}.gif", 2),
+        16, None, None, "", ""),
+    "other files": (
+        many("{}.jpg", 9) | {"a.heic": b"", "b.heic": b"", "c.txt": b"", "README": b""}, 9, None, None,
+        "4 files: 2 .heic, 1 .txt, 1 without a suffix", ""),
+    "a folder without images is no class": (
+        classes("train") | {"train/d": None, "train/e/notes.txt": b""}, 24, 3, None, "1 file: 1 .txt", ""),
+    "Training and Testing": (
+        classes("Training") | classes("Testing", count=4), 24, 3, 12, "",
+        "Testing/ is taken for the validation split"),
+    "train2017 and val2017": (
+        many("train2017/{}.jpg", 8) | many("val2017/{}.jpg", 4),
+        8, None, None, "4 files: 4 images in val2017/",
+        "val2017/ is not used: the training images have no labels"),
+    "ILSVRC's root": (
+        classes("ILSVRC/Data/CLS-LOC/train") | classes("ILSVRC/Data/CLS-LOC/val", count=4)
+        | many("ILSVRC/Data/CLS-LOC/test/{}.JPEG", 5)
+        | {"ILSVRC/Annotations/CLS-LOC/train/a/1.xml": b"<a/>"},
+        24, 3, 12, "6 files: 5 images in ILSVRC/Data/, 1 .xml",
+        "the splits were found in ILSVRC/Data/CLS-LOC/"),
+    "YOLO": (
+        many("train/images/{}.jpg", 8) | {f"train/labels/{i}.txt": b"0 .5" for i in range(8)}, 8, None, None,
+        "8 files: 8 .txt", ""),
+    "images beside their masks": (
+        many("train/images/{}.jpg", 8) | many("train/masks/{}.png", 8), 8, None, None,
+        "8 files: 8 images in train/masks/", ""),
+    "one class": (
+        classes("train", "a") | classes("val", "a"), 8, None, None, "8 files: 8 images in val/a/",
+        "one class (a): nothing to classify"),
+    "valid": (classes("train") | classes("valid", count=4), 24, 3, 12, "",
+              "valid/ is taken for the validation split"),
+    "val goes before test": (WITH_VAL | classes("test", count=2), 24, 3, 12,
+                             "6 files: 2 images in test/a/, 2 images in test/b/, 2 images in test/c/", ""),
+    "a flat val": (classes("train") | many("val/{}.png", 5), 24, 3, None, "5 files: 5 images in val/",
+                   "val/ is not used: it has no class folders, and there is no val.txt"),
+    "strays": (WITH_VAL | {"train/x.png": 1, "val/y.png": 2}, 24, 3, 12,
+               "2 files: 1 images in train/, 1 images in val/", ""),
+    "a class that train lacks": (
+        classes("train") | classes("val", "abz"), 24, 3, None,
+        "24 files: 8 images in val/a/, 8 images in val/b/, 8 images in val/z/",
+        "val/ is not used: z is no class of the training split"),
+    "splits without train": (many("a/{}.png", 5) | many("test/{}.png", 3), 8, None, None, "",
+                             "no train/ there: the images in test/ are trained on too"),
+    "Tiny-ImageNet": (
+        {f"train/n0{k}/images/n0{k}_{i}.JPEG": i for k in range(3) for i in range(4)}
+        | {f"train/n0{k}/n0{k}_boxes.txt": b"" for k in range(3)}
+        | many("val/images/val_{}.JPEG", 3)
+        | {"val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t1\t2\t3\nval_1.JPEG\tn00\t0\t0\t1\t1\n"},
+        12, 3, 2, "4 files: 3 .txt, 1 images in val/images/", ""),
+    "ImageNet's 50,000 with numbers": (
+        classes("train") | many("val/ILSVRC2012_val_{:08}.JPEG", 4)
+        | {"val.txt": b"".join(b"ILSVRC2012_val_%08d.JPEG %d\n" % (i, i % 3) for i in range(4))},
+        24, 3, 4, "", ""),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_file_is_used_or_counted(tmp_path, case):
+    """Images, classes, what is left out and what is said, against the table; the sum against the files."""
+    tree, images, classes, judged, left_out, note = CASES[case]
+    found = layouts.look(plant(tmp_path, tree))
+    assert len(found.train.files) == images
+    assert (found.train.classes and len(found.train.classes)) == classes
+    assert (found.val and len(found.val.files)) == judged
+    assert said(found) == left_out
+    assert note in "; ".join(found.notes)
+    if not note:
+        assert not found.notes or found.notes == ("no validation split (val/ with images)", )
+
+
+@pytest.mark.parametrize("lines, labels", [
+    (b"0.png c\n1.png a\n2.png b\n", [2, 0, 1]),
+    (b"0.png 2\r\n1.png 0\r\n2.png 1\r\n", [2, 0, 1]),
+    (b"val/0.png\tc\t1\t2\n\nval/1.png\ta\nval/2.png\tb\n", [2, 0, 1]),
+    (b"\xef\xbb\xbf0.png c\n1.png a\n2.png b\n", [2, 0, 1]),
+])
+def test_labels_beside_a_flat_val(tmp_path, lines, labels):
+    """Names of folders, numbers, tabs, a byte order mark, against the classes by hand."""
+    plant(tmp_path, classes("train") | many("val/{}.png", 3) | {"val.txt": lines})
+    assert layouts.look(tmp_path).val.labels.tolist() == labels
+
+
+def test_labels_from_1_on_are_not_guessed(tmp_path):
+    """val/ isn't used, and it is said which numbers would do."""
+    plant(tmp_path, classes("train") | many("val/{}.png", 3) | {"val.txt": b"0.png 1\n1.png 2\n2.png 3\n"})
+    found = layouts.look(tmp_path)
+    assert found.val is None
+    assert "neither names of the training folders nor numbers from 0 to 2" in found.notes[0]
+
+
+def test_class_folders_that_are_numbers_are_names(tmp_path):
+    """Folders 1, 2, 10 are sorted as text: 1, 10, 2."""
+    tree = classes("train", ["1", "2", "10"]) | many("val/{}.png", 2) | {"val.txt": b"0.png 2\n1.png 10\n"}
+    plant(tmp_path, tree)
+    assert layouts.look(tmp_path).val.labels.tolist() == [2, 1]
+
+
+def test_two_class_folders_may_be_links_to_one(tmp_path):
+    """Both have the images."""
+    plant(tmp_path, classes("train", "a") | many("elsewhere/{}.png", 5))
+    for name in "bc":
+        os.symlink(tmp_path / "elsewhere", tmp_path / "train" / name)
+    found = layouts.look(tmp_path)
+    assert np.bincount(found.train.labels).tolist() == [8, 5, 5]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+    """As a user without root's rights: one line, and nothing is trained."""
+    plant(tmp_path, WITH_VAL)
+    (tmp_path / "train/b").chmod(0)
+    done = python(ROOT / "augment.py", tmp_path, "--check", preexec_fn=obey_permissions)
+    (tmp_path / "train/b").chmod(0o755)
+    assert done.returncode == 1
+    message = f"augment.py: {tmp_path}/train/b: can't be listed (Permission denied); "
+    assert done.stderr == message + "give yourself the right to read it, or move it away\n"
+
+
+# --- What our own programs leave --------------------------------------------------------------------------
+
+def test_a_runs_pictures_are_no_data_of_the_next(tmp_path):
+    """The same command twice inside the folder of photos: the second goes on; 16 images both times."""
+    plant(tmp_path, many("{}.png", 16))
+    for _ in range(2):
+        done = python(ROOT / "simsiam.py", ".", *TINY, "--resume", "auto", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    starts = [record for record in log_of(tmp_path / "runs" / tmp_path.name) if "settings" in record]
+    assert [record["event"] for record in starts] == ["start", "resume"]
+    assert [record["settings"]["images"] for record in starts] == [16, 16]
+
+
+def test_a_contact_sheet_is_no_photo(tmp_path):
+    """Under any name, in the folder itself."""
+    plant(tmp_path, many("{}.png", 16))
+    done = python(ROOT / "augment.py", ".", "--out", "sheet.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = layouts.look(tmp_path)
+    assert len(found.train.files) == 16
+    assert said(found) == "1 file: 1 pictures that our programs drew"
+
+
+def test_an_older_runs_pictures_are_known_by_its_log(tmp_path):
+    """curves.png without our mark: one of a run, and one of a user."""
+    of_a_run = {"runs/x/curves.png": 7, "runs/x/log.jsonl": b"{}\n"}
+    plant(tmp_path, many("{}.png", 5) | of_a_run | {"mine/curves.png": 8})
+    found = layouts.look(tmp_path)
+    assert len(found.train.files) == 6
+    assert not pictures.is_ours(os.fsencode(tmp_path / "mine/curves.png"), at_the_top=False)
+
+
+def test_a_contact_sheet_is_a_png(tmp_path):
+    """Another suffix is refused: the mark would be lost."""
+    done = python(ROOT / "augment.py", "--out", tmp_path / "sheet.jpg")
+    assert done.returncode == 1
+    assert done.stderr.endswith("sheet.jpg: name a .png\n")
+
+
+# --- Containers, lists ------------------------------------------------------------------------------------
+
+def write_hundred(folder, layout, rng):
+    """CIFAR-100 with 20 + 10 images -> pixels, fine labels"""
+    pixels = rng.integers(0, 256, (30, 3072), np.uint8)
+    labels = rng.integers(0, 100, 30)
+    names = [f"class{k}" for k in range(100)]
+    folder.mkdir(parents=True)
+    for name, part in (("train", slice(0, 20)), ("test", slice(20, 30))):
+        if layout == "binary":
+            coarse = np.zeros((len(labels[part]), 1))
+            records = np.concatenate([coarse, labels[part, None], pixels[part]], axis=1)
+            records.astype(np.uint8).tofile(folder / f"{name}.bin")
+            (folder / "fine_label_names.txt").write_text("\n".join(names))
+        else:
+            batch = {b"data": pixels[part], b"fine_labels": labels[part].tolist(), b"coarse_labels": [0]}
+            (folder / name).write_bytes(pickle.dumps(batch, 2))
+            (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [n.encode() for n in names]}, 2))
+    return pixels, labels
+
+
+@pytest.mark.parametrize("layout", ["binary", "Python"])
+def test_cifar_100(tmp_path, layout):
+    """Pixels, labels and names against those that were written; from the folder above it too."""
+    archive = {"binary": "cifar-100-binary", "Python": "cifar-100-python"}[layout]
+    pixels, labels = write_hundred(tmp_path / archive, layout, np.random.default_rng(0))
+    for place in (tmp_path / archive, tmp_path):
+        train, val, found = data.open_data(place)
+        assert np.array_equal(train.pixels.flatten(1), pixels[:20])
+        assert np.array_equal(val.pixels.flatten(1), pixels[20:])
+        assert np.array_equal(np.concatenate([train.labels, val.labels]), labels)
+        assert train.classes[7] == "class7"
+    assert len(train.classes) == 100
+
+
+def test_two_data_sets_in_one_folder_are_to_be_named(tmp_path):
+    """torchvision's root with both."""
+    for name in cifar.FOLDERS[::2]:
+        (tmp_path / os.fsdecode(name)).mkdir()
+    with pytest.raises(Refused, match="holds 2 data sets, .*; name one of them"):
+        layouts.look(tmp_path)
+
+
+REFUSED = {  # id: (files, DATA, a part of the line)
+    "arrays": (
+        {f"{i}.npy": b"" for i in range(20)}, ".", "no images there (20 files: 20 .npy); .npy: arrays"),
+    "zip": ({"photos.zip": b"PK"}, "photos.zip", "an archive; unpack it, and name the folder"),
+    "tar.gz": ({"photos.tar.gz": b"\x1f\x8b"}, "photos.tar.gz", "an archive; unpack it"),
+    "a folder of archives": ({"a.zip": b"", "b.zip": b""}, ".", ".zip: an archive; unpack it"),
+    "heic": ({"photo.heic": b"\0\0\0\x18ftypheic"}, "photo.heic", "no image format that is read; convert it"),
+    "names and labels": ({"list.txt": b"a.png cat\n", "a.png": 3}, "list.txt", "has more on it than a path"),
+    "csv": ({"list.csv": b"a.png,cat\n", "a.png": 3}, "list.csv", "a table"),
+    "commas": ({"list.txt": b"a.png,cat\n", "a.png": 3}, "list.txt", "has more on it than a path"),
+    "binary": ({"weights.bin": bytes(range(256))}, "weights.bin", "binary, neither an image nor a list"),
+    "empty folder": ({"x": None}, "x", "no images there (it is empty)"),
+    "several training splits": (
+        many("train2014/{}.png", 2) | many("train2017/{}.png", 2), ".",
+        "several training splits: train2014, train2017"),
+    "two data sets below": (
+        many("a/train/{}.png", 2) | many("b/train/{}.png", 2), ".",
+        "have a training split: a, b; name one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, case):
+    """It says what lies there and what to do, without a byte that is no text."""
+    tree, name, message = REFUSED[case]
+    plant(tmp_path, tree)
+    with pytest.raises(Refused) as refused:
+        layouts.look(tmp_path / name)
+    assert message in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_lists_as_windows_writes_them(tmp_path, encoding):
+    """Byte order marks, line ends, a name with a blank and an umlaut."""
+    plant(tmp_path, {"a.png": 1, "mit ü.png": 2})
+    (tmp_path / "list.txt").write_bytes("a.png\r\nmit ü.png\r\n".encode(encoding))
+    found = layouts.look(tmp_path / "list.txt")
+    assert [os.path.basename(os.fsdecode(name)) for name in found.train.files] == ["a.png", "mit ü.png"]
+
+
+def test_a_single_photo_that_pillow_opens(tmp_path):
+    """A GIF."""
+    plant(tmp_path, {"photo.gif": 9})
+    assert len(layouts.look(tmp_path / "photo.gif").train.files) == 1
+
+
+# --- What the programs say --------------------------------------------------------------------------------
+
+def test_the_start_says_what_was_found(tmp_path, capsys):
+    """Layout, counts, places, what is left out, notes."""
+    plant(tmp_path / "data", classes("train") | classes("valid", count=4) | {"x.txt": b"", "y.heic": b""})
+    assert here("simsiam.py", tmp_path / "data", *TINY, "--epochs", 1, "--out", tmp_path / "run") is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "an image folder: 24 images, 3 classes, files, from" in printed
+    assert "validation: 12, from" in printed
+    assert "left out 2 files: 1 .heic, 1 .txt" in printed
+    assert "note valid/ is taken for the validation split" in printed
+
+
+def test_linear_evaluation_says_what_of_val_it_cannot_use(tmp_path):
+    """Its refusal against the note."""
+    plant(tmp_path, classes("train") | many("val/{}.png", 5))
+    message = refusal("lineval.py", tmp_path, "--ckpt", "random:resnet18")
+    assert "needs labels" in message
+    assert "val/ is not used: it has no class folders, and there is no val.txt" in message
+
+
+def test_check_lists_all_that_is_bad(tmp_path):
+    """Each fifth of 100 files is cut: 20 lines, though a run would have given up after 12."""
+    plant(tmp_path, classes("train", "abcd", 25, ".jpg"))
+    for path in tmp_path.glob("train/?/0[0-2][05].jpg"):
+        path.write_bytes(path.read_bytes()[:200])
+    done = python(ROOT / "augment.py", tmp_path, "--check")
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 20
+    assert done.stderr.endswith("augment.py: 20 of 100 image files are bad\n")
+    assert "an image folder: 100 images, 4 classes" in done.stderr
+
+
+# --- Inputs of our own --------------------------------------------------------------------------------------
+
+OWN = {  # id: tree, images, classes, validation images
+    "kind 2: a git folder and a backup": (
+        WITH_VAL | {".git/x.png": 1, "train/b/001.png~": b"", "val/lost+found": None}, 24, 3, 12),
+    "kind 2: a Synology disk": (
+        WITH_VAL | {"train/#recycle/old.png": 1, "train/a/@eaDir/000.png/S.jpg": 2}, 24, 3, 12),
+    "kind 2: Python's": (WITH_VAL | {"train/__pycache__/x.pyc": b"", "val/a/.DS_Store": b""}, 24, 3, 12),
+    "kind 3: runs among the classes": (
+        WITH_VAL | {"train/run/views.png": 1, "train/run/log.jsonl": b"{}"}, 24, 3, 12),
+    "kind 3: a linear evaluation's": (
+        WITH_VAL | {"runs/r/log.jsonl": b"{}", "runs/r/neighbors.png": 2, "runs/r/views.png": 3}, 24, 3, 12),
+    "kind 3: a half-written file": (many("{}.png", 5) | {"views.png.tmp": b"x"}, 5, None, None),
+    "kind 4: capitals": (many("{}.JPG", 3) | many("{}.Png", 2) | many("x/{}.TIFF", 2), 7, None, None),
+    "kind 4: old formats": (many("{}.tga", 3) | many("{}.pcx", 2) | many("{}.dib", 2), 7, None, None),
+    "kind 4: a video beside": (many("{}.jp2", 3) | {"a.mp4": b"", "b.mpg": b""}, 3, None, None),
+    "kind 5: data/train and data/test": (classes("data/train") | classes("data/test", count=2), 24, 3, 6),
+    "kind 5: train_images": (classes("train_images") | classes("val_images", count=2), 24, 3, 6),
+    "kind 5: YOLO's other way": (
+        many("images/train/{}.jpg", 8) | many("images/val/{}.jpg", 3) | {"labels/train/1.txt": b""},
+        8, None, None),
+    "kind 6: a list beside its images": (many("{}.png", 4) | {"list.txt": b"0.png\n"}, 4, None, None),
+    "kind 6: archives beside images": (many("{}.png", 4) | {"more.zip": b""}, 4, None, None),
+    "kind 6: a table beside classes": (WITH_VAL | {"labels.csv": b"a,b"}, 24, 3, 12),
+}
+
+
+@slow
+@pytest.mark.parametrize("case", OWN)
+def test_inputs_that_are_in_no_recipe(tmp_path, case):
+    """Images and classes against the table; every file of the tree is used or counted."""
+    tree, images, classes, judged = OWN[case]
+    found = layouts.look(plant(tmp_path, tree))
+    assert len(found.train.files) == images
+    assert (found.train.classes and len(found.train.classes)) == classes
+    assert (found.val and len(found.val.files)) == judged
+    used = images + (judged or 0)
+    hidden = found.left_out["hidden or a system's"]
+    files = sum(content is not None for content in tree.values())
+    assert used + sum(found.left_out.values()) - hidden <= files
+    assert used + sum(found.left_out.values()) >= files - 1
+
+
+@slow
+def test_a_mirror_of_a_tree_by_links_is_the_tree(tmp_path):
+    """Each class folder a link into another disk's: the same names and labels."""
+    plant(tmp_path / "disk", WITH_VAL)
+    mirror = tmp_path / "mirror"
+    shutil.copytree(tmp_path / "disk", mirror, copy_function=os.symlink)
+    one, other = layouts.look(tmp_path / "disk"), layouts.look(mirror)
+    assert one.train.labels.tolist() == other.train.labels.tolist()
+    assert len(one.val.files) == len(other.val.files)

@@ -1,0 +1,456 @@
+"""harness/values.py, images.py: pixels of more than 8 bits; bad files; the small options for odd images."""
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import augment
+import lineval
+from harness import data, values
+from tests.helpers import CPU, REAL, ROOT, TINY, here, log_of, png_chunk, python, real, result_of, slow
+
+pytest_plugins = ["tests.fixtures"]
+
+
+# --- Files of every depth, from the same levels -----------------------------------------------------------
+
+def levels(seed=0, side=70):
+    """A grey picture: (side, side) uint8, smooth, from 20 to 235."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(20, 236, (8, 8), np.uint8))
+    return np.asarray(coarse.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def write_png16(path, a):
+    """A PNG of 16 bits: a (H, W, 3) of RGB, (H, W, 2) of grey and alpha, (H, W, 4) of RGBA."""
+    height, width, bands = a.shape
+    kind = {2: 4, 3: 2, 4: 6}[bands]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
+    path.write_bytes(png(width, height, 16, kind, zlib.compress(rows)))
+
+
+def png(width, height, bits, kind, content):
+    """A PNG file of three chunks."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", content), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def write_tiff(path, a, order="<", compressed=False):
+    """A TIFF of several bands side by side: a (H, W, bands) of uint16 or float32. order: of the bytes."""
+    height, width, bands = a.shape
+    content = a.astype(a.dtype.newbyteorder(order)).tobytes()
+    if compressed:
+        content = zlib.compress(content)
+    short, long = 3, 4  # kinds of numbers
+    behind = 8 + 2 + 12 * 11 + 4  # the header and the tags: there stand bits and kinds, then the pixels
+    tags = [  # number, kind, count, value or where the values are
+        (256, long, 1, width),
+        (257, long, 1, height),
+        (258, short, bands, behind),               # bits
+        (259, short, 1, 8 if compressed else 1),
+        (262, short, 1, 2 if bands == 3 else 1),   # RGB, or grey
+        (273, long, 1, behind + 4 * bands),        # the pixels
+        (277, short, 1, bands),
+        (278, long, 1, height),                    # all rows in one strip
+        (279, long, 1, len(content)),
+        (284, short, 1, 1),                        # the bands of a pixel side by side
+        (339, short, bands, behind + 2 * bands),   # the kind of each band: 1 whole numbers, 3 floating point
+    ]
+    out = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    for number, kind, count, value in tags:
+        out += struct.pack(order + "HHI", number, kind, count)
+        in_place = kind == short and count == 1
+        out += struct.pack(order + "HH", value, 0) if in_place else struct.pack(order + "I", value)
+    bits = [8 * a.dtype.itemsize] * bands
+    kinds = [3 if a.dtype.kind == "f" else 1] * bands
+    out += struct.pack(order + "I", 0) + struct.pack(f"{order}{2 * bands}H", *bits, *kinds)
+    path.write_bytes(out + content)
+
+
+def whole(dtype, factor):
+    """Writes levels times a factor, in one band, by Pillow."""
+    return lambda path, g: Image.fromarray(g.astype(dtype) * dtype(factor)).save(path)
+
+
+def twelve(g, bands):
+    """Levels times 16, in several equal bands: 12 bits in 16."""
+    return np.dstack([g.astype(np.uint16) * 16] * bands)
+
+
+DEEP = {  # id: (suffix, (path, levels (H, W) uint8) -> writes a file that shows the same)
+    "12 bits in 16": (".png", whole(np.uint16, 16)),
+    "all of 16 bits": (".png", whole(np.uint16, 257)),
+    "10 bits in 16, TIFF": (".tif", whole(np.uint16, 4)),
+    "fractions": (".tif", whole(np.float32, 1 / 255)),
+    "levels as float": (".tif", whole(np.float32, 1)),
+    "32 bits": (".tif", whole(np.int32, 16)),
+    "RGB of 12 bits in a PNG": (".png", lambda path, g: write_png16(path, twelve(g, 3))),
+    "RGBA of 12 bits": (".png", lambda path, g: write_png16(path, twelve(g, 4))),
+    "grey and alpha of 12 bits": (".png", lambda path, g: write_png16(path, twelve(g, 2))),
+    "RGB of 12 bits in a TIFF": (".tif", lambda path, g: write_tiff(path, twelve(g, 3))),
+    "the other byte order": (".tif", lambda path, g: write_tiff(path, twelve(g, 3), ">")),
+    "compressed": (".tif", lambda path, g: write_tiff(path, twelve(g, 3), compressed=True)),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_files_show_what_8_bits_show(tmp_path, kind):
+    """Six pictures against their 8-bit originals: within 3 levels, though no picture has the whole range."""
+    suffix, write = DEEP[kind]
+    originals = [levels(k) for k in range(6)]
+    for k, g in enumerate(originals):
+        write(tmp_path / f"{k}{suffix}", g)
+    train, *_ = data.open_data(tmp_path)
+    assert train.value_range is not None
+    for k, g in enumerate(originals):
+        shown = train.image(k)[..., 0].numpy()
+        assert abs(shown.astype(int) - g).max() <= 3
+        assert abs(len(np.unique(shown)) - len(np.unique(g))) <= 8
+
+
+RANGES = {  # id: (values, the range)
+    "12 bits": (np.array([0, 7, 4080]), (0, 4095)),
+    "8 bits": (np.array([0, 7, 100]), (0, 255)),
+    "16 bits": (np.array([300, 60_000]), (0, 65_535)),
+    "fractions": (np.array([0.1, 0.9]), (0, 1)),
+    "levels as float": (np.array([0.0, 80.0, 255.0]), (0, 255)),
+    "Hounsfield": (np.array([-1024, 40, 3071]), (-1024, 3071)),
+    "reflectance": (np.array([0.5, 80.5, 9999.5]), (0.5, 9999.5)),
+    "no number at all": (np.array([np.nan, np.inf]), (0, 1)),
+    "nothing but black": (np.zeros(5), (0, 1)),
+    "one hot pixel": (np.append(np.full(100_000, 4000), 65_535), (0, 4095)),
+}
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_the_range_of_some_values(case):
+    """Against ranges by hand."""
+    found, expected = RANGES[case]
+    assert values.range_of(found) == pytest.approx(expected)
+
+
+def test_brightness_between_files_is_kept(tmp_path):
+    """One range for the data set: a dark picture stays darker than a bright one; NaN is black."""
+    for k, level in enumerate((100, 2000, 4000)):
+        Image.fromarray(np.full((70, 70), level, np.uint16)).save(tmp_path / f"{k}.png")
+    train, *_ = data.open_data(tmp_path)
+    shown = [train.image(k).float().mean().item() for k in range(3)]
+    assert shown == pytest.approx([255 * v / 4095 for v in (100, 2000, 4000)], abs=0.5)
+    assert values.to_levels(np.array([np.nan, 5]), (0, 5)).tolist() == [0, 255]
+
+
+def test_in_mixed_folders_8_bits_stay_as_they_are(tmp_path):
+    """Two files of 8 bits, exactly; one of 12."""
+    g = levels()
+    Image.fromarray(g).save(tmp_path / "a.png")
+    Image.fromarray(g.astype(np.uint16) * 16).save(tmp_path / "b.png")
+    Image.fromarray(g // 2).save(tmp_path / "c.png")
+    train, *_ = data.open_data(tmp_path)
+    shown = [train.image(k)[..., 0].numpy().astype(int) for k in range(3)]
+    assert np.array_equal(shown[0], g)
+    assert np.array_equal(shown[2], g // 2)
+    assert abs(shown[1] - g).max() <= 1
+
+
+def deep_folder(folder, side=70):
+    """Labelled, of 12 bits: 24 training and 9 validation images."""
+    for split, count in (("train", 24), ("val", 9)):
+        for i in range(count):
+            path = folder / split / "abc"[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(levels(i, side).astype(np.uint16) * 16).save(path)
+    return folder
+
+
+def test_the_range_is_said_and_kept_and_read_alike(tmp_path, capsys):
+    """In the start block, in the settings, in the evaluation's; --range overrides it; --check says it."""
+    folder = deep_folder(tmp_path / "data")
+    assert here("simsiam.py", folder, *TINY, "--epochs", 1, "--out", tmp_path / "run") is None
+    assert "0 to 4095 become 0 to 255 in files of more than 8 bits (--range)" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[0]["settings"]["range"] == [0, 4095]
+    assert here("lineval.py", "--ckpt", tmp_path / "run/checkpoint.pth", "--knn") is None
+    assert result_of(tmp_path / "run/lineval-knn")["range"] == [0, 4095]
+    other = ["--range", "0", "8190", "--out", tmp_path / "other"]
+    assert here("simsiam.py", folder, *TINY, "--epochs", 1, *other) is None
+    assert here("lineval.py", "--ckpt", tmp_path / "other/checkpoint.pth", "--knn") is None
+    assert result_of(tmp_path / "other/lineval-knn")["range"] == [0, 8190]
+    done = python(ROOT / "augment.py", folder, "--check")
+    assert done.returncode == 0
+    assert "0 to 4095 become 0 to 255" in done.stderr
+    assert done.stdout == "all 33 image files are good\n"
+
+
+def test_workers_read_with_the_same_range(tmp_path):
+    """A batch from a worker against the main process's reading."""
+    folder = deep_folder(tmp_path)
+    train, *_ = data.open_data(folder)
+    policy = augment.Policy(size=16)
+    (_, by_worker), = augment.load_centres(train, policy, [(0, np.arange(8))], CPU, 1)
+    for k in range(8):
+        image = train.image(k).permute(2, 0, 1)[None]
+        centre = augment.resize_centre(image, policy).float()
+        assert torch.equal(by_worker[k], augment.normalize(centre, policy)[0])
+
+
+def test_images_that_are_all_the_same_are_noticed(tmp_path, capsys):
+    """24 black pictures: a warning in epoch 1, though the loss is 0."""
+    for i in range(24):
+        Image.new("L", (70, 70)).save(tmp_path / f"{i}.png")
+    assert here("simsiam.py", tmp_path, *TINY, "--out", tmp_path / "run") is None
+    epochs = [record for record in log_of(tmp_path / "run") if record["event"] == "epoch"]
+    assert [record["collapsed"] for record in epochs[1:]] == [True] * 3
+    assert capsys.readouterr().out.count("collapsed: all outputs are (nearly) the same vector") == 1
+
+
+@real
+@slow
+def test_deep_files_give_the_accuracy_of_8_bits(tmp_path):
+    """Grey CIFAR-10, 1,000 + 400 images, in three depths: the cached protocol on the backbone in results/."""
+    assert python(REAL / "unpack", tmp_path).returncode == 0
+    rng = np.random.default_rng(0)
+    writers = {"8": whole(np.uint8, 1), "12": DEEP["12 bits in 16"][1], "float": DEEP["fractions"][1]}
+    for split, count in (("train", 100), ("val", 40)):
+        for folder in sorted((tmp_path / "cifar10" / split).iterdir()):
+            for path in rng.choice(sorted(folder.iterdir()), count, replace=False):
+                g = np.asarray(Image.open(path).convert("L"))
+                for depth, write in writers.items():
+                    out = tmp_path / depth / split / folder.name
+                    out.mkdir(parents=True, exist_ok=True)
+                    write(out / f"{path.stem}.{'tif' if depth == 'float' else 'png'}", g)
+    top1 = {}
+    for depth in writers:
+        out = tmp_path / f"out{depth}"
+        options = ["--ckpt", ROOT / "results/cifar10-width4/backbone.pth", "--cached", "--out", out]
+        assert here("lineval.py", tmp_path / depth, *options) is None
+        top1[depth] = result_of(out)["top1"]
+    assert top1["8"] > 35
+    assert top1["12"] == pytest.approx(top1["8"], abs=1.5)
+    assert top1["float"] == pytest.approx(top1["8"], abs=1.5)
+
+
+# --- Bad files take no part where labels are used -----------------------------------------------------------
+
+def red_and_blue(folder, side=70):
+    """Two classes of noise, told apart by colour; blue's last validation file is cut in half."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 5)):
+        for k, name in enumerate(("blue", "red")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                a = np.zeros((side, side, 3), np.uint8)
+                a[..., 2 - 2 * k] = rng.integers(100, 256, (side, side))
+                Image.fromarray(a).save(folder / split / name / f"{i}.png")
+    cut = folder / "val/blue/4.png"
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    return folder
+
+
+RANDOM = ["--ckpt", "random:resnet18", "--width", "1/8"]
+
+
+@pytest.mark.parametrize("side", [70, 32], ids=["files", "in memory"])
+@pytest.mark.parametrize("protocol", ["--knn", "--cached"])
+def test_a_bad_image_is_not_judged(tmp_path, side, protocol, capsys):
+    """100% of 9, which colour decides; the tenth is named, and isn't among the saved features."""
+    folder = red_and_blue(tmp_path / "data", side)
+    more = ["--features", tmp_path / "f.npz", "--out", tmp_path / "out"]
+    assert here("lineval.py", folder, *RANDOM, protocol, *more) is None
+    printed = capsys.readouterr()
+    result = result_of(tmp_path / "out")
+    assert (result["top1"], result["val_images"], result["bad_images"]) == (100, 9, 1)
+    assert "on the 9 good ones of 10 validation images" in printed.out
+    assert "val/blue/4.png: can't be read" in printed.err
+    saved = np.load(tmp_path / "f.npz")
+    assert len(saved["val_features"]) == len(saved["val_labels"]) == len(saved["val_files"]) == 9
+    assert not any(b"blue/4.png" in name for name in saved["val_files"])
+
+
+def test_a_bad_training_image_does_not_vote_or_teach(tmp_path):
+    """lars and sgd too: the counts in lineval.json, and a run that goes on."""
+    folder = red_and_blue(tmp_path / "data")
+    (folder / "train/red/3.png").write_bytes(b"")
+    for protocol in ("--lars", "--sgd", "--knn"):
+        out = tmp_path / protocol[2:]
+        more = [] if protocol == "--knn" else ["--batch", "19", "--epochs", "2"]
+        assert here("lineval.py", folder, *RANDOM, protocol, *more, "--out", out) is None
+        result = result_of(out)
+        assert (result["images"], result["val_images"], result["bad_images"]) == (19, 9, 2)
+
+
+def test_the_monitors_knn_judges_good_images_only(tmp_path):
+    """Epoch 0's, of an untrained network: 100% of 9, in the log."""
+    folder = red_and_blue(tmp_path / "data")
+    assert here("simsiam.py", folder, *TINY, "--epochs", 1, "--out", tmp_path / "run") is None
+    untrained = log_of(tmp_path / "run")[1]
+    assert (untrained["knn"], untrained["knn_images"]) == (100, 9)
+
+
+# --- What is said of bad files ------------------------------------------------------------------------------
+
+def problem_with(path):
+    """The line, which Pillow's own logger doesn't double."""
+    done = python("-c", "import sys; from harness import images\n"
+                  "try: images.read_image(sys.argv[1].encode()); print('read')\n"
+                  "except images.BadImage as error: print(error)", path, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    return done.stdout
+
+
+def content(these):
+    """Writes these bytes."""
+    return lambda path: path.write_bytes(these)
+
+
+BAD = {  # id: (suffix, writes the file, a part of the line)
+    "13 bands": (".tif", lambda p: write_tiff(p, np.zeros((8, 8, 13), np.uint16)),
+                 "13 bands: only 1, 3 and 4 are read"),
+    "float RGB": (".tif", lambda p: write_tiff(p, np.zeros((8, 8, 3), np.float32)),
+                  "3 bands of floating point: of these only 1 is read"),
+    "git-LFS": (".jpg", content(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+                "a git-LFS pointer: git lfs pull"),
+    "a web page": (".jpg", content(b"<!DOCTYPE html><html>"), "a web page: download"),
+    "heic": (".jpg", content(b"\0\0\0\x18ftypheic" + bytes(50)), "a HEIC picture: convert it"),
+    "empty": (".png", content(b""), "it is empty; mend it or take it away"),
+    "PostScript": (".jpg", content(b"%!PS-Adobe-3.0\n"), "a PostScript program"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_told_by_what_it_is(tmp_path, case):
+    """Against the table."""
+    suffix, write, message = BAD[case]
+    path = tmp_path / f"x{suffix}"
+    write(path)
+    assert message in problem_with(path)
+
+
+def test_a_picture_that_is_too_large_is_told_so(tmp_path):
+    """195 million pixels, by the header alone."""
+    path = tmp_path / "x.png"
+    path.write_bytes(png(15_000, 13_000, 8, 2, b""))
+    assert "larger than 178956970 pixels: cut it into tiles, or make it smaller" in problem_with(path)
+
+
+def test_a_picture_with_much_text_in_it_is_read(tmp_path):
+    """3 MB of metadata."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "x.png", pnginfo=text)
+    assert problem_with(tmp_path / "x.png") == "read\n"
+
+
+# --- Small options ----------------------------------------------------------------------------------------
+
+def test_views_are_the_pretrainings_or_told_to_be_others(tmp_path, large, capsys):
+    """--size 32 on files: checkpoint.pth knows it, backbone.pth is told it, and both give the same."""
+    assert here("simsiam.py", large, *TINY, "--size", 32, "--epochs", 1, "--out", tmp_path / "run") is None
+    views = ["--mean", .485, .456, .406, "--std", .229, .224, .225, "--size", 32]
+    for name, more in (("checkpoint", []), ("backbone", views)):
+        out = tmp_path / name
+        capsys.readouterr()
+        options = [large, "--ckpt", tmp_path / f"run/{name}.pth", "--knn", "--out", out]
+        assert here("lineval.py", *options, *more, "--features", tmp_path / f"{name}.npz") is None
+        assert "views       32 pixels, mean 0.485 0.456 0.406" in capsys.readouterr().out
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in ("checkpoint", "backbone"))
+    assert np.array_equal(a["val_features"], b["val_features"])
+    untold = ["--ckpt", tmp_path / "run/backbone.pth", "--knn", "--out", tmp_path / "untold"]
+    assert here("lineval.py", large, *untold) is None
+    printed = capsys.readouterr().out
+    assert "224 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (of recipe imagenet" in printed
+
+
+def test_features_of_images_without_labels(tmp_path):
+    """Names and features of all good files."""
+    for i in range(12):
+        Image.fromarray(levels(i)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "05.png").write_bytes(b"")
+    assert here("lineval.py", tmp_path, *RANDOM, "--features", tmp_path / "f.npz") is None
+    saved = np.load(tmp_path / "f.npz")
+    assert set(saved) == {"train_features", "train_files"}
+    assert saved["train_features"].shape == (11, 64)
+    names = [os.path.basename(os.fsdecode(name)) for name in saved["train_files"]]
+    assert names == [f"{i:02}.png" for i in range(12) if i != 5]
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_vflip_turns_views_upside_down(kind, request):
+    """At probability 1 each view is the mirror image of the view at 0, in memory and from files."""
+    train, *_ = data.open_data(request.getfixturevalue(kind))
+    plain = augment.Policy(size=16, jitter=0, gray=0, blur=0)
+    batches = [(0, np.arange(6))]
+    views = [next(augment.load_views(train, policy, 0, batches, CPU, 0))[1]
+             for policy in (plain, plain._replace(vflip=1.0))]
+    for x, y in zip(*views):
+        assert (x.flip(2) - y).abs().max() < 0.02
+        assert (x - y).abs().max() > 0.1
+
+
+def test_vflip_flips_half_of_the_views_and_changes_no_other_draw():
+    """At 0.5: the share of 2,000 views; boxes and horizontal flips against those without."""
+    index = np.arange(2000)
+    policies = augment.Policy(vflip=0.5), augment.Policy()
+    with_it, without = (augment.draw_crop(policy, 0, 0, index, index * 0, 90, 90) for policy in policies)
+    assert 0.46 < with_it.vflip.mean() < 0.54
+    assert not without.vflip.any()
+    assert 0.2 < (with_it.vflip & with_it.flip).mean() < 0.3
+    for a, b in zip(with_it[:5], without[:5]):
+        assert np.array_equal(a, b)
+
+
+def test_every_nth_checkpoint_is_kept(tmp_path, small):
+    """--keep-every 2 of 3 epochs: one file, with the weights after 2."""
+    assert here("simsiam.py", small, *TINY, "--keep-every", 2, "--out", tmp_path / "run") is None
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-0*.pth"))
+    assert kept == ["checkpoint-0002.pth"]
+    content = torch.load(tmp_path / "run/checkpoint-0002.pth", weights_only=True)
+    assert (content["epoch"], content["step"]) == (1, 3)
+    assert lineval.read_backbone(str(tmp_path / "run/checkpoint-0002.pth")).epochs is not None
+
+
+# --- Strips -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width", [(12, 30_000), (5000, 1)])
+def test_the_test_view_of_a_strip_is_cheap(height, width):
+    """Memory and time of the view, in a process of its own."""
+    done = python("-c", f"""
+import resource, time, torch, augment
+image = torch.randint(0, 256, (1, 3, {height}, {width}), dtype=torch.uint8)
+augment.resize_centre(image[:, :, :1, :1], augment.Policy())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+begun = time.perf_counter()
+view = augment.resize_centre(image, augment.Policy())
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(tuple(view.shape), time.perf_counter() - begun, (after - before) / 1024)
+""", cwd=ROOT)
+    shape, rest = done.stdout.rsplit(")", 1)
+    seconds, mib = map(float, rest.split())
+    assert shape == "(1, 3, 224, 224"
+    assert mib < 100
+    assert seconds < 1  # on a machine that others use; alone it is some milliseconds
+
+
+@pytest.mark.parametrize("height, width", [(40, 160), (160, 40), (70, 100), (33, 130)])
+def test_ordinary_shapes_are_resized_whole(height, width):
+    """Up to four times as long as wide: the same as resizing all of it, and cutting then."""
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    size = [side * 256 // min(height, width) for side in (height, width)]
+    resized = torch.nn.functional.interpolate(image, size, mode="bilinear", antialias=True)
+    top, left = (round((side - 224) / 2) for side in size)
+    expected = resized[:, :, top:top + 224, left:left + 224]
+    assert torch.equal(augment.resize_centre(image, augment.Policy()), expected)
+
+
+def test_the_middle_of_a_strip_is_what_is_seen():
+    """A strip with one bright column in its middle: it is in the middle of the view."""
+    image = torch.zeros(1, 3, 12, 3001, dtype=torch.uint8)
+    image[..., 1500] = 255
+    view = augment.resize_centre(image, augment.Policy()).float()
+    columns = view.sum(dim=(0, 1, 2))
+    centre = (columns * torch.arange(224)).sum() / columns.sum()
+    assert centre.item() == pytest.approx(111.5, abs=1)
