@@ -484,8 +484,8 @@ def parse(argv=None):
                         help="of the views (default: %(default)s)")
     parser.add_argument("--epoch", type=int, default=0, help="of the views (default: %(default)s)")
     parser.add_argument("--check", action="store_true",
-                        help="say what was found in DATA, and what is left out and why; read every image; list "
-                             "what is wrong with which")
+                        help="say what was found in DATA, and what is left out and why; read every image, "
+                             "and list what is wrong with which")
     add_range(parser)
     return parser.parse_args(argv)
 

@@ -37,8 +37,8 @@ from harness.data import open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
 from harness.errors import Refused, printable
-from harness.evaluate import BATCH, accuracy, bad_images, calibrated, check_frozen
-from harness.evaluate import extract, hits, neighbours, tensor_hashes
+from harness.evaluate import BATCH, accuracy, calibrated, check_frozen
+from harness.evaluate import extract, good_ones, hits, neighbours, tensor_hashes
 from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
@@ -527,6 +527,10 @@ class Job:
         self.settings["images"] = len(train)
         self.settings["val_images"] = len(val)
         self.settings["content"] = train.fingerprint()
+        for number in (self.settings["content"], val.fingerprint()):
+            if not same_everywhere(number, self.device):
+                raise Refused(f"{self.settings['data']}: the processes see different images there; give all "
+                              "machines the same data")
         if self.settings["protocol"] in OPTIMIZERS:
             check_batch(self.settings)
 
@@ -550,11 +554,10 @@ class Job:
             self.progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
-        v = extract(watched, self.test_views, source, self.device)
-        bad = bad_images(source, self.device)
+        v, good = good_ones(source, extract(watched, self.test_views, source, self.device))
+        bad = len(source) - len(good)
         if bad:
-            v = v[to_device(source.good(), self.device)]
-            source = source.without_bad()
+            source = source.only(good)
         if not v.isfinite().all():
             raise Refused(f"{self.settings['backbone']}: its features are not all finite; the run that wrote "
                           "it had diverged")
@@ -679,6 +682,7 @@ def settings_for(args, backbone, recipe, data, world):
         "mean": policy.mean,
         "std": policy.std,
         "centre": policy.centre,
+        "views_given": [name for name in ("size", "mean", "std") if getattr(args, name) is not None],
         # How it is run.
         "seed": args.seed,
         "device": args.device,
@@ -717,7 +721,7 @@ def describe_data(args, recipe, train, val):
         "recipe": recipe["recipe"],
         "data": args.data,                           # None: the drawn shapes
         "range": train.value_range,
-        "images": len(train),                        # those that could be read
+        "images": len(train),                        # later, those that can be read
         "val_images": len(val or ""),
         "classes": len(train.classes or ""),
     }
@@ -787,11 +791,15 @@ def start_block(s, data, backbone, device, out):
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
     stem = ", CIFAR stem" if s["cifar_stem"] else ""
-    trained = f"k {neighbours(len(data.train), max(1, s['classes']))}"
+    trained = "k by the size of the classes"
     if "epochs" in s:
         base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
         trained = f"{s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
-    told = "as in its pre-training" if backbone.settings else f"of recipe {s['recipe']}: the file names none"
+    told = f"of recipe {s['recipe']}: the file names none"
+    if backbone.settings:
+        told = "as in its pre-training"
+    if s["views_given"]:
+        told = f"{', '.join(s['views_given'])} as given"
     mean, std = (" ".join(f"{v:g}" for v in s[name]) for name in ("mean", "std"))
     rows = {
         "backbone": f"{s['backbone']}: {s['arch']}, width {s['width']:g}{stem} ({origin})",
@@ -835,11 +843,12 @@ def save_features(path, train, bank, val=None, queries=None):
 def write_result(out, job, judged, bad):
     """lineval.json: the accuracy first, then all that it could depend on.
 
-        top1, top5                  percent of all validation images, after the last epoch
+        top1, top5                  percent of the validation images that could be read, after the last epoch
         protocol, note              which protocol, and whether it is the paper's
         base_lr, batch, epochs, lr  of the linear layer, where one was trained
         backbone, sha256, ...       what was evaluated
-        data, images, ...           on what
+        data, content, ...          on what; content is a number that tells data sets apart
+        views_given                 which of size, mean and std the command line named
         held_out_top1               cached: how each lr of the sweep did on held-out training images
         best_epoch_not_the_result   lars, sgd: for papers that report it
         images, val_images          those that could be read: a bad one takes no part in anything

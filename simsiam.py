@@ -48,8 +48,8 @@ from harness.batchnorm import synchronize
 from harness.data import SMALL, open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
-from harness.errors import Refused
-from harness.evaluate import accuracy, bad_images, calibrated, extract, neighbours, without_bad
+from harness.errors import Refused, printable
+from harness.evaluate import accuracy, calibrated, extract, good_ones, neighbours, share_bad
 from harness.files import save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
@@ -347,7 +347,10 @@ def effective_rank(v):
     It sees what the std can't: a network whose outputs differ, but in a few directions only.
     """
     v = as_float32(v)
-    singular = torch.linalg.svdvals(v - v.mean(dim=0))                # (min(N, D),)
+    v = v - v.mean(dim=0)                                             # (N, D)
+    if not v.any() or not v.isfinite().all():  # all the same, or beyond all numbers: not even one direction
+        return v.new_zeros(())
+    singular = torch.linalg.svdvals(v)                                # min(N, D) of them
     share = singular / singular.sum()
     return torch.special.entr(share).sum().exp()
 
@@ -570,11 +573,11 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "k":            (int,    1,               1,               1),               # Sec. 5.2; 0: an epoch
     "m":            (number, 0.8,             0.8,             0.8),             # Sec. 5.2
     "epochs":       (int,    100,             800,             6),               # Sec. 3; supp. D
-    "batch":        (int,    512,             512,             64),              # Sec. 3; supp. D
+    "batch":        (int,    512,             512,             32),              # Sec. 3; supp. D
     "base_lr":      (number, 0.05,            0.03,            2.0),             # Sec. 3; supp. D
     "momentum":     (number, 0.9,             0.9,             0.9),             # Sec. 3
     "weight_decay": (number, 1e-4,            5e-4,            5e-4),            # Sec. 3; supp. D
-    "warmup":       (int,    0,               0,               0),               # Sec. 3 (10 in some rows)
+    "warmup":       (int,    0,               0,               1),               # Sec. 3 (10 in some rows)
     "pred_lr":      (str,    "constant",      "constant",      "constant"),      # Table 1 (c)
     "size":         (int,    224,             32,              32),              # supp. A; supp. D
     "area":         (PAIR,   (0.2, 1.0),      (0.2, 1.0),      (0.3, 1.0)),      # supp. A
@@ -593,7 +596,7 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
 }
 # Steps of each recipe on its own data; and with how few, small data sets taught our runs nothing
 # (results/own-data.md).
-OWN_STEPS = {"imagenet": 250_000, "cifar10": 78_000, "shapes": 1_500}
+OWN_STEPS = {"imagenet": 250_000, "cifar10": 78_000, "shapes": 2_250}
 FEW_STEPS = 3_000
 
 CHOICES = {
@@ -702,6 +705,8 @@ def settings_for(args, train, world):
     settings = recipe_for(args.data, train, args.recipe)
     settings |= experiment_settings(args.experiment, settings)
     settings |= given_settings(args)
+    if args.warmup is None:  # a run that is shorter than its warm-up would be nothing else
+        settings["warmup"] = min(settings["warmup"], settings["epochs"] - 1)
     settings["experiment"] = args.experiment
     settings["init"] = args.init
     settings["seed"] = args.seed
@@ -804,27 +809,29 @@ class Job(NamedTuple):
     def knn(self, features, autocast=contextlib.nullcontext()):
         """kNN on all good validation images, against all good training images. features: images -> (N, D)
 
-        Returns top-1 in percent, how many were judged, and the features of all training images (n, D).
+        Returns top-1 in percent, how many were judged, and the features of up to RANKED training images.
         """
-        bank, queries = (extract(features, self.test_views, source, self.device, autocast)
-                         for source in (self.train, self.val))
         # A bad image's stand-in has another label: it neither votes nor is judged.
-        votes, labels = without_bad(self.train, bank)
-        judged, truth = without_bad(self.val, queries)
-        k = neighbours(len(votes), len(self.train.classes))
-        top1, _ = knn_accuracy(votes, labels, judged, truth, k)
-        return top1, len(judged), bank
+        (bank, voting), (queries, judged) = (
+            good_ones(source, extract(features, self.test_views, source, self.device, autocast))
+            for source in (self.train, self.val))
+        labels = to_device(self.train.labels[voting], self.device)
+        truth = to_device(self.val.labels[judged], self.device)
+        some = bank[to_device(permutation(0, 0, len(bank))[:RANKED], self.device)]
+        top1, _ = knn_accuracy(bank, labels, queries, truth, neighbours(len(bank), len(self.train.classes)))
+        return top1, len(judged), some
 
     def watch(self, features, autocast):
         """What the features of test views show of a network: {"knn": top-1, "knn_images": of so many, "rank":
         of up to RANKED training images}"""
+        if self.watches_knn:
+            top1, judged, some = self.knn(features, autocast)
+            return {"knn": top1, "knn_images": judged, "rank": effective_rank(some).item()}
+        # The rank needs no labels.
         chosen = permutation(0, 0, len(self.train))[:RANKED]
-        if not self.watches_knn:  # the rank needs no labels
-            v = extract(features, self.test_views, self.train, self.device, autocast, chosen)
-            return {"rank": effective_rank(v).item()}
-        top1, judged, bank = self.knn(features, autocast)
-        rank = effective_rank(bank[to_device(chosen, self.device)])
-        return {"knn": top1, "knn_images": judged, "rank": rank.item()}
+        v = extract(features, self.test_views, self.train, self.device, autocast, chosen)
+        v, _ = good_ones(self.train, v, chosen)
+        return {"rank": effective_rank(v).item()}
 
 
 def prepare(args):
@@ -835,9 +842,10 @@ def prepare(args):
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
-    if not same_everywhere(s["content"], device):
-        raise Refused(f"{args.data}: the processes see different images there; give all machines the same "
-                      "data")
+    for number in (s["content"], val.fingerprint() if val else 0):
+        if not same_everywhere(number, device):
+            raise Refused(f"{args.data}: the processes see different images there; give all machines the "
+                          "same data")
     name = folder_name(args.data)
     if args.experiment != "simsiam":
         name = f"{name}-{args.experiment}"
@@ -1016,21 +1024,27 @@ def report_epoch(run, job, encoder, optimizer, autocast, progress):
            **run.speed(),
            memory_mb=peak_memory(job.device),
            collapsed=in_trouble,
-           bad_images=sum(bad_images(source, job.device) for source in sources))
+           bad_images=sum(share_bad(source, job.device) for source in sources))
 
 
 def warn_of_low_rank(run, rank, progress):
     """Say it once where the rank is far below the untrained network's: a loss and a std can look healthy
     then."""
-    ranks = [record.get("rank") for record in run.log.epochs()]
-    ranks = [earlier for earlier in ranks if earlier is not None]  # an older version's log has none
-    if rank is None or not ranks:
+    epochs = run.log.epochs()
+    bound = low_rank(epochs)
+    if rank is None or bound is None:
         return
-    bound = LOW_RANK * ranks[0]
-    if rank < bound and not any(earlier < bound for earlier in ranks):
-        progress.line(f"low rank: the features spread in {rank:.1f} directions, the untrained network's in "
-                      f"{ranks[0]:.1f}; below {bound:.1f} all runs that we saw had learned little, whatever "
-                      "their loss and std. Try a smaller --base-lr, then --warmup 10")
+    if rank < bound and not any((record.get("rank") or bound) < bound for record in epochs):
+        progress.line(f"low rank: the features spread in {rank:.1f} directions, at the start in "
+                      f"{epochs[0]['rank']:.1f}; below {bound:.1f} all runs that we saw had learned little, "
+                      "whatever their loss and std. Try a smaller --base-lr, then --warmup 10")
+
+
+def low_rank(epochs):
+    """The rank below which there is an alarm, by a log's epochs; None where the untrained network's is
+    unknown."""
+    untrained = epochs[0].get("rank") if epochs else None  # an older version's log has none
+    return untrained and LOW_RANK * untrained
 
 
 def report(run, job, progress, number, note, **measured):
@@ -1040,7 +1054,7 @@ def report(run, job, progress, number, note, **measured):
     minimum = OBJECTIVES[job.settings["objective"]].minimum
     if run.first:
         knn_pixels = run.log.records[0].get("knn_pixels")
-        draw_curves(run.path("curves.png"), run.log.epochs(), knn_pixels, minimum)
+        draw_curves(run.path("curves.png"), run.log.epochs(), knn_pixels, minimum, low_rank(run.log.epochs()))
     line = f"epoch {number}/{job.settings['epochs']}{note}"
     for name, shown in MEASURED.items():
         if shown and record[name] is not None:
@@ -1066,7 +1080,7 @@ def start_block(job, given):
     }
     lines = []
     for name, text in rows.items():
-        lines += textwrap.wrap(text, 108, initial_indent=f"{name:12}", subsequent_indent=" " * 12,
+        lines += textwrap.wrap(printable(text), 108, initial_indent=f"{name:12}", subsequent_indent=" " * 12,
                                break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
 
@@ -1104,7 +1118,8 @@ def describe_knn(job):
     if job.settings["knn_every"] == 0:
         return "none (--knn-every 0)"
     if not job.watches_knn:
-        return f"none (needs labels and val/); the rank every {job.settings['knn_every']} epochs"
+        return (f"none (needs labels, and an image of val/ for each process); the rank every "
+                f"{job.settings['knn_every']} epochs")
     k = neighbours(len(job.train), len(job.train.classes))
     return (f"every {job.settings['knn_every']} epochs, k {k} (a fifth of a class, 200 at most), on "
             f"{len(job.val)} images")

@@ -1191,7 +1191,7 @@ SETTINGS_MAP = {
                   "tests/test_augment.py", "test_grayscale_agrees_with_pillow"),
     "blur": ("supp. A", "augment.py", "def blur(",
              "tests/test_augment.py", "test_blur_is_exact_and_agrees_with_pillow"),
-    "flip": ("supp. A", "augment.py", "    return view.flip(-1)",
+    "flip": ("supp. A", "augment.py", "    flipped = [axis for",
              "tests/test_augment.py", "test_crop_and_resize_agree_with_pillow"),
     "projection MLP": ("Sec. 3", "simsiam.py", "def projection_mlp(",
                        "test_simsiam.py", "test_model_has_the_released_models_names_and_shapes"),

@@ -6,6 +6,8 @@
     source      a split of a data set: images in memory or files, and labels
     data        from DATA on the command line to images
     layouts     what DATA can be: a table of layouts, and a look that reads nothing yet
+    found       what was found there, as a value
+    splits      where in a folder the training and validation images are, and their classes
     walk        which files below a folder are its images, and why the others are none
     lists       text files that name images, and what is no such list
     labels      labels of a flat validation folder, from a text file

@@ -12,6 +12,7 @@ The rule is: every file below DATA is used, or counted in one line that says why
 folders of train/ that have images below; what is no class of train/ makes val/ unusable. Images of one size
 up to 64 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,8 +20,10 @@ import numpy as np
 import torch
 
 from . import cifar
+from .errors import Refused
+from .found import Found, Split, describe
 from .images import header, range_of_files
-from .layouts import Found, Split, describe, look
+from .layouts import look
 from .shapes import draw_data_set
 from .source import Source
 
@@ -62,20 +65,25 @@ def open_data(path, value_range=None):
 
 
 def find_data(path, value_range=None):
-    """The same without reading a file of an image.
+    """The same, image files not read yet, but for a sample of those of more than 8 bits.
 
-    value_range: (low, high), which become 0 to 255 where values have more than 8 bits. By default a sample
-    of the training files decides.
+    value_range: two numbers, which become 0 to 255 where values have more than 8 bits. By default the sample
+    decides, which is of both splits.
     """
+    if value_range is not None:
+        low, high = value_range = tuple(map(float, value_range))
+        if not (low < high and math.isfinite(low) and math.isfinite(high)):
+            raise Refused(f"--range {low:g} {high:g}: two finite numbers, the lower one first")
     if path is None:
         return Data(*draw_data_set(), Found("the drawn shapes", Split("this program"), Split("this program")))
     found = look(path)
     if found.train.layout:
         return Data(cifar.read_split(found.train), cifar.read_split(found.val), found)
-    value_range = value_range or range_of_files(found.train.files)
-    splits = [Source(files=split.files, labels=split.labels, classes=split.classes, value_range=value_range)
-              for split in (found.train, found.val) if split]
-    return Data(splits[0], splits[1] if found.val else None, found)
+    splits = [split for split in (found.train, found.val) if split]
+    value_range = value_range or range_of_files(np.concatenate([split.files for split in splits]))
+    sources = [Source(files=split.files, labels=split.labels, classes=split.classes, value_range=value_range)
+               for split in splits]
+    return Data(sources[0], sources[1] if found.val else None, found)
 
 
 def in_memory(source):

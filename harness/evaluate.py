@@ -81,15 +81,19 @@ def calibrated(backbone, test_views, train):
     return backbone
 
 
-def without_bad(source, v):
-    """Features v (n, D) of all of a source's images, and their labels, but for files that any process has
-    found bad."""
-    bad = bad_images(source, v.device)
-    labels = to_device(source.labels, v.device)
-    if bad:
-        good = to_device(source.good(), v.device)
-        return v[good], labels[good]
-    return v, labels
+def good_ones(source, v, chosen=None):
+    """Features v (n, D) of a source's images, or of those chosen, but for files that any process has found
+    bad; and the indices of these images.
+
+    All processes call it together. Raises BadImage on all of them where too many are bad.
+    """
+    share_bad(source, v.device)
+    if chosen is None:
+        chosen = np.arange(len(source))
+    is_good = ~np.isin(chosen, list(source.bad))
+    if not is_good.all():  # a copy, of what may be gigabytes, only where it must be
+        v = v[to_device(np.flatnonzero(is_good), v.device)]
+    return v, chosen[is_good]
 
 
 def neighbours(images, classes):
@@ -101,13 +105,15 @@ def neighbours(images, classes):
     return max(1, min(200, images // (5 * classes)))
 
 
-def bad_images(source, device):
-    """Count the bad files that any process has found, and tell them to all processes."""
+def share_bad(source, device):
+    """Tell all processes the bad files that any of them has found -> how many. Raises BadImage on all of them
+    where they are too many."""
     flags = torch.zeros(len(source), dtype=torch.uint8, device=device)
     flags[list(source.bad)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     found = flags.nonzero().flatten().tolist()
     source.bad.update((i, source.bad.get(i, "")) for i in found)
+    source.check_bad()
     return len(found)
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from .errors import BadImage, printable
-from .values import HEADERS, SAMPLE, deep_values, is_deep, range_of, to_levels
+from .values import BITS, HEADERS, SAMPLE, deep_values, is_deep, range_of, to_levels, whole_range
 
 # Pillow knows more formats. Of those left out, some are no pictures, some need another program, which a file
 # from anywhere must not start.
@@ -50,16 +50,15 @@ def open_image(path):
 def read_rgb(path, value_range=None):
     """A file -> a PIL image in RGB, decoded. Raises BadImage.
 
-    value_range: (low, high), for files of more than 8 bits. By default each such file has its own.
+    value_range: (low, high), for files of more than 8 bits; by default all that the file could hold.
     """
     try:
         with open_image(path) as image:
-            deep = is_deep(image)
-            if not deep:
+            if not is_deep(image):
                 image.load()
                 return image if image.mode == "RGB" else image.convert("RGB")
         values = deep_values(partial(open_image, path))
-        levels = to_levels(values, value_range or range_of(values.ravel()))
+        levels = to_levels(values, value_range or whole_range(values))
         return Image.fromarray(levels).convert("RGB")
     except Exception as error:  # a damaged file can raise anything
         problem = what_is_wrong(path, error)
@@ -157,8 +156,7 @@ def what_is_wrong(path, error):
     return f"{type(error).__name__}: {error}; {MEND}"
 
 
-BITS = 258           # tags of a TIFF file
-BANDS = 277
+BANDS = 277          # more tags of a TIFF file
 KIND_OF_VALUE = 339  # 3: floating point
 
 
@@ -177,7 +175,7 @@ def wrong_with_tiff(path):
             is_float = 3 in tags.get(KIND_OF_VALUE, (1,))
     except Exception:  # a damaged file can raise anything
         return None
-    if bands not in (1, 2, 3, 4):
+    if bands not in (1, 3, 4):
         return f"{bands} bands: only 1, 3 and 4 are read; write three of them into a file of their own"
     if bands > 1 and (is_float or bits > 16):
         kind = "floating point" if is_float else f"{bits} bits"

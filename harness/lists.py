@@ -1,9 +1,15 @@
-"""Text files that name images, a path on each line; and what to say of files that are no such list."""
+"""Text files that name images, a path on each line; and what to say of files that are no such list.
+
+People name an archive, a table or a container of arrays as DATA, because other programs take those. We don't
+read them: for each there are good programs, and what is in them would have to be guessed. But we say what
+the file is, and what to do.
+"""
 import codecs
 import os
 
 from .errors import Refused, printable
 
+# What a file is, and what to do.
 ARCHIVE = "an archive; unpack it, and name the folder"
 ARRAYS = "arrays; write them as images, with PIL.Image.fromarray(a).save(name + '.png')"
 TABLE = "a table; give a list with a path alone on each line, or class folders: train/<class>/..."
@@ -11,7 +17,7 @@ VIDEO = "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg"
 SHARDS = "a container of records; write its images as files, in train/<class>/..."
 WEIGHTS = "weights, not images; lineval.py --ckpt takes those"
 DOCUMENT = "no image format that is read; convert it to PNG or JPEG"
-KINDS = {  # by suffix: what a file is, and what to do
+KINDS = {  # by suffix, in lower case
     ".zip": ARCHIVE, ".tar": ARCHIVE, ".gz": ARCHIVE, ".tgz": ARCHIVE, ".bz2": ARCHIVE, ".xz": ARCHIVE,
     ".7z": ARCHIVE, ".rar": ARCHIVE, ".zst": ARCHIVE,
     ".npy": ARRAYS, ".npz": ARRAYS, ".mat": ARRAYS, ".h5": ARRAYS, ".hdf5": ARRAYS, ".hdf": ARRAYS,
@@ -27,21 +33,25 @@ KINDS = {  # by suffix: what a file is, and what to do
 
 def looks_like(path):
     """What a file (its path: bytes) is that is no list of images, and what to do; None where it may be
-    one."""
+    one.
+
+    The suffix decides, and then the first bytes: no text has a zero in it, but for UTF-16.
+    """
     _, suffix = os.path.splitext(os.fsdecode(path).lower())
     if suffix in KINDS:
         return f"{suffix}: {KINDS[suffix]}"
-    if os.path.isfile(path):
-        with open(path, "rb") as f:
-            beginning = f.read(4096)
-        if b"\0" in beginning and not beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return "binary, neither an image nor a list of images"
+    with open(path, "rb") as f:
+        beginning = f.read(4096)
+    if b"\0" in beginning and not beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "binary, neither an image nor a list of images"
     return None
 
 
 def read_lines(path):
-    """The lines of a text file that say something, as bytes. The byte order marks that Windows writes, of
-    UTF-8 and UTF-16, are understood."""
+    """The lines of a text file that say something, as bytes: names of files need not be text.
+
+    The byte order marks that Windows writes, of UTF-8 and UTF-16, are understood.
+    """
     with open(path, "rb") as f:
         content = f.read()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -52,7 +62,11 @@ def read_lines(path):
 
 
 def read_list(path):
-    """A text file with a path on each line, relative to the text file -> paths (bytes). Raises Refused."""
+    """A text file with a path on each line, relative to the text file -> paths (bytes).
+
+    Raises Refused where a line names no file, and where there is no line. What a named file holds is not
+    looked at: whoever reads it says what is wrong.
+    """
     folder = os.path.dirname(path)
     lines = read_lines(path)
     names = [os.path.join(folder, line) for line in lines]
@@ -67,7 +81,10 @@ def read_list(path):
 
 
 def wrong_with(folder, name, line):
-    """Why a line names no file."""
+    """Why a line names no file, in words.
+
+    Lists with labels, and tables, are the usual mistake: then a part of the line is a file.
+    """
     for separator in (b",", b"\t", b" ", b";"):
         first, found, _ = line.rpartition(separator)
         whole = found and any(os.path.isfile(os.path.join(folder, part.strip(b' "')))

@@ -49,6 +49,7 @@ LIMITS = {
     "sigma": (0.01, 8 / 3),  # augment.blur cuts the Gaussian at 8 pixels, which is three times this std
     "flip": (0, 1),
     "vflip": (0, 1),
+    "mean": (-1e3, 1e3),
     "std": (1e-3, 1e3),
     "centre": (0.01, 1),
     # Of the run itself.

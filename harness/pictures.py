@@ -13,7 +13,7 @@ GREY = "#dddddd"
 
 # --- Knowing them again ---------------------------------------------------------------------------------
 # A picture that lies among somebody's images must not be taken for one of them. So each has a mark in its
-# file, and is looked for under these names, and in the folder that was named as DATA under any name.
+# file, and is looked for under these names anywhere, and under any name in the folder that is DATA.
 
 OURS = (b"views.png", b"curves.png", b"neighbors.png")
 MARK = "drawn by SimSiam, the reference"
@@ -27,16 +27,16 @@ def save_picture(image, path):
         image.save(f, "png", pnginfo=mark)
 
 
-def is_ours(path, at_the_top):
-    """Whether a file (path: bytes) is a picture of ours.
+def is_ours(path):
+    """Whether a file of one of our names (path: bytes) is a picture of ours: of a run, perhaps of a version
+    that set no mark, or with the mark."""
+    return os.path.exists(os.path.join(os.path.dirname(path), b"log.jsonl")) or has_mark(path)
 
-    at_the_top: it lies in the folder that was named as DATA. Elsewhere only our own names are looked into.
-    """
-    folder, name = os.path.split(path)
-    if name not in OURS and not (at_the_top and name.lower().endswith(b".png")):
+
+def has_mark(path):
+    """Whether a file (path: bytes) has our mark. What is no regular file is not opened: it could block."""
+    if not os.path.isfile(path):
         return False
-    if name in OURS and os.path.exists(os.path.join(folder, b"log.jsonl")):
-        return True  # of a run, perhaps of a version that set no mark
     try:
         with open(path, "rb") as f:
             return MARK.encode() in f.read(256)
@@ -84,34 +84,40 @@ WIDTH = 420   # of a panel, in pixels
 HEIGHT = 300
 
 
-def draw_curves(path, records, knn_pixels, minimum):
+def draw_curves(path, records, knn_pixels, minimum, low_rank):
     """The three panels of the paper's Fig. 2, from a log's epochs: loss, std with its 1/sqrt(d) line,
-    accuracy (kNN).
+    accuracy (kNN); and the effective rank of the features.
 
-    records     the log's records of epochs, with keys epoch, loss, std, knn; None where a value doesn't exist
+    records     the log's records of epochs, with keys epoch, loss, std, knn, rank; None where a value doesn't
+                exist
     knn_pixels  kNN accuracy of raw pixels, or None
     minimum     of the loss
+    low_rank    the rank below which there is an alarm, or None
     """
-    image = Image.new("RGB", (3 * WIDTH, HEIGHT), "white")
+    image = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), "white")
     pen = ImageDraw.Draw(image)
     # Each panel: key in the log, title, the axis from and to, where a red line stands, and its name.
     panels = [
         ("loss", f"training loss (minimum {minimum})", minimum, minimum + 1, None, ""),
         ("std", "std x sqrt(d)  (1: scattered, 0: collapsed)", 0, 1.1, 1, "std = 1/sqrt(d)"),
         ("knn", "kNN top-1 (%)", 0, 100, knn_pixels, "raw pixels"),
+        ("rank", "effective rank of the features", 0, 1, low_rank, "too low"),
     ]
     last_epoch = max(1, records[-1]["epoch"])
     for k, (key, title, low, high, reference, name) in enumerate(panels):
-        points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
-        draw_panel(pen, k * WIDTH, title, points, last_epoch, low, high, reference, name)
+        # A log that an older version began has no rank.
+        points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+        corner = k % 2 * WIDTH, k // 2 * HEIGHT
+        draw_panel(pen, corner, title, points, last_epoch, low, high, reference, name)
     save_picture(image, path)
 
 
-def draw_panel(pen, left, title, points, last_epoch, low, high, reference, name):
+def draw_panel(pen, corner, title, points, last_epoch, low, high, reference, name):
     """One panel: a line through points (epoch, value), and a red line at `reference`, where there is one.
 
-    The vertical axis goes from low to high, and further where points lie outside.
+    corner: its left upper one. The vertical axis goes from low to high, and further where points lie outside.
     """
+    left, top = corner
     font = ImageFont.load_default(15)
     # A value outside of [low, high] must not be drawn outside of the panel.
     values = [value for _, value in points]
@@ -119,15 +125,15 @@ def draw_panel(pen, left, title, points, last_epoch, low, high, reference, name)
     high = max([high, *values])
     x0 = left + 58
     x1 = left + WIDTH - 16
-    y0 = HEIGHT - 44
-    y1 = 40
+    y0 = top + HEIGHT - 44
+    y1 = top + 40
 
     def at(epoch, value):  # y grows downwards
         x = x0 + (x1 - x0) * epoch / last_epoch
         y = y0 + (y1 - y0) * (value - low) / (high - low)
         return x, y
 
-    pen.text((x0, 12), title, "black", font)
+    pen.text((x0, top + 12), title, "black", font)
     for value in np.linspace(low, high, 5):
         start = at(0, value)
         pen.line([start, at(last_epoch, value)], GREY)

@@ -196,8 +196,8 @@ class Run:
         self.seconds = time.monotonic() - self.began
         self.save()
         number = self.epoch + 1
-        keep_every = self.settings.get("keep_every")
-        if self.first and keep_every and number % keep_every == 0:
+        every = self.settings.get("keep_every")
+        if self.first and every and number % every == 0:
             with self.during("writing a checkpoint"):
                 save(read(self.path(NEWEST)), self.path(f"checkpoint-{number:04}.pth"))
 
@@ -289,11 +289,8 @@ class Run:
         """Images a second, the share of the time that went by waiting for data, and seconds, of a finished
         epoch."""
         images = self.steps_per_epoch * self.settings["batch"]
-        return {
-            "images_per_s": images / self.seconds,
-            "data_wait": self.waited / self.seconds,
-            "seconds": self.seconds,
-        }
+        return {"images_per_s": images / self.seconds, "data_wait": self.waited / self.seconds,
+                "seconds": self.seconds}
 
     def next_epoch(self):
         """Go to the beginning of the next epoch."""

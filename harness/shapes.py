@@ -17,7 +17,7 @@ from .draws import SHAPES, uniforms
 from .processes import cores
 from .source import Source
 
-TRAINING = 16_000    # images of the data set
+TRAINING = 12_000    # images of the data set
 VALIDATION = 1_000
 SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
 
@@ -102,7 +102,7 @@ def draw_shape(kind, u, side):
         end = x + (dx - big / 2) / 2, y + (dy - big / 2) / 2
         pen.line((x, y, *end), fill=colour(40, 110), width=SCALE)
     # The object: its size, place and rotation. All kinds are drawn from the same numbers.
-    radius = big * (0.18 + 0.24 * next(u))
+    radius = big * (0.24 + 0.2 * next(u))
     room = big - 2 * radius  # where the centre may lie, so that the object stays within the image
     centre = complex(radius + room * next(u), radius + room * next(u))
     turned = radius * np.exp(1j * np.pi * next(u))

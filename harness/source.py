@@ -45,24 +45,22 @@ class Source:
     def note(self, bad):
         """Remember bad files, {index: what is wrong}, and name each once on stderr.
 
-        Raises BadImage where more files are bad than 10 plus one in a hundred.
+        Raises BadImage where they are too many.
         """
         for i in bad.keys() - self.bad.keys():
             problem = printable(bad[i])
             print(f"bad image, replaced by the next good one: {problem}", file=sys.stderr, flush=True)
         self.bad.update(bad)
+        self.check_bad()
+
+    def check_bad(self):
+        """Raise BadImage where more files are bad than 10 plus one in a hundred."""
         if len(self.bad) > 10 + len(self) / 100:
             raise BadImage(f"{len(self.bad)} of {len(self)} images can't be read, which is too many; "
                            "python augment.py DATA --check lists them")
 
-    def good(self):
-        """The indices of all images but the bad ones: (n,) int64. A stand-in has another image's label and
-        name."""
-        return np.setdiff1d(np.arange(len(self)), list(self.bad))
-
-    def without_bad(self):
-        """The same split, its bad files left out -> Source"""
-        good = self.good()
+    def only(self, good):
+        """The same split with these images only (indices), none of which is bad -> Source"""
         return replace(
             self,
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(good)],

@@ -11,10 +11,20 @@ import numpy as np
 SAMPLE = 64       # files whose values are looked at
 HEADERS = 256     # files among which they are searched for
 OUTLIERS = 0.01   # percent of the values at either end that don't count: hot pixels
+BITS = 258        # tags of a TIFF file
+PLANES = 284
 
 
 def is_deep(image):
-    """Whether an open image file (PIL) has more than 8 bits a value. It reads no pixels."""
+    """Whether an open image file (PIL) has more than 8 bits a value. It reads no pixels.
+
+    Raises ValueError for a TIFF that has 16 bits and each colour in a plane of its own: of such planes Pillow
+    gives us the higher bytes only.
+    """
+    if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and max(image.tag_v2.get(BITS, (8,))) > 8:
+        if len(image.getbands()) > 1:
+            raise ValueError("16 bits with each colour in a plane of its own: write them pixel by pixel "
+                             "(gdal_translate -co INTERLEAVE=PIXEL)")
     return image.mode.startswith("I") or image.mode == "F" or ";16" in raw_mode(image)
 
 
@@ -67,6 +77,11 @@ def to_levels(values, value_range):
     low, high = value_range
     levels = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.nan_to_num(levels.clip(0, 255), nan=0).round().astype(np.uint8)
+
+
+def whole_range(values):
+    """All that a file could hold, for a file that no sample has met: 16 bits, or fractions from 0 to 1"""
+    return (0.0, 65535.0) if values.dtype.kind == "i" else (0.0, 1.0)
 
 
 def range_of(values):

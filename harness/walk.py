@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import Refused
 from .images import is_image
-from .pictures import OURS, is_ours
+from .pictures import OURS, has_mark, is_ours
 
 # Beside all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
 # into folders, in lower case.
@@ -21,9 +21,11 @@ SYSTEMS = {
     "lost+found", "@eadir", "#recycle", "#snapshot", "__pycache__",
 }
 
+FEW = 10_000  # pictures in DATA itself, up to which each is searched for our mark
+
 
 class Listing(NamedTuple):
-    """The files below a folder."""
+    """The files below a folder: those that are used, and how many are not."""
     images: list   # paths (bytes), sorted
     left_out: collections.Counter  # {reason: files}
 
@@ -53,36 +55,45 @@ def is_folder(entry):
         return False
 
 
-def subfolders(folder):
-    """The names (bytes) of the folders in a folder, sorted, without those that systems leave behind."""
-    if not os.path.isdir(folder):
-        return []
-    return [entry.name for entry in entries(folder) if is_folder(entry) and not is_left_behind(entry.name)]
-
-
 def walk(root):
-    """All files below a folder, at any depth -> Listing. Links are followed, but never into a folder that
-    they lie in."""
+    """All files below a folder, at any depth -> Listing
+
+    Links to folders are followed, but never into a folder that they lie in, nor from one link into another:
+    links across class folders could lead round in any order. Of a hidden folder nothing is looked at: it
+    counts as one file. Raises Refused where a folder can't be listed.
+    """
     images = []
+    at_the_top = []  # pictures in the root itself, any of which may be a contact sheet of ours
     left_out = collections.Counter()
-    waiting = [(root, frozenset())]
+    waiting = [(root, frozenset(), False)]  # folder, identities of those above it, whether a link led there
     while waiting:
-        folder, above = waiting.pop()
+        folder, above, linked = waiting.pop()
         status = os.stat(folder)
-        identity = status.st_dev, status.st_ino
-        if identity in above:
-            continue
+        above |= {(status.st_dev, status.st_ino)}
         for entry in entries(folder):
             if is_left_behind(entry.name):
                 left_out["hidden or a system's"] += 1
             elif is_folder(entry):
-                waiting.append((entry.path, above | {identity}))
+                link = entry.is_symlink()
+                inside = os.stat(entry.path)
+                if link and ((inside.st_dev, inside.st_ino) in above or linked):
+                    left_out["links that lead back, or on to links"] += 1
+                else:
+                    waiting.append((entry.path, above, linked or link))
             elif not is_image(entry.name):
                 left_out[suffix_of(entry.name)] += 1
-            elif is_ours(entry.path, at_the_top=folder == root):
+            elif entry.name in OURS and is_ours(entry.path):
                 left_out["pictures that our programs drew"] += 1
+            elif folder == root:
+                at_the_top.append(entry.path)
             else:
                 images.append(entry.path)
+    for path in at_the_top:
+        # Each is opened: not in a folder of a million pictures, where it would take minutes on a slow disk.
+        if len(at_the_top) <= FEW and path.endswith(b".png") and has_mark(path):
+            left_out["pictures that our programs drew"] += 1
+        else:
+            images.append(path)
     return Listing(sorted(images), left_out)
 
 

@@ -79,7 +79,7 @@ RECIPE_OPTIONS = {  # option: the defaults of imagenet | cifar10 | shapes, once 
     "--base-lr": "0.05 | 0.03 | 2.0",
     "--momentum": "0.9",
     "--weight-decay": "0.0001 | 0.0005 | 0.0005",
-    "--warmup": "0",
+    "--warmup": "0 | 0 | 1",
     "--pred-lr": "constant",
     "--size": "224 | 32 | 32",
     "--area": "0.2 1 | 0.2 1 | 0.3 1",
@@ -168,7 +168,7 @@ EVALUATION_KEYS = {  # event: keys of its records in the log of an evaluation
 }
 EVALUATION_SETTINGS = set("""
     protocol note backbone sha256 pretrained_epochs arch width cifar_stem recipe
-    data range content images val_images classes size mean std centre
+    data range content images val_images classes size mean std centre views_given
     seed device amp world workers save_minutes keep_every
 """.split())
 TRAINING = {"base_lr", "lr", "batch", "epochs"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness import cifar, data, layouts, pictures
+from harness import data, found, layouts, pictures
 from harness.errors import Refused
 from tests.helpers import ROOT, TINY, here, log_of, obey_permissions, python, refusal, slow
 
@@ -47,9 +47,9 @@ def classes(split, names="abc", count=8, suffix=".png"):
     return tree
 
 
-def said(found):
+def said(what):
     """What is left out, in words; "" where nothing is."""
-    return layouts.describe(found.left_out) or ""
+    return found.describe(what.left_out) or ""
 
 
 WITH_VAL = classes("train") | classes("val", count=4)
@@ -103,6 +103,21 @@ CASES = {  # id: the tree, training images, classes, validation images, what is 
                    "val/ is not used: it has no class folders, and there is no val.txt"),
     "strays": (WITH_VAL | {"train/x.png": 1, "val/y.png": 2}, 24, 3, 12,
                "2 files: 1 images in train/, 1 images in val/", ""),
+    "an empty train beside the one with images": (
+        classes("train2017") | {"train/.gitkeep": b"", "train_data/x.csv": b""}, 24, 3, None,
+        "2 files: 1 .csv, 1 hidden or a system's", ""),
+    "a picture beside deeper splits": (
+        classes("set/train") | classes("set/val", count=4) | {"logo.png": 1}, 24, 3, 12,
+        "1 file: 1 images beside them", "the splits were found in set/"),
+    "images beside masks, no splits": (
+        many("images/{}.jpg", 8) | many("annotations/trimaps/{}.png", 8), 8, None, None,
+        "8 files: 8 images in annotations/trimaps/", ""),
+    "images as a class": (classes("train", ["a", "b", "images"]), 24, 3, None, "", ""),
+    "a folder of trains": (many("bus/{}.png", 5) | many("train/{}.png", 6), 6, None, None,
+                           "5 files: 5 images in bus/", "train/ is taken for the training split"),
+    "an unused val of many classes": (
+        classes("train") | classes("val", "abcdefghijk", count=2), 24, 3, None,
+        "22 files: 22 images in val/", "val/ is not used: d is no class"),
     "a class that train lacks": (
         classes("train") | classes("val", "abz"), 24, 3, None,
         "24 files: 8 images in val/a/, 8 images in val/b/, 8 images in val/z/",
@@ -126,17 +141,41 @@ CASES = {  # id: the tree, training images, classes, validation images, what is 
 def test_every_file_is_used_or_counted(tmp_path, case):
     """Images, classes, what is left out and what is said, against the table; the sum against the files."""
     tree, images, classes, judged, left_out, note = CASES[case]
-    found = layouts.look(plant(tmp_path, tree))
-    assert len(found.train.files) == images
-    assert (found.train.classes and len(found.train.classes)) == classes
-    assert (found.val and len(found.val.files)) == judged
-    assert said(found) == left_out
-    assert note in "; ".join(found.notes)
+    what = layouts.look(plant(tmp_path, tree))
+    assert len(what.train.files) == images
+    assert (what.train.classes and len(what.train.classes)) == classes
+    assert (what.val and len(what.val.files)) == judged
+    assert said(what) == left_out
+    assert note in "; ".join(what.notes)
     if not note:
-        assert not found.notes or found.notes == ("no validation split (val/ with images)", )
+        assert not what.notes or what.notes == ("no validation split (val/ with images)", )
+
+
+@pytest.mark.parametrize("names, lines", [
+    ("abc", b"0.png 1\n1.png 2\n2.png 1\n"),             # from 1 on, and none has class 3
+    (["01", "02", "03"], b"0.png 1\n1.png 2\n2.png 0\n"),  # numbers that may be names
+    (["1", "2", "10"], b"0.png 0\n1.png 1\n2.png 2\n"),
+    ("abc", b"0.png a\n1.png 2\n2.png c\n"),             # names and numbers mixed
+])
+def test_labels_that_could_mean_something_else_are_not_guessed(tmp_path, names, lines):
+    """val/ isn't used, and the file counts as left out."""
+    plant(tmp_path, classes("train", names) | many("val/{}.png", 3) | {"val.txt": lines})
+    what = layouts.look(tmp_path)
+    assert what.val is None
+    assert "neither names of the training folders nor numbers" in what.notes[0]
+    assert what.left_out[".txt"] == 1
+
+
+def test_the_labels_of_val_are_not_those_of_test(tmp_path):
+    """test/ stands in for val/, whose labels lie there; with its own it is used."""
+    plant(tmp_path, classes("train") | many("test/{}.png", 3) | {"val.txt": b"0.png a\n1.png b\n2.png c\n"})
+    assert layouts.look(tmp_path).val is None
+    (tmp_path / "test.txt").write_bytes(b"0.png b\n1.png b\n2.png c\n")
+    assert layouts.look(tmp_path).val.labels.tolist() == [1, 1, 2]
 
 
 @pytest.mark.parametrize("lines, labels", [
+    (b"0.png c 1 2 0 0\n1.png a 0 0 0 0\n2.png b 0 0 0 0\n", [2, 0, 1]),  # a box, after blanks
     (b"0.png c\n1.png a\n2.png b\n", [2, 0, 1]),
     (b"0.png 2\r\n1.png 0\r\n2.png 1\r\n", [2, 0, 1]),
     (b"val/0.png\tc\t1\t2\n\nval/1.png\ta\nval/2.png\tb\n", [2, 0, 1]),
@@ -151,9 +190,9 @@ def test_labels_beside_a_flat_val(tmp_path, lines, labels):
 def test_labels_from_1_on_are_not_guessed(tmp_path):
     """val/ isn't used, and it is said which numbers would do."""
     plant(tmp_path, classes("train") | many("val/{}.png", 3) | {"val.txt": b"0.png 1\n1.png 2\n2.png 3\n"})
-    found = layouts.look(tmp_path)
-    assert found.val is None
-    assert "neither names of the training folders nor numbers from 0 to 2" in found.notes[0]
+    what = layouts.look(tmp_path)
+    assert what.val is None
+    assert "neither names of the training folders nor numbers from 0 to 2" in what.notes[0]
 
 
 def test_class_folders_that_are_numbers_are_names(tmp_path):
@@ -168,8 +207,26 @@ def test_two_class_folders_may_be_links_to_one(tmp_path):
     plant(tmp_path, classes("train", "a") | many("elsewhere/{}.png", 5))
     for name in "bc":
         os.symlink(tmp_path / "elsewhere", tmp_path / "train" / name)
-    found = layouts.look(tmp_path)
-    assert np.bincount(found.train.labels).tolist() == [8, 5, 5]
+    what = layouts.look(tmp_path)
+    assert np.bincount(what.train.labels).tolist() == [8, 5, 5]
+
+
+def test_links_across_classes_lead_no_further(tmp_path):
+    """Seven classes with a link each into all others: as many images as there are ways of one link."""
+    names = "abcdefg"
+    plant(tmp_path, classes("train", names, 1))
+    for name in names:
+        for other in set(names) - {name}:
+            os.symlink(tmp_path / "train" / other, tmp_path / "train" / name / other)
+    what = layouts.look(tmp_path)
+    assert np.bincount(what.train.labels).tolist() == [7] * 7
+    assert what.left_out["links that lead back, or on to links"] == 7 * 6 * 6
+
+
+def test_images_beside_a_cifar_folder_are_the_data(tmp_path):
+    """torchvision has unpacked into somebody's folder of images."""
+    plant(tmp_path, WITH_VAL | {"cifar-10-batches-py/data_batch_1": b""})
+    assert layouts.look(tmp_path).layout == "an image folder"
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
@@ -201,18 +258,18 @@ def test_a_contact_sheet_is_no_photo(tmp_path):
     plant(tmp_path, many("{}.png", 16))
     done = python(ROOT / "augment.py", ".", "--out", "sheet.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = layouts.look(tmp_path)
-    assert len(found.train.files) == 16
-    assert said(found) == "1 file: 1 pictures that our programs drew"
+    what = layouts.look(tmp_path)
+    assert len(what.train.files) == 16
+    assert said(what) == "1 file: 1 pictures that our programs drew"
 
 
 def test_an_older_runs_pictures_are_known_by_its_log(tmp_path):
     """curves.png without our mark: one of a run, and one of a user."""
     of_a_run = {"runs/x/curves.png": 7, "runs/x/log.jsonl": b"{}\n"}
     plant(tmp_path, many("{}.png", 5) | of_a_run | {"mine/curves.png": 8})
-    found = layouts.look(tmp_path)
-    assert len(found.train.files) == 6
-    assert not pictures.is_ours(os.fsencode(tmp_path / "mine/curves.png"), at_the_top=False)
+    what = layouts.look(tmp_path)
+    assert len(what.train.files) == 6
+    assert not pictures.is_ours(os.fsencode(tmp_path / "mine/curves.png"))
 
 
 def test_a_contact_sheet_is_a_png(tmp_path):
@@ -249,7 +306,7 @@ def test_cifar_100(tmp_path, layout):
     archive = {"binary": "cifar-100-binary", "Python": "cifar-100-python"}[layout]
     pixels, labels = write_hundred(tmp_path / archive, layout, np.random.default_rng(0))
     for place in (tmp_path / archive, tmp_path):
-        train, val, found = data.open_data(place)
+        train, val, _ = data.open_data(place)
         assert np.array_equal(train.pixels.flatten(1), pixels[:20])
         assert np.array_equal(val.pixels.flatten(1), pixels[20:])
         assert np.array_equal(np.concatenate([train.labels, val.labels]), labels)
@@ -259,8 +316,8 @@ def test_cifar_100(tmp_path, layout):
 
 def test_two_data_sets_in_one_folder_are_to_be_named(tmp_path):
     """torchvision's root with both."""
-    for name in cifar.FOLDERS[::2]:
-        (tmp_path / os.fsdecode(name)).mkdir()
+    plant(tmp_path, {"cifar-10-batches-py/data_batch_1": b"", "cifar-100-binary/train.bin": b"",
+                     "cifar-100-binary/test.bin": b""})
     with pytest.raises(Refused, match="holds 2 data sets, .*; name one of them"):
         layouts.look(tmp_path)
 
@@ -302,8 +359,8 @@ def test_lists_as_windows_writes_them(tmp_path, encoding):
     """Byte order marks, line ends, a name with a blank and an umlaut."""
     plant(tmp_path, {"a.png": 1, "mit ü.png": 2})
     (tmp_path / "list.txt").write_bytes("a.png\r\nmit ü.png\r\n".encode(encoding))
-    found = layouts.look(tmp_path / "list.txt")
-    assert [os.path.basename(os.fsdecode(name)) for name in found.train.files] == ["a.png", "mit ü.png"]
+    what = layouts.look(tmp_path / "list.txt")
+    assert [os.path.basename(os.fsdecode(name)) for name in what.train.files] == ["a.png", "mit ü.png"]
 
 
 def test_a_single_photo_that_pillow_opens(tmp_path):
@@ -377,15 +434,15 @@ OWN = {  # id: tree, images, classes, validation images
 def test_inputs_that_are_in_no_recipe(tmp_path, case):
     """Images and classes against the table; every file of the tree is used or counted."""
     tree, images, classes, judged = OWN[case]
-    found = layouts.look(plant(tmp_path, tree))
-    assert len(found.train.files) == images
-    assert (found.train.classes and len(found.train.classes)) == classes
-    assert (found.val and len(found.val.files)) == judged
+    what = layouts.look(plant(tmp_path, tree))
+    assert len(what.train.files) == images
+    assert (what.train.classes and len(what.train.classes)) == classes
+    assert (what.val and len(what.val.files)) == judged
     used = images + (judged or 0)
-    hidden = found.left_out["hidden or a system's"]
+    hidden = what.left_out["hidden or a system's"]
     files = sum(content is not None for content in tree.values())
-    assert used + sum(found.left_out.values()) - hidden <= files
-    assert used + sum(found.left_out.values()) >= files - 1
+    assert used + sum(what.left_out.values()) - hidden <= files
+    assert used + sum(what.left_out.values()) >= files - 1
 
 
 @slow

@@ -60,20 +60,26 @@ def test_neighbors_are_shown_for_each_class_in_turn():
     assert nearest.shape == (10, 6)
 
 
-def record(epoch, loss=None, std=None, knn=None):
+def record(epoch, loss=None, std=None, knn=None, rank=None):
     """A log's record of an epoch, as far as the curves need it."""
-    return {"epoch": epoch, "loss": loss, "std": std, "knn": knn}
+    return {"epoch": epoch, "loss": loss, "std": std, "knn": knn, "rank": rank}
 
 
-def curves(tmp_path, records, knn_pixels=None):
+def curves(tmp_path, records, knn_pixels=None, low_rank=None):
     """The picture of these records: (H, W, 3) array"""
-    pictures.draw_curves(tmp_path / "curves.png", records, knn_pixels, -1)
+    pictures.draw_curves(tmp_path / "curves.png", records, knn_pixels, -1, low_rank)
     return np.array(Image.open(tmp_path / "curves.png"))
+
+
+def panel_of(picture, panel):
+    """One of the four panels."""
+    row, column = divmod(panel, 2)
+    return picture[300 * row:300 * (row + 1), 420 * column:420 * (column + 1)]
 
 
 def middle_of(picture, colour, panel):
     """Where a panel has this colour: the mean (x, y) in the panel, or None."""
-    part = picture[:, 420 * panel:420 * (panel + 1)]
+    part = panel_of(picture, panel)
     y, x = np.nonzero((part == colour).all(axis=2))
     return (x.mean(), y.mean()) if len(x) else None
 
@@ -82,11 +88,11 @@ LINE = (31, 78, 156)
 
 
 def test_curves_show_each_value_in_its_place(tmp_path):
-    """Three single points, one a panel, against their place on axes from 58 to 404 and from 256 up to 40."""
-    middle = record(2, loss=-0.5, std=0.55, knn=50)
+    """Four single points, one a panel, against their place on axes from 58 to 404 and from 256 up to 40."""
+    middle = record(2, loss=-0.5, std=0.55, knn=50, rank=0.5)
     picture = curves(tmp_path, [record(0), middle, record(4)])
-    assert picture.shape == (300, 1260, 3)
-    for panel in range(3):
+    assert picture.shape == (600, 840, 3)
+    for panel in range(4):
         place = middle_of(picture, LINE, panel)
         assert np.allclose(place, (231, 148), atol=0.6), panel
 
@@ -99,16 +105,19 @@ def test_curves_have_axes_that_hold_all_values(tmp_path):
 
 def red_rows(picture, panel):
     """The rows in which a panel is red near its left side."""
-    column = picture[:, 420 * panel + 80]
+    column = panel_of(picture, panel)[:, 80]
     return np.flatnonzero((column == WRONG).all(axis=1)).tolist()
 
 
 def test_curves_mark_what_they_are_compared_with(tmp_path):
-    """Red lines: at std = 1/sqrt(d) in the second panel; at the accuracy of raw pixels in the third."""
+    """Red lines: at std = 1/sqrt(d) in the second panel; at the accuracy of raw pixels in the third; where a
+    rank is too low in the fourth."""
     records = [record(0), record(1)]
     picture = curves(tmp_path, records)
     assert red_rows(picture, 0) == []
     assert red_rows(picture, 1) == [pytest.approx(256 - 216 / 1.1, abs=1)]
     assert red_rows(picture, 2) == []
-    picture = curves(tmp_path, records, knn_pixels=25)
+    assert red_rows(picture, 3) == []
+    picture = curves(tmp_path, records, knn_pixels=25, low_rank=0.5)
     assert red_rows(picture, 2) == [pytest.approx(256 - 216 / 4, abs=1)]
+    assert red_rows(picture, 3) == [pytest.approx(256 - 216 / 2, abs=1)]

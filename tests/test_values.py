@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 import augment
 import lineval
 from harness import data, values
+from harness.errors import Refused
 from tests.helpers import CPU, REAL, ROOT, TINY, here, log_of, png_chunk, python, real, result_of, slow
 
 pytest_plugins = ["tests.fixtures"]
@@ -40,8 +41,9 @@ def png(width, height, bits, kind, content):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def write_tiff(path, a, order="<", compressed=False):
-    """A TIFF of several bands side by side: a (H, W, bands) of uint16 or float32. order: of the bytes."""
+def write_tiff(path, a, order="<", compressed=False, planes=False):
+    """A TIFF of several bands: a (H, W, bands) of uint16 or float32. order: of the bytes. planes: each band by
+    itself, which is only said here, for a picture of one row."""
     height, width, bands = a.shape
     content = a.astype(a.dtype.newbyteorder(order)).tobytes()
     if compressed:
@@ -58,7 +60,7 @@ def write_tiff(path, a, order="<", compressed=False):
         (277, short, 1, bands),
         (278, long, 1, height),                    # all rows in one strip
         (279, long, 1, len(content)),
-        (284, short, 1, 1),                        # the bands of a pixel side by side
+        (284, short, 1, 2 if planes else 1),       # 1: the bands of a pixel side by side
         (339, short, bands, behind + 2 * bands),   # the kind of each band: 1 whole numbers, 3 floating point
     ]
     out = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
@@ -132,6 +134,38 @@ def test_the_range_of_some_values(case):
     """Against ranges by hand."""
     found, expected = RANGES[case]
     assert values.range_of(found) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given", [(4095, 0), (5, 5), (float("nan"), 1), (0, float("inf"))])
+def test_a_range_that_is_none_is_refused(tmp_path, given):
+    """Two finite numbers, the lower one first."""
+    Image.new("L", (70, 70)).save(tmp_path / "0.png")
+    with pytest.raises(Refused, match="two finite numbers, the lower one first"):
+        data.open_data(tmp_path, given)
+
+
+def test_the_range_is_of_both_splits(tmp_path):
+    """8 bits to train, 16 to validate: one range for all validation images."""
+    (tmp_path / "train/a").mkdir(parents=True)
+    for split in ("train", "val"):
+        for k, name in enumerate("ab"):
+            path = tmp_path / split / name / "0.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            g = np.full((70, 70), 1000 * (1 + 2 * k), np.uint16)
+            Image.fromarray(g if split == "val" else g.astype(np.uint8)).save(path)
+    _, val, _ = data.open_data(tmp_path)
+    assert val.value_range == (0, 4095)
+    assert val.image(1).float().mean() > 2.9 * val.image(0).float().mean()
+
+
+def test_a_deep_file_that_no_sample_has_met_is_shown_by_its_kind(tmp_path):
+    """Among 1,000 others: by all that 16 bits hold, not by its own darkest and brightest."""
+    for i in range(1000):
+        Image.new("L", (65, 2), i % 255).save(tmp_path / f"{i:04}.png")
+    Image.fromarray(np.full((2, 65), 4000, np.uint16)).save(tmp_path / "0001.png")
+    train, *_ = data.open_data(tmp_path)
+    assert train.value_range is None
+    assert train.image(1).float().mean().item() == pytest.approx(255 * 4000 / 65535, abs=0.5)
 
 
 def test_brightness_between_files_is_kept(tmp_path):
@@ -282,6 +316,24 @@ def test_a_bad_training_image_does_not_vote_or_teach(tmp_path):
         assert (result["images"], result["val_images"], result["bad_images"]) == (19, 9, 2)
 
 
+def test_a_stand_in_has_no_part_in_the_rank(tmp_path):
+    """24 pictures without labels, 8 of them cut: the rank is that of the other 16 alone."""
+    ranks = {}
+    for name, bad in (("cut", True), ("gone", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(24):
+            Image.fromarray(levels(i)).save(folder / f"{i:02}.png")
+            if i % 3 == 2:
+                (folder / f"{i:02}.png").unlink()
+                if bad:
+                    (folder / f"{i:02}.png").write_bytes(b"")
+        assert here("simsiam.py", folder, *TINY, "--epochs", 1, "--out", tmp_path / f"run-{name}") is None
+        ranks[name] = log_of(tmp_path / f"run-{name}")[1]["rank"]
+    assert ranks["cut"] == pytest.approx(ranks["gone"], rel=0.05)
+    assert ranks["cut"] != ranks["gone"]  # BN is calibrated on stand-ins too
+
+
 def test_the_monitors_knn_judges_good_images_only(tmp_path):
     """Epoch 0's, of an untrained network: 100% of 9, in the log."""
     folder = red_and_blue(tmp_path / "data")
@@ -312,6 +364,9 @@ BAD = {  # id: (suffix, writes the file, a part of the line)
                  "13 bands: only 1, 3 and 4 are read"),
     "float RGB": (".tif", lambda p: write_tiff(p, np.zeros((8, 8, 3), np.float32)),
                   "3 bands of floating point: of these only 1 is read"),
+    "colours in planes": (".tif", lambda p: write_tiff(p, np.zeros((8, 8, 3), np.uint16), planes=True),
+                          "16 bits with each colour in a plane of its own: write them pixel by pixel"),
+    "2 bands": (".tif", lambda p: write_tiff(p, np.zeros((8, 8, 2), np.uint16)), "2 bands: only 1, 3 and 4"),
     "git-LFS": (".jpg", content(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
                 "a git-LFS pointer: git lfs pull"),
     "a web page": (".jpg", content(b"<!DOCTYPE html><html>"), "a web page: download"),
@@ -454,3 +509,105 @@ def test_the_middle_of_a_strip_is_what_is_seen():
     columns = view.sum(dim=(0, 1, 2))
     centre = (columns * torch.arange(224)).sum() / columns.sum()
     assert centre.item() == pytest.approx(111.5, abs=1)
+
+
+# --- Inputs of our own, which are in no recipe --------------------------------------------------------------
+
+def with_offset(path, g):
+    """Hounsfield units in a signed TIFF: from -1024 on."""
+    Image.fromarray(g.astype(np.int32) * 16 - 1024).save(path)
+
+
+def portable(path, g):
+    """A PGM of 16 bits, whose header says that white is 4080."""
+    height, width = g.shape
+    header = f"P5 {width} {height} 4080\n".encode()
+    path.write_bytes(header + (g.astype(np.uint16) * 16).astype(">u2").tobytes())
+
+
+OWN_DEPTHS = {
+    "kind 1: a signed TIFF with an offset": (".tif", with_offset),
+    "kind 1: a PGM that says its white": (".pgm", portable),
+    "kind 1: RGB of 12 bits, one band brighter": (
+        ".png", lambda path, g: write_png16(path, np.dstack([g.astype(np.uint16) * k for k in (16, 8, 4)]))),
+}
+
+
+@slow
+@pytest.mark.parametrize("case", OWN_DEPTHS)
+def test_other_depths_keep_the_order_of_values(tmp_path, case):
+    """The first band against the original: a straight line, whose steepest stretch is at most a quarter."""
+    suffix, write = OWN_DEPTHS[case]
+    for k in range(4):
+        write(tmp_path / f"{k}{suffix}", levels(k))
+    train, *_ = data.open_data(tmp_path)
+    shown = np.concatenate([train.image(k)[..., 0].numpy().ravel() for k in range(4)]).astype(float)
+    original = np.concatenate([levels(k).ravel() for k in range(4)]).astype(float)
+    slope, start = np.polyfit(original, shown, 1)
+    assert 0.9 < slope < 1.25
+    assert np.abs(shown - slope * original - start).max() < 2
+
+
+OWN_BAD = {
+    "kind 8: a sound file": (".jpg", content(b"RIFF\x24\0\0\0WAVEfmt "), "cannot identify image file"),
+    "kind 8: half a GIF": (".gif", lambda path: half(path, "GIF"), "can't be read as an image"),
+    "kind 8: 32 bits in three bands": (
+        ".tif", lambda path: write_tiff(path, np.zeros((8, 8, 3), np.uint32)), "3 bands of 32 bits"),
+    "kind 8: SVG": (".png", content(b"<svg width='9' height='9'/>"), "a drawing of lines (SVG)"),
+}
+
+
+def half(path, kind):
+    """The first half of a picture's file."""
+    Image.fromarray(levels()).save(path, kind)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@slow
+@pytest.mark.parametrize("case", OWN_BAD)
+def test_other_bad_files_are_told_by_what_they_are(tmp_path, case):
+    """Against the table."""
+    suffix, write, message = OWN_BAD[case]
+    write(tmp_path / f"x{suffix}")
+    assert message in problem_with(tmp_path / f"x{suffix}")
+
+
+@slow
+@pytest.mark.parametrize("bad", ["train/blue/0.png", "val/red/2.png", "train/red/9.png"])
+def test_kind_7_whichever_file_is_bad(tmp_path, bad):
+    """In memory, both protocols that need no steps: 100%, and the counts."""
+    folder = red_and_blue(tmp_path / "data", 32)
+    (folder / bad).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    for protocol in ("--knn", "--cached"):
+        assert here("lineval.py", folder, *RANDOM, protocol, "--out", tmp_path / protocol) is None
+        result = result_of(tmp_path / protocol)
+        assert (result["top1"], result["bad_images"], result["images"] + result["val_images"]) == (100, 2, 28)
+
+
+@slow
+def test_kind_14_small_options_go_together(tmp_path, large):
+    """A vertical flip, a kept checkpoint, its evaluation at another size, and features without labels."""
+    out = tmp_path / "run"
+    options = ["--vflip", 0.5, "--keep-every", 1, "--epochs", 2, "--out", out]
+    assert here("simsiam.py", large, *TINY, *options) is None
+    assert len(list(out.glob("checkpoint-000[12].pth"))) == 2
+    kept = ["--ckpt", out / "checkpoint-0001.pth", "--size", 24]
+    assert here("lineval.py", large, *kept, "--knn", "--out", tmp_path / "a") is None
+    assert result_of(tmp_path / "a")["size"] == 24
+    assert here("lineval.py", large / "train/a", *kept, "--features", tmp_path / "f.npz") is None
+    assert "train_labels" not in np.load(tmp_path / "f.npz")
+    assert here("simsiam.py", large, *TINY, *options, "--resume", "--keep-every", 0) is None
+
+
+@slow
+@pytest.mark.parametrize("size, mode", [((3, 9000), "RGB"), ((9000, 3), "RGBA"), ((2, 4097), "L")])
+def test_kind_15_strips_are_trained_on_and_evaluated(tmp_path, size, mode):
+    """A folder of strips: the whole way, and the programs' memory."""
+    for i in range(20):
+        image = Image.effect_noise(size, 60).convert(mode)
+        path = tmp_path / f"data/{'train' if i < 16 else 'val'}/{'ab'[i % 2]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    assert here("simsiam.py", tmp_path / "data", *TINY, "--size", 64, "--out", tmp_path / "run") is None
+    done = python(ROOT / "lineval.py", "--ckpt", tmp_path / "run/checkpoint.pth", "--knn", "--size", "224")
+    assert done.returncode == 0, done.stderr
