@@ -413,7 +413,8 @@ def evaluable(settings, path):
 
 
 def pair(value_range):
-    """(low, high). Raises ValueError for anything else."""
+    """A setting "range" of a checkpoint -> (low, high). Raises ValueError, or TypeError, for anything
+    else."""
     low, high = map(float, value_range)
     if not low < high:
         raise ValueError(f"range {value_range}")
@@ -521,7 +522,10 @@ class Job:
         self.say = self.progress.line
 
     def use(self, train, val):
-        """Go on with these Sources, bad files left out. Raises Refused where too few are left."""
+        """Go on with these Sources, bad files left out, and keep what identifies them in the settings.
+
+        Raises Refused where too few are left for a batch, and where processes have read different images.
+        """
         self.train = train
         self.val = val
         self.settings["images"] = len(train)
@@ -566,7 +570,11 @@ class Job:
 
 def evaluate(args):
     """A whole evaluation: from the command line to lineval.json. Raises Refused, and Stopped after a
-    signal."""
+    signal.
+
+    All features are computed before anything is written: only then it is known which files can be read, and
+    the protocols see no others.
+    """
     # 1. Backbone, data, settings: nothing is written before all of it is known to be good
     check_limits(vars(args))
     device, rank, world = join_world(torch.device(args.device))
@@ -621,7 +629,11 @@ def evaluate(args):
 
 def open_all(args):
     """What is evaluated, on what -> Backbone, Data, and the settings of the one's pre-training or else of the
-    other's recipe."""
+    other's recipe.
+
+    The settings say how images are shown to the network; the command line may override these. Raises Refused
+    where an accuracy is asked for, and the data can't give one.
+    """
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
     backbone = None if is_random else read_backbone(args.ckpt, args.width)
@@ -822,7 +834,10 @@ def save_classifier(job, layer, path):
 
 def save_features(path, train, bank, val=None, queries=None):
     """train_ and val_ features (n, D) float32; where there are any, labels (n,) and the names of the files
-    (bytes)."""
+    (bytes).
+
+    Of bad files there is nothing: whoever reads the features has the names beside them.
+    """
     if dist.get_rank() > 0:
         return
     arrays = {}

@@ -90,7 +90,11 @@ def read_or_replace(files, i, value_range=None):
 
 def range_of_files(files):
     """The range of the values in the files of more than 8 bits, by a sample of them -> (low, high), or None
-    where it meets no such file."""
+    where it meets no such file.
+
+    The sample is spread evenly over the files, and the same for the same files: a run that goes on finds the
+    same range.
+    """
     some = np.unique(np.linspace(0, len(files) - 1, HEADERS).astype(int))
     deep = [files[i] for i in some if header(files[i], is_deep)]
     if not deep:
@@ -135,7 +139,10 @@ BEGINNINGS = [  # what some files that are no pictures begin with, after so many
 
 
 def what_is_wrong(path, error):
-    """In words: what a file is that Pillow couldn't read, and what to do."""
+    """In words: what a file is that Pillow couldn't read, and what to do.
+
+    error: what was raised. It comes into the words only where the file's beginning doesn't tell more.
+    """
     if isinstance(error, Image.DecompressionBombError):
         largest = 2 * Image.MAX_IMAGE_PIXELS
         return f"larger than {largest} pixels: cut it into tiles, or make it smaller"
@@ -161,7 +168,10 @@ KIND_OF_VALUE = 339  # 3: floating point
 
 
 def wrong_with_tiff(path):
-    """What of a TIFF file Pillow can't read, in words, or None where its header doesn't show it."""
+    """What of a TIFF file Pillow can't read, in words, or None where its header doesn't show it.
+
+    Satellites have 13 bands, and floating point in three; Pillow only says that it knows no such mode.
+    """
     try:
         with open(path, "rb") as f:
             beginning = f.read(8)

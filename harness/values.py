@@ -21,8 +21,9 @@ def is_deep(image):
     Raises ValueError for a TIFF that has 16 bits and each colour in a plane of its own: of such planes Pillow
     gives us the higher bytes only.
     """
-    if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and max(image.tag_v2.get(BITS, (8,))) > 8:
-        if len(image.getbands()) > 1:
+    if image.format == "TIFF" and len(image.getbands()) > 1:
+        tags = image.tag_v2
+        if tags.get(PLANES) == 2 and max(tags.get(BITS, (8,))) > 8:
             raise ValueError("16 bits with each colour in a plane of its own: write them pixel by pixel "
                              "(gdal_translate -co INTERLEAVE=PIXEL)")
     return image.mode.startswith("I") or image.mode == "F" or ";16" in raw_mode(image)

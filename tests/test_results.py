@@ -61,6 +61,35 @@ def test_readmes_figures_are_those_of_the_logs_in_results(run, figure):
     assert figures[figure] in readme()
 
 
+def demos():
+    """The logs of the demo on seeds 0 to 4, and of seed 0 with one thread."""
+    names = ["log", *(f"seed-{seed}" for seed in range(1, 5)), "one-thread"]
+    return [records(RESULTS / "shapes" / f"{name}.jsonl") for name in names]
+
+
+def records(path):
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_demo_is_steady():
+    """Five seeds: the mean and the standard deviation that the README has; each far above raw pixels and the
+    untrained network; all of them, and one thread, in the range that it promises."""
+    knn = []
+    for log, seed in zip(demos(), [0, 1, 2, 3, 4, 0]):
+        start, untrained, *_, last, end = log
+        assert end["event"] == "end"
+        assert start["settings"]["seed"] == seed
+        assert {**start["settings"], "seed": 0, "workers": 0} == {**demos()[0][0]["settings"], "workers": 0}
+        assert last["knn"] >= 25 + max(start["knn_pixels"], untrained["knn"])
+        knn.append(last["knn"])
+    assert np.std(knn[:5], ddof=1) <= 3
+    assert f"five seeds gave {mean_and_std(knn[:5])}" in readme()
+    low, high = map(int, re.search(r"expect (\d+) to (\d+)", readme()).groups())
+    assert high - low <= 10
+    assert low <= min(knn) and max(knn) <= high
+
+
 def test_readmes_run_without_stopgrad_is_that_of_the_same_data():
     """Its raw pixels and untrained network against those of the run with stop-gradient."""
     start, untrained, *_ = log_of(RESULTS / "shapes")

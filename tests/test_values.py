@@ -600,6 +600,27 @@ def test_kind_14_small_options_go_together(tmp_path, large):
 
 
 @slow
+def test_kind_14_a_list_of_files_without_labels(tmp_path, large):
+    """Features of its files, in the list's order."""
+    names = sorted(str(path) for path in (large / "train/b").iterdir())[::-1]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert here("lineval.py", tmp_path / "list.txt", *RANDOM, "--features", tmp_path / "f.npz") is None
+    assert [os.fsdecode(name) for name in np.load(tmp_path / "f.npz")["train_files"]] == names
+
+
+@slow
+def test_kind_14_a_foreign_file_is_told_its_views(tmp_path, large):
+    """Weights under torchvision's names: what the command line says is kept in lineval.json."""
+    network = lineval.untrained("resnet18", 1 / 16, True).network
+    torch.save(network.state_dict(), tmp_path / "foreign.pth")
+    views = ["--size", 48, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
+    assert here("lineval.py", large, "--ckpt", tmp_path / "foreign.pth", "--knn", *views) is None
+    result = result_of(tmp_path / "lineval-knn")
+    assert (result["size"], result["mean"], result["std"]) == (48, [0.5] * 3, [0.25] * 3)
+    assert result["views_given"] == ["size", "mean", "std"]
+
+
+@slow
 @pytest.mark.parametrize("size, mode", [((3, 9000), "RGB"), ((9000, 3), "RGBA"), ((2, 4097), "L")])
 def test_kind_15_strips_are_trained_on_and_evaluated(tmp_path, size, mode):
     """A folder of strips: the whole way, and the programs' memory."""
