@@ -329,10 +329,11 @@ def collapsed(excess, std_sqrt_d, n):
 
     Behind an output BN the outputs can't all be one point, because their mean is 0. At best n - 1 of them
     meet at u, and one is at -u. There std x sqrt(d) is about 2/sqrt(n); the excess is 0 where the views
-    agree on which image is the odd one, and 4/n where they don't. A std of 0 is collapse whatever the loss:
-    images that are all the same have it from the first step on.
+    agree on which image is the odd one, and 4/n where they don't. The bounds leave some room beyond that. A
+    std of 0 is collapse whatever the loss: images that are all the same have it from the first step on.
     """
-    return std_sqrt_d < 0.01 or (excess < 0.05 and std_sqrt_d < max(0.1, 3 / math.sqrt(n)))
+    std_bound = min(0.75, max(0.1, 3 / math.sqrt(n)))
+    return std_sqrt_d < 0.01 or (excess < max(0.05, 5 / n) and std_sqrt_d < std_bound)
 
 
 RANKED = 2000       # training images whose features' rank is watched
@@ -1072,6 +1073,7 @@ def start_block(job, given):
         "experiment": describe_experiment(s),
         "settings": ", ".join(f"{name} {s[name]}" for name in SETTINGS),
         "training": describe_length(s) + f", global batch {s['batch']}, lr {lr:.4g}",
+        **warn_of_few_steps(s),
         "processes": f"{s['world']} x {s['batch'] // s['world']} images, BN over {s['batch']}, "
                      f"{hardware(s, job.device)}",
         "kNN": describe_knn(job),
@@ -1086,17 +1088,22 @@ def start_block(job, given):
 
 
 def describe_length(s):
-    """The steps of the run beside those of the recipe on its own data, and a warning where they are too
-    few."""
+    """The steps of the run, beside those of the recipe on its own data."""
     steps_per_epoch = s["images"] // s["batch"]
-    steps = s["epochs"] * steps_per_epoch
-    own = OWN_STEPS[s["recipe"]]
-    text = f"{s['epochs']} epochs of {steps_per_epoch} steps: {steps:,} (the recipe on its own data: {own:,})"
-    if steps < min(own, FEW_STEPS):
-        epochs = math.ceil(FEW_STEPS / steps_per_epoch)
-        text += (f". Too few to learn much: with fewer than {FEW_STEPS:,} our runs on small data sets stayed "
-                 f"near the untrained network; --epochs {epochs}, or a smaller --batch, gives as many")
-    return text
+    return (f"{s['epochs']} epochs of {steps_per_epoch} steps, {s['epochs'] * steps_per_epoch:,} in all (the "
+            f"recipe on its own data: {OWN_STEPS[s['recipe']]:,})")
+
+
+def warn_of_few_steps(s):
+    """{heading: text} where the run's steps are fewer than the recipe's own and than what was found to be too
+    few; else {}"""
+    steps_per_epoch = s["images"] // s["batch"]
+    if s["epochs"] * steps_per_epoch >= min(FEW_STEPS, OWN_STEPS[s["recipe"]]):
+        return {}
+    epochs = math.ceil(FEW_STEPS / steps_per_epoch)
+    return {"too short": f"with fewer than {FEW_STEPS:,} steps our runs on small data sets stayed near the "
+                         f"untrained network (results/own-data.md); --epochs {epochs}, or a smaller --batch, "
+                         "gives as many"}
 
 
 def describe_experiment(s):
