@@ -75,7 +75,7 @@ RECIPE_OPTIONS = {  # option: the defaults of imagenet | cifar10 | shapes, once 
     "--k": "1",
     "--m": "0.8",
     "--epochs": "100 | 800 | 6",
-    "--batch": "512 | 512 | 64",
+    "--batch": "512 | 512 | 32",
     "--base-lr": "0.05 | 0.03 | 2.0",
     "--momentum": "0.9",
     "--weight-decay": "0.0001 | 0.0005 | 0.0005",
