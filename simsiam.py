@@ -337,7 +337,7 @@ def collapsed(excess, std_sqrt_d, n):
 
 
 RANKED = 2000       # training images whose features' rank is watched
-LOW_RANK = 0.4      # of the untrained network's rank. Healthy runs on shapes had 0.5 to 1, a failed one 0.3
+LOW_RANK = 0.4      # of the untrained network's rank: healthy runs on shapes had 0.64 to 0.8, failed ones 0.1
 MOST_RAW = 100_000  # training images up to which raw pixels are measured too, to compare with
 
 
