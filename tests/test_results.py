@@ -165,6 +165,17 @@ def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
     assert runpy.run_path("results/cifar10.py")["page"](note, "results/cifar10") == page
 
 
+def test_the_page_on_ones_own_data_is_made_of_its_lines(monkeypatch):
+    """results/own-data.md against what results/own_data.py makes of own-data.jsonl; the gains that a run's
+    start block names, rounded, against the page's."""
+    monkeypatch.chdir(ROOT)
+    page = (RESULTS / "own-data.md").read_text()
+    assert runpy.run_path("results/own_data.py")["page"]() == page
+    gains = re.findall(r"([\d,]+) steps ([+-][\d.]+) points", page)
+    assert [round(float(gain)) for _, gain in gains] == [1, 7, 17]
+    assert [round(int(steps.replace(",", "")), -2) for steps, _ in gains] == [500, 1500, 4000]
+
+
 # --- Reliability and speed ----------------------------------------------------------------------------------
 
 def test_every_killed_run_ended_with_the_uninterrupted_weights():

@@ -70,7 +70,7 @@ def test_screen_says_what_the_run_does(finished):
     assert "50 images" in printed
     assert "k 3 (a fifth of a class, 200 at most), on 9 images" in printed
     assert "3 epochs of 3 steps, 9 in all (the recipe on its own data: 78,000)" in " ".join(printed.split())
-    assert "\ntoo short   with fewer than" in printed
+    assert "\ntoo short   on 2,000 images, 500 steps gained" in printed
     assert "minimum -1" in printed
     assert printed.count("kNN ") >= 4
 
@@ -609,8 +609,8 @@ def test_ten_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
 # --- The rank ---------------------------------------------------------------------------------------------
 
 def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys):
-    """A run at five hundred times its lr, whose std is near 1: the alarm comes once, and nothing else does. The
-    images have no labels."""
+    """A run at five hundred times its lr, whose std is near 1: the alarm comes once, and nothing else does.
+    The images have no labels."""
     for i in range(400):
         save_image(tmp_path / f"data/{i}.png", shapes.draw_shapes(0, i, 1, 16).image(0))
     heads = shlex.split("--arch resnet18 --cifar-stem --width 1/8 --dim 64 --pred-dim 16 --proj-hidden 64")

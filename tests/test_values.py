@@ -42,8 +42,10 @@ def png(width, height, bits, kind, content):
 
 
 def write_tiff(path, a, order="<", compressed=False, planes=False):
-    """A TIFF of several bands: a (H, W, bands) of uint16 or float32. order: of the bytes. planes: each band by
-    itself, which is only said here, for a picture of one row."""
+    """A TIFF of several bands: a (H, W, bands) of uint16 or float32.
+
+    order: of the bytes. planes: the header says that each band has a plane of its own.
+    """
     height, width, bands = a.shape
     content = a.astype(a.dtype.newbyteorder(order)).tobytes()
     if compressed:
