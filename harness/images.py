@@ -113,6 +113,8 @@ def range_of_files(files):
 def header(path, property_of):
     """What property_of says of a file's opened image, or None where it is bad: whoever reads it says what is
     wrong."""
+    if not os.path.isfile(path):  # a link to a pipe, for one, into which nobody writes
+        return None
     try:
         with open_image(path) as image:
             return property_of(image)

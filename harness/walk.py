@@ -80,6 +80,8 @@ def walk(root):
                     left_out["links that lead back, or on to links"] += 1
                 else:
                     waiting.append((entry.path, above, linked or link))
+            elif not entry.is_symlink() and not entry.is_file():
+                left_out["pipes, sockets or devices"] += 1  # to open a pipe can take for ever
             elif not is_image(entry.name):
                 left_out[suffix_of(entry.name)] += 1
             elif entry.name in OURS and is_ours(entry.path):

@@ -223,6 +223,15 @@ def test_links_across_classes_lead_no_further(tmp_path):
     assert what.left_out["links that lead back, or on to links"] == 7 * 6 * 6
 
 
+def test_a_pipe_is_left_out(tmp_path):
+    """It has an image's name; to open it would take for ever."""
+    plant(tmp_path, many("{}.png", 4))
+    os.mkfifo(tmp_path / "pipe.png")
+    what, _, _ = data.open_data(tmp_path)
+    assert len(what) == 4
+    assert layouts.look(tmp_path).left_out["pipes, sockets or devices"] == 1
+
+
 def test_images_beside_a_cifar_folder_are_the_data(tmp_path):
     """torchvision has unpacked into somebody's folder of images."""
     plant(tmp_path, WITH_VAL | {"cifar-10-batches-py/data_batch_1": b""})
