@@ -548,7 +548,7 @@ def test_run_folders_without_permission(tmp_path):
     out = tmp_path / "run"
     made = program(*options, "--out", out, preexec_fn=obey_permissions)
     assert made.returncode == 0, made.stderr
-    assert "006.png: can't be read as an image (PermissionError" in made.stderr
+    assert "006.png: can't be read as an image: PermissionError" in made.stderr
     before = (out / "checkpoint.pth").read_bytes()
     out.chmod(0o555)
     options += ["--epochs", "4", "--override", "epochs", "--resume"]
@@ -572,14 +572,14 @@ def test_without_stopgrad_the_run_collapses_and_says_so(tmp_path, capsys):
 
 
 def test_the_kept_run_without_stopgrad_has_collapsed():
-    """The logs in results/: collapsed against healthy, on both sides of the alarm's 3/sqrt(64) = 0.375."""
+    """The logs in results/: collapsed against healthy, on both sides of the alarm's 3/sqrt(32) = 0.53."""
     whole = log_of(KEPT / "shapes-fig2-without-stopgrad")
     healthy = log_of(KEPT / "shapes")[-2]
     assert whole[-2]["collapsed"]
-    assert whole[-2]["loss"] < -0.95
-    assert whole[-2]["std"] < 0.31
+    assert whole[-2]["loss"] < -0.9
+    assert whole[-2]["std"] < 0.4
     assert whole[-2]["knn"] < whole[0]["knn_pixels"]
-    assert healthy["std"] > 3 * 0.31
+    assert healthy["std"] > 0.9
     assert not healthy["collapsed"]
 
 
@@ -624,4 +624,4 @@ def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys):
         untrained, one, two, _ = log_of(tmp_path / f"lr{lr}")[1:]
         assert untrained["knn"] is None
         assert (two["rank"] < 0.4 * untrained["rank"]) == bool(alarms)
-        assert one["std"] > 0.9
+        assert one["std"] > 0.8
