@@ -37,7 +37,7 @@ from harness.data import open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
 from harness.errors import Refused, printable
-from harness.evaluate import BATCH, accuracy, calibrated, check_frozen
+from harness.evaluate import BATCH, accuracy, calibrated, check_frozen, check_same_images
 from harness.evaluate import extract, good_ones, hits, neighbours, tensor_hashes
 from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
@@ -531,10 +531,8 @@ class Job:
         self.settings["images"] = len(train)
         self.settings["val_images"] = len(val)
         self.settings["content"] = train.fingerprint()
-        for number in (self.settings["content"], val.fingerprint()):
-            if not same_everywhere(number, self.device):
-                raise Refused(f"{self.settings['data']}: the processes see different images there; give all "
-                              "machines the same data")
+        fingerprints = self.settings["content"], val.fingerprint()
+        check_same_images(fingerprints, self.settings["data"], self.device)
         if self.settings["protocol"] in OPTIMIZERS:
             check_batch(self.settings)
 

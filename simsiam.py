@@ -49,7 +49,8 @@ from harness.data import SMALL, open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
 from harness.errors import Refused, printable
-from harness.evaluate import accuracy, calibrated, extract, good_ones, neighbours, share_bad
+from harness.evaluate import accuracy, calibrated, check_same_images, extract, good_ones, neighbours
+from harness.evaluate import share_bad
 from harness.files import save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
@@ -57,7 +58,7 @@ from harness.machine import fastest_layout, hardware, peak_memory
 from harness.options import add_setting, check_amp, check_batch, check_limits, new_parser, number
 from harness.per_image import PerImageVectors
 from harness.pictures import draw_curves, save_picture
-from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
+from harness.processes import all_sum, join_world, mean_over_processes
 from harness.progress import Progress
 from harness.run import Run
 from harness.weights import load_strictly, read_weights
@@ -842,10 +843,7 @@ def prepare(args):
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
-    for number in (s["content"], val.fingerprint() if val else 0):
-        if not same_everywhere(number, device):
-            raise Refused(f"{args.data}: the processes see different images there; give all machines the "
-                          "same data")
+    check_same_images((s["content"], val.fingerprint() if val else 0), args.data, device)
     name = folder_name(args.data)
     if args.experiment != "simsiam":
         name = f"{name}-{args.experiment}"

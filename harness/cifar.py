@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 def read_split(split):
-    """A layouts.Split of CIFAR -> Source of (N, 3, 32, 32) pixels.
+    """A found.Split of CIFAR -> Source of (N, 3, 32, 32) pixels.
 
     Raises Refused, naming the file, where one isn't as it must be.
     """

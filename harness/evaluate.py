@@ -12,7 +12,7 @@ from torch import nn
 from .draws import permutation
 from .errors import Refused
 from .loading import to_device
-from .processes import all_sum, my_share
+from .processes import all_sum, my_share, same_everywhere
 
 
 BATCH = 256  # images at a time
@@ -79,6 +79,15 @@ def calibrated(backbone, test_views, train):
         for _, x in test_views(train, batches):
             backbone.features(x)
     return backbone
+
+
+def check_same_images(fingerprints, data, device):
+    """Raise Refused where the processes see different images, by the fingerprints of the splits. data: where
+    they lie, for people."""
+    for number in fingerprints:
+        if not same_everywhere(number, device):
+            raise Refused(f"{data}: the processes see different images there; give all machines the same "
+                          "data")
 
 
 def good_ones(source, v, chosen=None):

@@ -142,13 +142,22 @@ def training_split(folder, images):
     where = os.fsdecode(folder)
     classes = sorted(os.fsdecode(name) for name in by_class)
     if len(classes) > 1:
-        number = {os.fsencode(name): k for k, name in enumerate(classes)}
-        pairs = sorted((image, number[name]) for name in by_class for image in by_class[name])
-        files, labels = zip(*pairs)
-        return Split(where, as_files(files), np.array(labels), classes), []
+        return labelled(where, pairs_of(by_class, classes), classes), []
     files = sorted(direct + [image for its_images in by_class.values() for image in its_images])
     notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
     return Split(where, as_files(files)), notes
+
+
+def pairs_of(by_class, classes):
+    """{name of a class: its images} -> [(image, number of its class)], sorted by image"""
+    number = {os.fsencode(name): k for k, name in enumerate(classes)}
+    return sorted((image, number[name]) for name in by_class for image in by_class[name])
+
+
+def labelled(where, pairs, classes):
+    """[(image, label)] -> Split"""
+    files, labels = zip(*pairs)
+    return Split(where, as_files(files), np.array(labels), classes)
 
 
 def classes_in(folder, images):
@@ -178,17 +187,15 @@ def validation_split(parent, name, images, classes):
     if classes is None:
         return None, "the training images have no labels", {}
     folder, by_class, direct = classes_in(os.path.join(parent, name), images)
-    number = {os.fsencode(name): k for k, name in enumerate(classes)}
     read = {}
     if by_class:
-        unknown = sorted(by_class.keys() - number.keys())
+        unknown = sorted(by_class.keys() - {os.fsencode(name) for name in classes})
         if unknown:
             return None, f"{os.fsdecode(unknown[0])} is no class of the training split", {}
-        pairs = sorted((image, number[name]) for name in by_class for image in by_class[name])
+        pairs = pairs_of(by_class, classes)
     else:
         pairs, problem, path = labels_beside(parent, folder, name, direct, classes)
         if problem:
             return None, problem, {}
         read = {suffix_of(path): 1}
-    files, labels = zip(*pairs)
-    return Split(os.fsdecode(folder), as_files(files), np.array(labels), classes), None, read
+    return labelled(os.fsdecode(folder), pairs, classes), None, read
