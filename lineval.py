@@ -85,31 +85,64 @@ def linear_layer(features, classes):
     return layer
 
 
-class LARS(torch.optim.SGD):
+class LARS(torch.optim.Optimizer):
     """SGD in which each tensor's gradient first gets a norm in proportion to the tensor's own (You et al.
     2017).
 
     local lr = trust |w| / (|gradient| + wd |w| + eps), in the LARC form of the released code: no clipping,
     momentum after the scaling, bias included. A tensor or gradient that is zero takes the plain step, or a
     bias could never leave 0. At weight decay 0, the paper's, the scaling is done all the same.
+
+    A group of parameters has lr, momentum and weight_decay, and may have adapted=False: plain SGD. SimCLR and
+    BYOL (related.py) have other forms:
+
+    joint_norm  local lr = trust |w| / |gradient + wd w|
+    lr_inside   the lr is a factor of what goes into the momentum, not of the step: the same while it stays
     """
 
-    def __init__(self, parameters, weight_decay=0.0, trust=0.001, eps=1e-8, **options):
-        super().__init__(parameters, **options)
-        self.lars_weight_decay = weight_decay
+    def __init__(self, parameters, lr, momentum, weight_decay=0.0, trust=0.001, eps=1e-8, joint_norm=False,
+                 lr_inside=False):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                      "adapted": True})
         self.trust = trust
         self.eps = eps
+        self.adapt = self.adapted_jointly if joint_norm else self.adapted
+        self.lr_inside = lr_inside
 
     @torch.no_grad()
     def step(self):
-        wd = self.lars_weight_decay
-        for w in self.param_groups[0]["params"]:
-            norm = w.norm()
-            grad_norm = w.grad.norm()
-            rate = self.trust * norm / (grad_norm + wd * norm + self.eps)  # LARS Alg. 1: local lr
-            scaled = rate * (w.grad + wd * w)
-            w.grad = torch.where((norm > 0) & (grad_norm > 0), scaled, w.grad)
-        super().step()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None:
+                    self.update(w, **group)
+
+    def update(self, w, lr, momentum, weight_decay, adapted, **others):
+        """One step of one tensor."""
+        gradient = self.adapt(w, weight_decay) if adapted else w.grad + weight_decay * w
+        if self.lr_inside:
+            gradient = lr * gradient
+            lr = 1
+        velocity = self.state[w].get("momentum_buffer")
+        if velocity is None:
+            velocity = self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        velocity.mul_(momentum).add_(gradient)
+        w.sub_(velocity, alpha=lr)
+
+    def adapted(self, w, wd):
+        """The gradient of w with weight decay, scaled; as it is, where w or the gradient is zero."""
+        norm = w.norm()
+        grad_norm = w.grad.norm()
+        rate = self.trust * norm / (grad_norm + wd * norm + self.eps)     # LARS Alg. 1: local lr
+        scaled = rate * (w.grad + wd * w)
+        return torch.where((norm > 0) & (grad_norm > 0), scaled, w.grad)
+
+    def adapted_jointly(self, w, wd):
+        """The same with the norm of gradient and weight decay together."""
+        norm = w.norm()
+        gradient = w.grad + wd * w
+        grad_norm = gradient.norm()
+        scaled = self.trust * norm / grad_norm * gradient
+        return torch.where((norm > 0) & (grad_norm > 0), scaled, gradient)
 
 
 OPTIMIZERS = {"lars": LARS, "sgd": torch.optim.SGD}  # of the protocols that train on augmented views

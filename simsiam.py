@@ -19,7 +19,8 @@ Read top to bottom, beside the paper:
 You may stop after 4: that is SimSiam. (Its batches come from `plain` in 7, the std that it shows from 5.) 5
 to 8 are the rest of the paper. 9, at the end, is the program: options, and the order in which a run puts
 the pieces together. The views are made in augment.py, the backbone is in resnet.py, and what any training
-program needs (processes, checkpoints, the log) is in harness/.
+program needs (processes, checkpoints, the log) is in harness/. related.py has SimSiam's neighbours, each as
+what it changes here.
 
 The paper's letters: x1, x2 two views of a batch of images (N, 3, S, S); f the encoder (backbone and
 projection MLP), h the prediction MLP; z1 = f(x1), p1 = h(z1), (N, d) each; D the negative cosine
@@ -269,19 +270,16 @@ def distribute(model, device):
     return network
 
 
-def train(run, network, stream, optimizer, schedule, autocast, progress, after_epoch, after_step=None):
+def train(run, network, stream, optimizer, schedule, autocast, progress, after_step, after_epoch):
     """The training loop, over the steps and epochs that the run still needs.
-
-    Another method may use it, with its own model, objective and optimiser.
 
     run             the run's position, checkpoints and log (harness/run.py)
     network         what distribute() made of the model
-    stream          yields (views, objective) for each step; see stream_for in section 7
+    stream          yields (views, objective) for each step; see section 7
     schedule        called before each step, with its number: sets the optimiser's lr
-    after_step      called after each step, with its number: what other methods do there; SimSiam does nothing
+    after_step      called after each step, with its number; SimSiam has nothing to do there
     after_epoch     called when an epoch is done and saved: measures, writes the log
     """
-    after_step = after_step or (lambda step: None)
     while run.epoch < run.settings["epochs"]:
         for step, (views, objective) in run.steps_of_epoch(stream):
             schedule(step)
@@ -435,32 +433,7 @@ OBJECTIVES = {
 #
 # Plain training and the two variants of Sec. 5.2 differ in what stands between the loader and the step. So
 # each is a stream: it takes (index, views) from the loader, and yields (views, objective) to the training
-# loop.
-
-def stream_for(settings, load, batches, model, parts, k, step, total_steps, autocast):
-    """The stream that the settings ask for.
-
-    load        batches of (epoch, indices) -> yields (indices, [x1, x2])
-    batches     those from `step` on, of total_steps in all
-    parts       what the variant keeps in a checkpoint, from eta_parts
-    k           steps of an inner loop
-    """
-    if settings["eta"] == "alternate":
-        views = load(twice(batches, k, step))
-        return alternate(views, model, parts["theta"], k, step, total_steps, autocast)
-    if settings["eta"] == "average":
-        return average(load(batches), parts["eta"], settings["m"])
-    return plain(load(batches), OBJECTIVES[settings["objective"]].loss)
-
-
-def eta_parts(settings, model, images, device):
-    """What a variant of Sec. 5.2 keeps in a checkpoint beside model and optimiser."""
-    if settings["eta"] == "alternate":
-        return {"theta": copy.deepcopy(model)}
-    if settings["eta"] == "average":
-        return {"eta": PerImageVectors(images, settings["dim"], device)}
-    return {}
-
+# loop. Method.stream, in 9, chooses one.
 
 def plain(views, objective):
     """SimSiam: eta_x = F_{theta^t}(T'(x)) of the current theta, which is what stopgrad(z) in `loss` is, and
@@ -596,8 +569,8 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "centre":       (number, 224 / 256,       1.0,             1.0),             # released code (test view)
     "knn_every":    (int,    10,              5,               3),               # -
 }
-# Steps of each recipe on its own data; and how many a small data set needs at least (results/own-data.md).
-OWN_STEPS = {"imagenet": 250_000, "cifar10": 78_000, "shapes": 2_250}
+# Images of each recipe's own data; and how many steps a small data set needs at least (results/own-data.md).
+OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}
 FEW_STEPS = 4_000
 
 CHOICES = {
@@ -666,13 +639,13 @@ EXPERIMENTS = {
 SCALED_BY = {"batch": "batch", "dim": "dim", "pred_dim": "pred_dim", "epochs": "epochs", "warmup": "epochs"}
 
 
-def recipe(name):
-    """The settings of a recipe: {setting: value}"""
+def recipe(name, table=SETTINGS):
+    """The settings of a recipe, from a table such as SETTINGS: {setting: value}"""
     column = 1 + RECIPES.index(name)
-    return {setting: row[column] for setting, row in SETTINGS.items()}
+    return {setting: row[column] for setting, row in table.items()}
 
 
-def recipe_for(data, train, name=None):
+def recipe_for(data, train, name=None, table=SETTINGS):
     """The settings of the recipe of this name, or else of the one that suits the data, as given and as
     opened."""
     small = train.pixels is not None
@@ -680,17 +653,20 @@ def recipe_for(data, train, name=None):
         name = "shapes"
     elif name is None:
         name = "cifar10" if small else "imagenet"
-    settings = {"recipe": name, **recipe(name)}
+    settings = {"recipe": name, **recipe(name, table)}
     if small and data is not None and name == "cifar10":
         settings["size"] = max(train.pixels.shape[2:])  # small images are trained on at their own size
     return settings
 
 
-def experiment_settings(experiment, settings):
-    """What a row of EXPERIMENTS changes, scaled to a recipe's settings: {setting: value}"""
-    imagenet = recipe("imagenet")
+def experiment_settings(method, experiment, settings):
+    """What a row of a method's experiments changes, scaled to a recipe's settings: {setting: value}"""
+    imagenet = recipe("imagenet", method.SETTINGS)
+    row, _ = method.EXPERIMENTS[experiment]
+    if settings["recipe"] == "imagenet":
+        row = row | method.ON_IMAGENET.get(experiment, {})
     changes = {}
-    for name, value in EXPERIMENTS[experiment][0].items():
+    for name, value in row.items():
         if name in SCALED_BY:
             measure = SCALED_BY[name]
             scale = settings[measure] / imagenet[measure]
@@ -703,8 +679,9 @@ def experiment_settings(experiment, settings):
 def settings_for(args, train, world):
     """The settings of a run: recipe, then experiment, then the options given. Raises Refused for impossible
     ones."""
-    settings = recipe_for(args.data, train, args.recipe)
-    settings |= experiment_settings(args.experiment, settings)
+    method = args.method
+    settings = recipe_for(args.data, train, args.recipe, method.SETTINGS)
+    settings |= experiment_settings(method, args.experiment, settings)
     settings |= given_settings(args)
     if args.warmup is None:  # a run that is shorter than its warm-up would be nothing else
         settings["warmup"] = min(settings["warmup"], settings["epochs"] - 1)
@@ -723,13 +700,14 @@ def settings_for(args, train, world):
     settings["keep_every"] = args.keep_every
     check_limits(settings)
     check_together(settings)
+    method.check(settings)
     return settings
 
 
 def given_settings(args):
     """The settings that the command line names: {setting: value}"""
     given = {}
-    for name in SETTINGS:
+    for name in args.method.SETTINGS:
         value = getattr(args, name)
         if value is not None:
             given[name] = tuple(value) if isinstance(value, list) else value
@@ -750,22 +728,118 @@ def check_together(s):
         raise Refused(f"--strength {s['strength']}: the last, hue, at most 0.5: half a turn either way")
     if s["warmup"] >= s["epochs"]:
         raise Refused(f"--warmup {s['warmup']}: less than --epochs {s['epochs']}")
-    if s["eta"] != "current" and s["objective"] != "symmetric":
-        raise Refused(f"--eta {s['eta']}: goes with --objective symmetric")
 
 
 # --- 9. The program -------------------------------------------------------------------------------------
 
+class Method:
+    """What a run asks of a method of pre-training. This one is SimSiam; related.py has others.
+
+    The tables are those of section 8; ON_IMAGENET has more that an experiment changes, but for ImageNet's
+    recipe alone: {experiment: {setting: value}}. An object belongs to one run.
+    """
+    NAME = "simsiam"  # and that of the experiment that changes nothing
+    SETTINGS = SETTINGS
+    CHOICES = CHOICES
+    EXPERIMENTS = EXPERIMENTS
+    ON_IMAGENET = {}
+
+    def __init__(self, s):
+        """s: the settings of the run"""
+        self.s = s
+        self.steps_per_epoch = s["images"] // s["batch"]
+        self.total_steps = s["epochs"] * self.steps_per_epoch
+        self.warmup_steps = s["warmup"] * self.steps_per_epoch
+        self.model = None  # until it is built
+        self.set_loss()
+
+    @staticmethod
+    def check(s):
+        """Raise Refused for settings of the method that don't go together."""
+        if s["eta"] != "current" and s["objective"] != "symmetric":
+            raise Refused(f"--eta {s['eta']}: goes with --objective symmetric")
+
+    def set_loss(self):
+        """The loss of p's and z's, how many views of an image it takes, and its minimum."""
+        self.loss, self.views, self.minimum = OBJECTIVES[self.s["objective"]]
+
+    def build(self):
+        """Make the model that the settings describe. Its encoder is a ResNet whose fc is the projection
+        MLP."""
+        s = self.s
+        self.model = SimSiam(
+            arch=s["arch"], width=s["width"], cifar_stem=s["cifar_stem"],
+            proj_layers=s["proj_layers"], proj_hidden=s["proj_hidden"], dim=s["dim"],
+            pred_dim=s["pred_dim"], predictor=s["predictor"],
+            bn=s["bn"], affine=s["affine"], fc_std=s["fc_std"])
+
+    def parts(self, device):
+        """What is kept in a checkpoint beside the model and the optimiser: {name: with a state_dict}"""
+        if self.s["eta"] == "alternate":
+            return {"theta": copy.deepcopy(self.model)}
+        if self.s["eta"] == "average":
+            return {"eta": PerImageVectors(self.s["images"], self.s["dim"], device)}
+        return {}
+
+    def optimizer(self):
+        """Its first group is the encoder's."""
+        return sgd(self.model, self.s["momentum"], self.s["weight_decay"])
+
+    def set_lr(self, optimizer, step):
+        """Before each step."""
+        lr = initial_lr(self.s["base_lr"], self.s["batch"])
+        set_lr(optimizer, lr, step, self.total_steps, self.warmup_steps, self.s["pred_lr"])
+
+    def stream(self, load, batches, parts, step, autocast):
+        """Yields (views, objective) for each step.
+
+        load        batches of (epoch, indices) -> yields (indices, [x1, x2])
+        batches     those from `step` on
+        parts       those of the checkpoint
+        """
+        s = self.s
+        if s["eta"] == "alternate":
+            k = s["k"] or self.steps_per_epoch  # steps of an inner loop
+            views = load(twice(batches, k, step))
+            return alternate(views, self.model, parts["theta"], k, step, self.total_steps, autocast)
+        if s["eta"] == "average":
+            return average(load(batches), parts["eta"], s["m"])
+        return plain(load(batches), self.loss)
+
+    def after_step(self, step):
+        """After each step."""
+
+    def collapsed(self, loss, std_sqrt_d):
+        """Whether an epoch of this mean loss and std x sqrt(d) shows a collapse."""
+        return collapsed(loss - self.minimum, std_sqrt_d, self.s["batch"])
+
+    def rows(self):
+        """What the start block says of the method alone: {heading: text}"""
+        return {"eta": describe_eta(self.s)}
+
+
 def parse(argv=None):
     """The command line -> options. `--experiment list` prints the table and ends."""
-    parser = new_parser(
+    parser = options(
         "simsiam.py", "SimSiam pre-training. The recipe's options default to the paper's settings for the "
-                      "data at hand.",
-        data="drawn shapes", out="runs/<name of the data>", amp="on cuda")
+                      "data at hand.", Method)
+    args = parser.parse_args(argv)
+    if args.experiment == "list":
+        list_experiments([Method])
+        sys.exit()
+    return args
+
+
+def options(script, description, method):
+    """The parser of a program that trains this method (a class)."""
+    parser = new_parser(
+        script, description, data="drawn shapes", out="runs/<name of the data>", amp="on cuda")
+    parser.set_defaults(method=method)
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: shapes without DATA, cifar10 for images of one size up to "
                              f"{SMALL} pixels a side, else imagenet")
-    parser.add_argument("--experiment", choices=(*EXPERIMENTS, "list"), default="simsiam", metavar="NAME",
+    parser.add_argument("--experiment", choices=(*method.EXPERIMENTS, "list"), default=method.NAME,
+                        metavar="NAME",
                         help="a row of the paper; list shows them all (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="fuse the operations of the network and of the colour changes with "
@@ -774,26 +848,26 @@ def parse(argv=None):
     parser.add_argument("--init", metavar="FILE",
                         help="start from the weights of a checkpoint.pth, or of one in the released layout")
     group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
-    for name, (kind, *defaults) in SETTINGS.items():
-        add_setting(group, name, kind, defaults, CHOICES.get(name))
-    args = parser.parse_args(argv)
-    if args.experiment == "list":
-        list_experiments()
-        sys.exit()
-    return args
+    for name, (kind, *defaults) in method.SETTINGS.items():
+        add_setting(group, name, kind, defaults, method.CHOICES.get(name))
+    return parser
 
 
-def list_experiments():
-    """Print the table of experiments."""
-    print(f"{'experiment':27}{'the paper, on ImageNet':33}what changes")
-    for name, (changes, paper) in EXPERIMENTS.items():
+def list_experiments(methods):
+    """Print the table of these methods' experiments."""
+    rows = [(method, name, *row) for method in methods for name, row in method.EXPERIMENTS.items()]
+    longest = max(len(name) for _, name, *_ in rows)
+    print(f"{'experiment':{longest}}  {'the paper, on ImageNet':31}  what changes there")
+    for method, name, changes, paper in rows:
+        changes = changes | method.ON_IMAGENET.get(name, {})
         shown = ", ".join(f"{key} {value}" for key, value in changes.items())
-        print(f"{name:27}{paper:33}{shown}")
+        print(f"{name:{longest}}  {paper:31}  {shown}")
 
 
 class Job(NamedTuple):
     """What a run knows before there is a model."""
     settings: dict
+    method: Method
     device: torch.device
     train: object           # Source
     val: object             # Source, or None
@@ -850,6 +924,7 @@ def prepare(args):
     out = args.out or os.path.join("runs", name)
     return Job(
         settings=s,
+        method=args.method(s),
         device=device,
         train=train,
         val=val,
@@ -860,39 +935,28 @@ def prepare(args):
         watches_knn=s["knn_every"] > 0 and val is not None and len(val) >= world)
 
 
-def build_model(s):
-    """The model that the settings describe."""
-    return SimSiam(
-        arch=s["arch"], width=s["width"], cifar_stem=s["cifar_stem"],
-        proj_layers=s["proj_layers"], proj_hidden=s["proj_hidden"], dim=s["dim"],
-        pred_dim=s["pred_dim"], predictor=s["predictor"],
-        bn=s["bn"], affine=s["affine"], fc_std=s["fc_std"])
-
-
 def pretrain(args):
     """A whole run: from the command line to backbone.pth. Raises Refused, and Stopped after a signal."""
     # 1. Data and settings, model and optimiser, and how far they are
     job = prepare(args)
-    s = job.settings
+    s, method = job.settings, job.method
     torch.manual_seed(s["seed"])
-    model = build_model(s)
+    method.build()
+    model = method.model
     if args.init and not job.resuming:
         load_init(model, args.init)
     layout = fastest_layout(model.encoder, job.device)
-    model = model.to(job.device, memory_format=layout)
+    model.to(job.device, memory_format=layout)
     network = distribute(model, job.device)
-    optimizer = sgd(model, s["momentum"], s["weight_decay"])
+    optimizer = method.optimizer()
     autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=s["amp"])
-    parts = {"model": model, "optimizer": optimizer}
-    parts |= eta_parts(s, model, len(job.train), job.device)
-    steps_per_epoch = len(job.train) // s["batch"]
-    defaults = recipe(s["recipe"])
-    run = Run(job.out, parts, s, steps_per_epoch, job.resuming, job.device, args.override, defaults)
+    parts = {"model": model, "optimizer": optimizer, **method.parts(job.device)}
+    defaults = recipe(s["recipe"], method.SETTINGS)
+    run = Run(job.out, parts, s, method.steps_per_epoch, job.resuming, job.device, args.override, defaults)
 
     # 2. Say what is going to happen, on the screen and in the log
-    total_steps = s["epochs"] * steps_per_epoch
-    step = run.epoch * steps_per_epoch + run.step
-    progress = Progress(total_steps - step, quiet=not run.first)
+    step = run.epoch * method.steps_per_epoch + run.step
+    progress = Progress(method.total_steps - step, quiet=not run.first)
     progress.line(start_block(job, given_settings(args)))
     begin(run, job, progress)
 
@@ -900,28 +964,25 @@ def pretrain(args):
     if s["compile"]:
         network.compile()  # in place, so that the names in checkpoints stay
         augment.compile_colours()
-    views_per_image = OBJECTIVES[s["objective"]].views
 
     def load(batches):
         """Batches of (epoch, indices) -> yields (indices, [x1, x2, ...]), and counts the time that they are
         waited for."""
         loaded = augment.load_views(
-            job.train, job.policy, s["seed"], batches, job.device, s["workers"], views_per_image)
+            job.train, job.policy, s["seed"], batches, job.device, s["workers"], method.views)
         for index, views in run.waiting_for(loaded):
             yield index, [x.contiguous(memory_format=layout) for x in views]
 
     batches = index_batches(
         s["seed"], len(job.train), s["batch"], s["epochs"],
         run.epoch, run.step, dist.get_rank(), s["world"])
-    k = s["k"] or steps_per_epoch
-    stream = stream_for(s, load, batches, model, parts, k, step, total_steps, autocast)
-    lr = initial_lr(s["base_lr"], s["batch"])
-    warmup_steps = s["warmup"] * steps_per_epoch
+    stream = method.stream(load, batches, parts, step, autocast)
     if not run.log.epochs():
         report_untrained(run, job, model.encoder, autocast, progress)
     train(run, network, stream, optimizer,
-          schedule=lambda step: set_lr(optimizer, lr, step, total_steps, warmup_steps, s["pred_lr"]),
+          schedule=lambda step: method.set_lr(optimizer, step),
           autocast=autocast, progress=progress,
+          after_step=method.after_step,
           after_epoch=lambda: report_epoch(run, job, model.encoder, optimizer, autocast, progress))
 
     # 4. The result
@@ -970,7 +1031,7 @@ def finish(run, encoder, progress):
 
 # What the log has of an epoch, null where it doesn't exist, and how the screen shows it, if at all.
 MEASURED = {
-    "loss": "loss {:.4f} (minimum {})",
+    "loss": "loss {:.4f} (minimum {:.4g})",
     "std": "std x sqrt(d) {:.3f}",
     "lr": "lr {:.4g}",
     "knn": "kNN {:.2f}%",
@@ -1007,7 +1068,7 @@ def report_epoch(run, job, encoder, optimizer, autocast, progress):
             encoder.eval()
             watched = job.watch(encoder.features, autocast)
             encoder.train()
-    in_trouble = collapsed(loss_mean - OBJECTIVES[s["objective"]].minimum, std_mean, s["batch"])
+    in_trouble = job.method.collapsed(loss_mean, std_mean)
     if in_trouble and not any(record["collapsed"] for record in run.log.epochs()):
         progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller "
                       "--base-lr; --warmup 10; a larger --batch; --pred-dim a quarter of --dim; and look "
@@ -1049,7 +1110,7 @@ def report(run, job, progress, number, note, **measured):
     """A record of an epoch, in the log, in the picture, on the screen."""
     values = {**dict.fromkeys(MEASURED), **measured}
     record = run.record("epoch", epoch=number, step=number * run.steps_per_epoch, **values)
-    minimum = OBJECTIVES[job.settings["objective"]].minimum
+    minimum = job.method.minimum
     if run.first:
         knn_pixels = run.log.records[0].get("knn_pixels")
         draw_curves(run.path("curves.png"), run.log.epochs(), knn_pixels, minimum, low_rank(run.log.epochs()))
@@ -1067,14 +1128,14 @@ def start_block(job, given):
     rows = {
         **job.rows,
         "recipe": ", ".join([s["recipe"], *(f"{name} {s[name]}" for name in given)]),
-        "experiment": describe_experiment(s),
-        "settings": ", ".join(f"{name} {s[name]}" for name in SETTINGS),
-        "training": describe_length(s) + f", global batch {s['batch']}, lr {lr:.4g}",
-        **warn_of_few_steps(s),
+        "experiment": describe_experiment(job.method),
+        "settings": ", ".join(f"{name} {s[name]}" for name in job.method.SETTINGS),
+        "training": describe_length(job.method) + f", global batch {s['batch']}, lr {lr:.4g}",
+        **warn_of_few_steps(job.method),
         "processes": f"{s['world']} x {s['batch'] // s['world']} images, BN over {s['batch']}, "
                      f"{hardware(s, job.device)}",
         "kNN": describe_knn(job),
-        "eta": describe_eta(s),
+        **job.method.rows(),
         "writes to": job.out,
     }
     lines = []
@@ -1084,34 +1145,39 @@ def start_block(job, given):
     return "\n".join(lines)
 
 
-def describe_length(s):
+def own_steps(method):
+    """The steps of the run's recipe on the recipe's own data."""
+    own = recipe(method.s["recipe"], method.SETTINGS)
+    return own["epochs"] * (OWN_IMAGES[method.s["recipe"]] // own["batch"])
+
+
+def describe_length(method):
     """The steps of the run, beside those of the recipe on its own data."""
-    steps_per_epoch = s["images"] // s["batch"]
-    return (f"{s['epochs']} epochs of {steps_per_epoch} steps, {s['epochs'] * steps_per_epoch:,} in all (the "
-            f"recipe on its own data: {OWN_STEPS[s['recipe']]:,})")
+    return (f"{method.s['epochs']} epochs of {method.steps_per_epoch} steps, {method.total_steps:,} in all "
+            f"(the recipe on its own data: {own_steps(method):,})")
 
 
-def warn_of_few_steps(s):
+def warn_of_few_steps(method):
     """{heading: text} where the run's steps are fewer than the recipe's own and than what was found to be too
     few; else {}"""
-    steps_per_epoch = s["images"] // s["batch"]
-    if s["epochs"] * steps_per_epoch >= min(FEW_STEPS, OWN_STEPS[s["recipe"]]):
+    if method.total_steps >= min(FEW_STEPS, own_steps(method)):
         return {}
-    epochs = math.ceil(FEW_STEPS / steps_per_epoch)
+    epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
     return {"too short": "on 2,000 images, 500 steps gained 1 point over the untrained network, 1,500 gained "
                          f"7, and 4,000 gained 17 (results/own-data.md); --epochs {epochs}, or a smaller "
                          f"--batch, gives {FEW_STEPS:,}"}
 
 
-def describe_experiment(s):
+def describe_experiment(method):
     """The experiment, what the paper measured, and which of the row's values this recipe scales, or leaves
     as they are."""
-    changes, paper = EXPERIMENTS[s["experiment"]]
+    s = method.s
+    changes, paper = method.EXPERIMENTS[s["experiment"]]
     text = f"{s['experiment']} (the paper on ImageNet: {paper})"
     scaled = [f"{name} {s[name]}" for name in changes if s[name] != changes[name]]
     if scaled:
         text += f"; here {', '.join(scaled)}, not what the row says"
-    kept = [name for name in ("k", "base_lr", "weight_decay") if name in changes]
+    kept = [name for name in ("k", "base_lr", "weight_decay") if s.get(name) == changes.get(name, "")]
     if kept and s["recipe"] != "imagenet":
         text += f"; {', '.join(kept)} as for ImageNet"
     return text

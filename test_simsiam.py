@@ -17,8 +17,6 @@ import re
 import shlex
 import signal
 import sys
-import tokenize
-import types
 from unittest import mock
 
 import numpy as np
@@ -34,6 +32,8 @@ from harness import loading, shapes
 from harness.per_image import PerImageVectors
 from harness.source import Source
 from tests import shape_comments
+from tests.claims import (arguments_for, check_claims, check_equation, claims, equation_table, mutant_of,
+                          the_test_called, trailing_comments, write_tables)
 from tests.helpers import (CPU, RELEASED_HEADS, ROOT, TINY, equal, here, log_of, numpy_D, slow, start,
                            tiny_model, torchrun, torchvision_names, vectors, weights_of)
 
@@ -1116,7 +1116,6 @@ MAP = {  # tag: (the equation, what the claimed line has, what a mutant has in i
 
 SOURCES = ["simsiam.py", "lineval.py", "augment.py", "resnet.py", "test_simsiam.py"]
 TAG = re.compile(r"# ((?:LARS )?(?:Eq|Alg|Sec)\. [\d.()]+(?: \([\w -]+\))?): (.*)")
-Claim = collections.namedtuple("Claim", "tag words file line test")
 
 
 def named_after(tag):
@@ -1126,59 +1125,29 @@ def named_after(tag):
     stem = re.sub(r"^sec\. (\d)(?:\.(\d))?", lambda m: "sec" + m[1] + (m[2] or ""), stem)
     stem = stem.replace("lars alg. 1", "lars").replace("alg. 1", "alg1")
     stem = re.sub(r"[^a-z0-9]+", "_", stem).strip("_")
-    fitting = [name for name in globals() if name.startswith(f"test_{stem}_")]
-    assert len(fitting) == 1, f"{len(fitting)} tests called test_{stem}_..."
-    return fitting[0]
+    return the_test_called(stem, globals())
 
 
-def trailing_comments(file):
-    """(line number, comment) of every comment in a file that trails code."""
-    with open(ROOT / file, "rb") as f:
-        for token in tokenize.tokenize(f.readline):
-            if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#"):
-                yield token.start[0], token.string
-
-
-def claims():
+def claims_of_the_paper():
     """All claims of the sources, in the order of MAP."""
-    found = []
-    for file in SOURCES:
-        for line, comment in trailing_comments(file):
-            if match := TAG.match(comment):
-                found.append(Claim(match[1], match[2], file, line, named_after(match[1])))
-    order = list(MAP)
-    return sorted(found, key=lambda claim: order.index(claim.tag) if claim.tag in order else -1)
-
-
-def claimed_line(claim):
-    """The text of a claim's line, before its comment."""
-    line = (ROOT / claim.file).read_text().splitlines()[claim.line - 1]
-    return line[:line.index("# " + claim.tag)]
+    return claims(SOURCES, TAG, MAP, named_after)
 
 
 def test_every_equation_is_claimed_by_one_line_and_one_test():
-    """The tags of the sources against MAP. A claim is a few words, no formula, on the line that MAP has."""
-    assert [claim.tag for claim in claims()] == list(MAP)
-    for claim in claims():
-        assert len(claim.words.split()) <= 10, claim
-        assert not re.search(r"[=|<>^]", claim.words), claim
-        assert claimed_line(claim).count(MAP[claim.tag][1]) == 1, claim
+    """The tags of the sources against MAP."""
+    check_claims(claims_of_the_paper(), MAP)
 
 
 def test_every_claim_outside_the_tests_has_a_mutant():
     """MAP against the claims."""
-    for claim in claims():
+    for claim in claims_of_the_paper():
         mutant_text = MAP[claim.tag][2]
         assert (mutant_text is None) == (claim.file == "test_simsiam.py"), claim
 
 
 def paper_map():
     """The README's table: from the claims, and the equations in MAP."""
-    rows = ["| in the paper | equation | line | test |", "|---|---|---|---|"]
-    for claim in claims():
-        place = f"[{claim.file}:{claim.line}]({claim.file}#L{claim.line})"
-        rows.append(f"| {claim.tag} | ${MAP[claim.tag][0]}$ | {place} | `{claim.test}` |")
-    return "\n".join(rows) + "\n"
+    return equation_table(claims_of_the_paper(), MAP)
 
 
 # What of the paper is no equation: {what: (where it has it, file, the beginning of the line that does it,
@@ -1264,35 +1233,7 @@ def test_readme_has_the_map_of_the_sources(made):
 @pytest.mark.parametrize("tag", MAP)
 def test_equations_are_whole_in_a_markdown_table(tag):
     """Braces match, and there is nothing that Markdown takes for itself."""
-    equation = MAP[tag][0]
-    assert equation.count("{") == equation.count("}")
-    assert equation.count("(") == equation.count(")")
-    assert not re.search(r"[|$*]|\\[^a-zA-Z]", equation)
-
-
-def mutant_of(tag):
-    """The module that claims this tag, compiled with its line made wrong."""
-    claim, = (claim for claim in claims() if claim.tag == tag)
-    _, right, wrong = MAP[tag]
-    lines = (ROOT / claim.file).read_text().splitlines(keepends=True)
-    lines[claim.line - 1] = lines[claim.line - 1].replace(right, wrong, 1)
-    module = types.ModuleType(claim.file.removesuffix(".py"))
-    module.__file__ = str(ROOT / claim.file)
-    code = compile("".join(lines), f"a mutant of {claim.file}", "exec")
-    exec(code, module.__dict__)
-    return module
-
-
-def arguments_for(test, request):
-    """What pytest would call a test with: its fixtures, and the first of its parameters."""
-    arguments = {}
-    for mark in getattr(test, "pytestmark", []):
-        if mark.name == "parametrize":
-            names, values = mark.args
-            arguments[names] = values[0]
-    for name in inspect.signature(test).parameters.keys() - arguments.keys():
-        arguments[name] = request.getfixturevalue(name)
-    return arguments
+    check_equation(MAP[tag][0])
 
 
 @pytest.mark.parametrize("tag", [tag for tag in MAP if MAP[tag][2] is not None])
@@ -1300,7 +1241,8 @@ def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, reque
     """The equation's test passes, and fails with the mutant in the module's place."""
     test = globals()[named_after(tag)]
     arguments = arguments_for(test, request)
-    mutant = mutant_of(tag)  # outside the block that expects a failure
+    claim, = (claim for claim in claims_of_the_paper() if claim.tag == tag)
+    mutant = mutant_of(claim, MAP)  # outside the block that expects a failure
     test(**arguments)
     for room in (globals(), vars(tests.helpers)):
         monkeypatch.setitem(room, mutant.__name__, mutant)
@@ -1314,6 +1256,7 @@ SHAPE_COMMENTS = {
     "simsiam.py": 10,
     "augment.py": 34,
     "lineval.py": 9,
+    "related.py": 12,
     "harness/batchnorm.py": 2,
     "harness/evaluate.py": 1,
     "harness/per_image.py": 2,
@@ -1321,9 +1264,9 @@ SHAPE_COMMENTS = {
 
 
 def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
-    """Each is executed, in three runs and a layer; their number in each file against the table above."""
+    """Each is executed, in some runs and a layer; their number in each file against the table above."""
     with shape_comments.checking_shapes() as importer:
-        for name in ("simsiam", "lineval"):
+        for name in ("simsiam", "lineval", "related"):
             monkeypatch.setitem(vars(tests.helpers), name, sys.modules[name])
         small = [ten, *TINY, *shlex.split("--epochs 1 --workers 0 --experiment sec52-moving-average")]
         photos = [large, *TINY, *shlex.split("--epochs 1 --workers 0 --recipe imagenet --size 24")]
@@ -1332,6 +1275,9 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
         assert here("simsiam.py", *small, "--out", tmp_path / "small") is None
         assert here("simsiam.py", *photos, "--out", tmp_path / "photos") is None
         assert here("lineval.py", *linear) is None
+        for method in ("simclr", "mocov2", "swav --prototypes 16"):  # as many as SimSiam's p has numbers
+            tiny = [ten, *TINY, *shlex.split(f"--epochs 1 --workers 0 --method {method}")]
+            assert here("related.py", *tiny, "--out", tmp_path / method) is None
         sys.modules["simsiam"].D_cross_entropy(*torch.randn(2, 4, 5))
         sys.modules["harness.shapes"].draw_shapes(0, 0, 2)
         sys.modules["harness.processes"].join_world(CPU)
@@ -1439,16 +1385,5 @@ def test_readme_shows_the_algorithm_as_it_is():
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def write_map():
-    """Put the maps of the sources in the place of the README's."""
-    readme = ROOT / "README.md"
-    for table in (paper_map(), settings_map(), reading_table()):
-        header = table.splitlines()[0]
-        before, found, after = readme.read_text().partition(header)
-        assert found, f"README.md has no table with the header {header}"
-        _, end, rest = after.partition("\n\n")
-        readme.write_text(before + table + end[1:] + rest)
-
-
 if __name__ == "__main__":
-    write_map()
+    write_tables(ROOT / "README.md", [paper_map(), settings_map(), reading_table()])

@@ -38,6 +38,16 @@ LIMITS = {
     "fc_std": (0, 10),
     "k": (0, math.inf),
     "m": (0, 0.9999),
+    # Of SimSiam's neighbours.
+    "temperature": (1e-3, 1e3),
+    "queue": (1, 10 ** 8),
+    "tau": (0, 1),
+    "pred_lr_times": (0, 1e4),
+    "prototypes": (2, 10 ** 6),
+    "eps": (1e-4, 1e3),
+    "iterations": (1, 1000),
+    "freeze": (0, math.inf),
+    "lr_end": (0, 1),
     # Of the views.
     "size": (2, 4096),
     "area": (1e-4, 1),

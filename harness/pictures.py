@@ -98,7 +98,7 @@ def draw_curves(path, records, knn_pixels, minimum, low_rank):
     pen = ImageDraw.Draw(image)
     # Each panel: key in the log, title, the axis from and to, where a red line stands, and its name.
     panels = [
-        ("loss", f"training loss (minimum {minimum})", minimum, minimum + 1, None, ""),
+        ("loss", f"training loss (minimum {minimum:.4g})", minimum, minimum + 1, None, ""),
         ("std", "std x sqrt(d)  (1: scattered, 0: collapsed)", 0, 1.1, 1, "std = 1/sqrt(d)"),
         ("knn", "kNN top-1 (%)", 0, 100, knn_pixels, "raw pixels"),
         ("rank", "effective rank of the features", 0, 1, low_rank, "too low"),

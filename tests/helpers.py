@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import lineval
+import related
 import simsiam
 from harness import ends, shapes
 
@@ -347,9 +348,10 @@ def program(*arguments, **options):
 
 
 def here(name, *arguments):
-    """Run simsiam.py or lineval.py in this process -> its message if it gives up, else its result or None."""
-    module = {"simsiam.py": simsiam, "lineval.py": lineval}[name]
-    run = {"simsiam.py": simsiam.pretrain, "lineval.py": lineval.evaluate}[name]
+    """Run simsiam.py, lineval.py or related.py in this process -> its message if it gives up, else its result
+    or None."""
+    module = {"simsiam.py": simsiam, "lineval.py": lineval, "related.py": related}[name]
+    run = lineval.evaluate if name == "lineval.py" else simsiam.pretrain
     try:
         return ends.launch(name, run, module.parse([str(a) for a in arguments]))
     except SystemExit as end:
@@ -360,7 +362,7 @@ def here(name, *arguments):
 
 
 def refusal(name, *arguments):
-    """The one line with which simsiam.py or lineval.py refuses these arguments."""
+    """The one line with which a program refuses these arguments."""
     message = here(name, *arguments)
     assert isinstance(message, str)
     assert message.startswith(f"{name}: ")

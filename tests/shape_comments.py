@@ -22,7 +22,7 @@ from tests.helpers import ROOT
 
 DIM = r"\w+(?: [+] \w+)?"
 SHAPE = re.compile(rf"# (?:.*(?:,|->) )?\(({DIM}(?:, *{DIM})*),?\)(?: each)?(?:: .*)?$")
-SCRIPTS = ["augment", "simsiam", "lineval"]
+SCRIPTS = ["augment", "simsiam", "lineval", "related"]
 ROOMS = [f"harness.{path.stem}" for path in sorted((ROOT / "harness").glob("[a-z]*.py"))]
 
 

@@ -1,0 +1,605 @@
+"""SimSiam's neighbours, each told as what it changes in SimSiam (Sec. 2, 6.2, Fig. 3, Table 4).
+
+    python related.py --method simclr                           no data needed: drawn shapes
+    python related.py CIFAR --method mocov2                     all options of simsiam.py go here too
+    torchrun --nproc-per-node 8 related.py IMAGENET --method byol
+    python related.py --experiment list                         the rows that SimSiam's paper has of them
+    python related.py --experiment sec62-swav-predictor         a row; it names its method
+    python related.py --method swav --help                      a method's settings
+
+    SimCLR    SimSiam + negatives, from the batch               - predictor - stop-gradient
+    MoCo v2   SimSiam + negatives, from a queue + momentum encoder          - predictor
+    BYOL      SimSiam + momentum encoder
+    SwAV      SimSiam + prototypes, whose codes Sinkhorn-Knopp balances     - predictor
+
+Loop, views, heads, checkpoints and monitors are simsiam.py's. A method here is a class that says what else
+a run needs. lineval.py reads its checkpoints as any other's.
+
+Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
+al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); the code that their authors released. "Sec.",
+"Table", "supp.": SimSiam's paper. "OURS": no source says it, so that we chose.
+
+The letters are simsiam.py's: N images of this process's share of a batch, B of the whole batch; z1, z2 (N, d)
+the encoder's outputs for two views, p1, p2 the predictor's. K: rows of a queue, or prototypes.
+"""
+import argparse
+import copy
+import functools
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from harness.batchnorm import AllSum
+from harness.ends import launch, leave
+from harness.errors import Refused
+from harness.options import number
+from harness.processes import all_sum
+from lineval import LARS
+from simsiam import CHOICES, RECIPES, SETTINGS, Method, as_float32, collapsed, cosine, initial_lr
+from simsiam import l2_normalize, list_experiments, loss, options, prediction_mlp, pretrain, stopgrad, warmup
+
+# --- What the four have in common -----------------------------------------------------------------------
+
+
+def alone(t):
+    """The sum over the processes where there is but one."""
+    return t
+
+
+def everyones(v, all_sum=alone, rank=0, world=1):
+    """The rows of all processes, in order: (N, d) -> (world N, d). With AllSum, gradients flow back to all.
+
+    all_sum     adds a tensor up over the processes
+    rank        the number of this process, of `world`
+    """
+    n = len(v)
+    rows = v.new_zeros(world * n, v.shape[1])
+    rows[rank * n:(rank + 1) * n] = v
+    return all_sum(rows)
+
+
+@torch.no_grad()
+def momentum_update(target, online, tau):
+    """Move the target network's parameters towards the online network's: each becomes tau times itself, plus
+    1 - tau times the other's.
+
+    Parameters only: BN statistics aren't averaged. So the target is for training, in train mode; what is
+    evaluated is the online network.
+    """
+    for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
+        xi.copy_(tau * xi + (1 - tau) * theta)                        # BYOL Eq. (1): momentum encoder
+
+
+class Related(Method):
+    """What the four have in common: a loss for each step, and an optimiser that may treat tensors unlike.
+
+    DEPARTURE: images are resized bilinearly, as in SimSiam's released code; the authors' of SimCLR and BYOL
+    did it bicubically.
+
+    DEPARTURE: each view passes through the network by itself, and BN is over the whole batch, as in SimSiam.
+    SimCLR and SwAV pass both views together. MoCo v2 has BN over each GPU's images and shuffles the keys
+    between GPUs. Without the shuffle its authors' small example lost 4 points (CIFAR-10, 800 epochs).
+
+    DEPARTURE: the last BN scale of each residual block starts at 0 (resnet.py). MoCo v2's and SwAV's start
+    at 1, BYOL's in the paper, too.
+    """
+    CHOICES = {**CHOICES, "predictor": ("mlp", "none"),
+               "optimizer": ("sgd", "lars-inside", "lars-outside", "larc")}
+    views = 2
+
+    @staticmethod
+    def check(s):
+        """What goes together is the same for all of a method's settings, but for MoCo v2's queue."""
+
+    def set_loss(self):
+        """Prepare the loss. Where it needs targets, which a step makes, nothing can be prepared."""
+
+    def parts(self, device):
+        return {}
+
+    def stream(self, load, batches, parts, step, autocast):
+        for _, x in load(batches):
+            yield x, self.objective(x, autocast)
+
+    def objective(self, views, autocast):
+        """The loss of a step on these views: a function of p1, p2, z1, z2."""
+        return self.loss
+
+    def modules(self):
+        """The parts of the model that the optimiser tells apart."""
+        return {"encoder": self.model.encoder, "predictor": self.model.predictor}
+
+    def optimizer(self):
+        """SGD, or a form of LARS (OPTIMIZERS), over each module's tensors in two groups: those that are
+        adapted and decayed, and those that a form may leave out, BN's and biases."""
+        s = self.s
+        make, leaves_out = OPTIMIZERS[s["optimizer"]]
+        groups = []
+        for name, module in self.modules().items():
+            for left_out in (False, True):
+                chosen = [w for w in module.parameters() if (leaves_out and w.dim() == 1) == left_out]
+                groups.append({
+                    "params": chosen, "module": name,
+                    "adapted": not left_out,
+                    "weight_decay": 0.0 if left_out else s["weight_decay"]})
+        return make(groups, lr=0.0, momentum=s["momentum"])
+
+    def set_lr(self, optimizer, step):
+        """As in SimSiam; but there may be an end other than 0, and another lr for the predictor."""
+        s = self.s
+        lr = initial_lr(s["base_lr"], s["batch"])
+        end = s.get("lr_end", 0.0)
+        fall = end + (1 - end) * cosine(step, self.total_steps, self.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup(step, self.warmup_steps) * fall
+            if group["module"] == "predictor":
+                if s["pred_lr"] == "constant":
+                    group["lr"] = lr
+                group["lr"] *= s.get("pred_lr_times", 1.0)
+
+    def collapsed(self, loss, std_sqrt_d):
+        """By the std alone: collapse is not where these losses have their minimum."""
+        return collapsed(math.inf, std_sqrt_d, self.s["batch"])
+
+    def rows(self):
+        return {"method": self.NAME}
+
+
+# optimizer: (what makes it, whether BN's tensors and biases are neither adapted nor decayed)
+OPTIMIZERS = {
+    "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
+    "lars-inside": (functools.partial(LARS, joint_norm=True, lr_inside=True), True),    # SimCLR's
+    "lars-outside": (functools.partial(LARS, joint_norm=True), True),                   # BYOL's
+    "larc": (LARS, False),                                                              # SwAV's
+}
+OWN_TO_SIMSIAM = ("objective", "eta", "k", "m")  # settings of ablations that are SimSiam's alone
+
+
+def table(imagenet, everywhere, added):
+    """A method's table of settings, a row each as in simsiam.SETTINGS, by what differs.
+
+    imagenet    {setting: value}: the authors' recipe for ImageNet
+    everywhere  {setting: value}: in all three recipes
+    added       {setting: (type, imagenet, cifar10, shapes)}: what SimSiam has no need of
+    All else, for CIFAR-10 and shapes, is SimSiam's: the paper compares with SimCLR so (supp. D).
+    """
+    rows = {}
+    for name, (kind, own, *small) in SETTINGS.items():
+        if name not in OWN_TO_SIMSIAM:
+            rows[name] = (kind, imagenet.get(name, own), *small)
+    for name, value in everywhere.items():
+        kind, *_ = rows[name]
+        rows[name] = (kind, *[value] * len(RECIPES))
+    return rows | added
+
+
+def by_length(name, results):
+    """Rows of Table 4, from {epochs: top-1}: {experiment: (what changes, the paper's top-1)}"""
+    return {f"table4-{name}-{epochs}-epochs": ({"epochs": epochs}, top1) for epochs, top1 in results.items()}
+
+
+# --- SimCLR: + negatives, - predictor, - stop-gradient --------------------------------------------------
+
+def nt_xent(z1, z2, temperature, all_sum=alone, rank=0, world=1):
+    """NT-Xent, the mean over the 2B outputs: each is to find the other view of its image, z1's in z2 or the
+    other way round, among all outputs but itself. (N, d), (N, d) -> scalar
+
+    With all_sum (harness/batchnorm.AllSum), this process's outputs are compared with those of all `world`
+    processes, of which it is number `rank`. The loss is the mean over its own. Its gradient, averaged over
+    the processes, is that of one process.
+    """
+    n = len(z1)
+    z1 = l2_normalize(z1)                                             # (N, d)
+    z2 = l2_normalize(z2)                                             # (N, d)
+    # Each view is gathered by itself. [z1; z2] of all processes, one after the other, would be another order.
+    every = [everyones(z, all_sum, rank, world) for z in (z1, z2)]
+    s = torch.cat([z1, z2]) @ torch.cat(every).T / temperature
+    row = torch.arange(2 * n, device=s.device)
+    itself = torch.arange(n, device=s.device) + rank * n              # (N,)
+    other = itself + world * n                                        # (N,)
+    s[row, torch.cat([itself, other])] = -math.inf
+    positive = s[row, torch.cat([other, itself])]
+    return (s.logsumexp(dim=1) - positive).mean()                     # SimCLR Eq. (1): NT-Xent
+
+
+class SimCLR(Related):
+    """SimSiam + negatives - predictor - stop-gradient. The negatives are the batch's other outputs.
+
+    DEPARTURE: pixels are standardised as in SimSiam; SimCLR's are in [0, 1].
+    """
+    NAME = "simclr"
+    SETTINGS = table(
+        imagenet=dict(  # SimCLR+: 3 layers in the projection MLP instead of 2 (supp. C)
+            dim=128, affine=True, batch=4096, base_lr=0.3, weight_decay=1e-6, warmup=10, pred_lr="cosine",
+            area=(0.08, 1.0), strength=(0.8, 0.8, 0.8, 0.2)),
+        everywhere=dict(predictor="none"),
+        added={
+            "optimizer":   (str,    "lars-inside", "sgd", "sgd"),
+            "temperature": (number, 0.1,           0.5,   0.2),   # CIFAR-10: SimCLR's B.9; shapes: OURS
+            "stopgrad":    (bool,   False,         False, False),
+        })
+    EXPERIMENTS = {
+        "simclr": ({}, "66.5"),
+        **by_length("simclr", {100: "66.5", 200: "68.3", 400: "69.8", 800: "70.4"}),
+        "sec62-simclr": ({}, "66.5"),
+        "sec62-simclr-predictor": ({"predictor": "mlp"}, "66.4"),  # its width is OURS
+        "sec62-simclr-predictor-stopgrad": ({"predictor": "mlp", "stopgrad": True}, "66.0"),
+        "suppD-simclr": ({}, "on CIFAR-10 91.1"),
+    }
+
+    def set_loss(self):
+        s = self.s
+        self.nt_xent = functools.partial(
+            nt_xent, temperature=s["temperature"],
+            all_sum=AllSum.apply, rank=dist.get_rank(), world=dist.get_world_size())
+        self.loss = self.without_predictor
+        if s["predictor"] == "mlp" or s["stopgrad"]:
+            self.target = stopgrad if s["stopgrad"] else alone
+            self.loss = self.with_predictor
+        # All images at the corners of a simplex, the views of one at the same corner.
+        n = s["batch"]
+        apart = math.exp(-n / ((n - 1) * s["temperature"]))
+        self.minimum = math.log(1 + (2 * n - 2) * apart)
+
+    def build(self):
+        super().build()
+        if self.s["affine"]:  # SimCLR's output BN has a scale, and no offset
+            self.model.encoder.fc[-1].bias.requires_grad_(False)
+
+    def without_predictor(self, p1, p2, z1, z2):
+        return self.nt_xent(z1, z2)
+
+    def with_predictor(self, p1, p2, z1, z2):
+        """Sec. 6.2, in words only; so the formula is OURS: Eq. (4) with NT-Xent in the place of D."""
+        z1, z2 = self.target(z1), self.target(z2)
+        return self.nt_xent(p1, z2) / 2 + self.nt_xent(p2, z1) / 2
+
+
+# --- A momentum encoder, for MoCo v2 and BYOL -----------------------------------------------------------
+
+class MomentumEncoder(Related):
+    """The targets come from a second encoder, which follows the first: `tau` of it stays at each step."""
+
+    def parts(self, device):
+        # The authors of BYOL start it from other random numbers, and saw no difference to a copy.
+        self.target = copy.deepcopy(self.model.encoder).requires_grad_(False)
+        return {"target": self.target}
+
+    @torch.no_grad()
+    def targets(self, views, autocast):
+        """z of each view by the target encoder, in train mode, (N, d) each."""
+        with autocast:
+            return [self.target(x) for x in views]
+
+    def tau(self, step):
+        """How much of the target stays after this step."""
+        return self.s["tau"]
+
+    def after_step(self, step):
+        momentum_update(self.target, self.model.encoder, self.tau(step))
+
+    def rows(self):
+        return {"method": f"{self.NAME}, momentum encoder, tau {self.s['tau']:g}"}
+
+
+# --- MoCo v2: + negatives from a queue, + momentum encoder, - predictor ---------------------------------
+
+def info_nce(q, k, queue, temperature):
+    """InfoNCE, the mean over the queries: each is to find its key k among k and the queue. q, k (N, d), queue
+    (K, d) of length 1 -> scalar
+
+    No gradient flows into the keys.
+    """
+    q = l2_normalize(q)                                               # (N, d)
+    k = l2_normalize(stopgrad(k))                                     # (N, d)
+    positive = (q * k).sum(dim=1, keepdim=True)                       # (N, 1)
+    s = torch.cat([positive, q @ queue.T], dim=1) / temperature
+    return (s.logsumexp(dim=1) - s[:, 0]).mean()                      # MoCo v2 Eq. (1): InfoNCE
+
+
+class Queue(nn.Module):
+    """The last K keys, of length 1: `rows` (K, d). At first they are random."""
+
+    def __init__(self, K, d, like):
+        """like: a tensor, of the device and type that the rows are to have"""
+        super().__init__()
+        # Drawn on the CPU, so that all processes have the same.
+        rows = l2_normalize(torch.randn(K, d))                        # (K, d)
+        self.register_buffer("rows", rows.to(like))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # of the oldest
+
+    def put(self, keys):
+        """Put keys (N, d) in the place of the N oldest. N divides K."""
+        start = int(self.place)
+        self.rows[start:start + len(keys)] = keys
+        self.place.fill_((start + len(keys)) % len(self.rows))
+
+
+class MoCoV2(MomentumEncoder):
+    """SimSiam + negatives + momentum encoder - predictor. The negatives are keys of earlier steps.
+
+    As MoCo v2+ in Table 4: both views are queries (supp. C).
+    """
+    NAME = "mocov2"
+    SETTINGS = table(
+        imagenet=dict(
+            proj_layers=2, dim=128, bn=(0, 0, 1, 0), batch=256, base_lr=0.03, weight_decay=1e-4,
+            pred_lr="cosine"),
+        everywhere=dict(predictor="none"),
+        added={
+            "optimizer":   (str,    "sgd",  "sgd", "sgd"),
+            "temperature": (number, 0.2,    0.1,   0.2),   # CIFAR-10: the authors' example; shapes: OURS
+            "queue":       (int,    65536,  4096,  2048),  # the same
+            "tau":         (number, 0.999,  0.99,  0.99),  # the same; MoCo's m
+        })
+    EXPERIMENTS = {
+        "mocov2": ({}, "67.4"),
+        **by_length("mocov2", {100: "67.4", 200: "69.9", 400: "71.0", 800: "72.2"}),
+    }
+
+    @staticmethod
+    def check(s):
+        if s["queue"] % (2 * s["batch"]) != 0:
+            raise Refused(f"--queue {s['queue']}: twice the batch, {2 * s['batch']} keys a step, doesn't "
+                          "divide it")
+
+    def set_loss(self):
+        s = self.s
+        self.minimum = math.log(1 + s["queue"] * math.exp(-2 / s["temperature"]))
+
+    def parts(self, device):
+        w = self.model.encoder.conv1.weight
+        self.queue = Queue(self.s["queue"], self.s["dim"], like=w).to(device)
+        return {**super().parts(device), "queue": self.queue}
+
+    def objective(self, views, autocast):
+        k1, k2 = self.keys = [l2_normalize(k) for k in self.targets(views, autocast)]
+        queue, t = self.queue.rows, self.s["temperature"]
+
+        def mean(p1, p2, z1, z2):
+            """OURS: half the sum of both directions, as in SimSiam. Both meet the same queue: otherwise one's
+            queries would meet their own views' keys as negatives."""
+            return info_nce(z1, k2, queue, t) / 2 + info_nce(z2, k1, queue, t) / 2
+
+        return mean
+
+    def after_step(self, step):
+        """The authors' order within a step, begun elsewhere: keys are made by the newest target, and become
+        negatives for the next step."""
+        super().after_step(step)
+        for keys in self.keys:
+            self.queue.put(everyones(keys, all_sum, dist.get_rank(), dist.get_world_size()))
+
+    def rows(self):
+        s = self.s
+        text = f"{super().rows()['method']}; a queue of {s['queue']} keys, temperature {s['temperature']:g}"
+        if s["queue"] > s["images"]:
+            text += ("; an image's own older keys are among its negatives: a --queue below the "
+                     f"{s['images']} images has fewer of them")
+        return {"method": text}
+
+
+# --- BYOL: + momentum encoder ---------------------------------------------------------------------------
+
+class BYOL(MomentumEncoder):
+    """SimSiam + momentum encoder: SimSiam's loss, with z of the target encoder.
+
+    With tau 0 the target is the online encoder, so that the gradients are SimSiam's, 4 times as long. (The
+    results aren't: BYOL's recipe without momentum encoder needs 10 times the lr in the predictor.)
+
+    DEPARTURE: both views have SimSiam's blur, half of them; BYOL blurs all first views and a tenth of the
+    second. It found no difference (its Table 17).
+
+    DEPARTURE: no solarisation, which BYOL does to a fifth of the second views: 72.3 instead of 72.5 (there).
+
+    DEPARTURE: fc layers before a BN have no bias, which the BN would subtract. The last of each MLP has one;
+    BYOL's haven't.
+    """
+    NAME = "byol"
+    SETTINGS = table(
+        imagenet=dict(
+            proj_layers=2, proj_hidden=4096, dim=256, pred_dim=4096, bn=(1, 0, 1, 0), batch=4096,
+            base_lr=0.45, weight_decay=1e-6, warmup=10, pred_lr="cosine", area=(0.08, 1.0),
+            strength=(0.4, 0.4, 0.2, 0.1)),
+        everywhere={},
+        added={
+            "optimizer":     (str,    "lars-outside", "sgd", "sgd"),
+            "tau":           (number, 0.99,           0.99,  0.99),  # at the start; small recipes: OURS
+            "tau_rises":     (bool,   True,           True,  True),  # to 1
+            "pred_lr_times": (number, 1.0,            1.0,   1.0),
+        })
+    STILL = dict(epochs=300, tau=0.0, tau_rises=False)
+    EXPERIMENTS = {
+        "byol": ({}, "66.5"),
+        **by_length("byol", {100: "66.5", 200: "70.6", 400: "73.2", 800: "74.3"}),
+        "byol-tau-0": ({**STILL}, "5.5 (BYOL's Table 21)"),
+        "fn2-byol-tau-0": ({**STILL, "pred_lr_times": 10.0}, "66.9"),
+    }
+    # Footnote 6: BYOL's recipe for 100 epochs is the one above; here are those for 300 and for 1000.
+    OF_300 = dict(base_lr=0.3, weight_decay=1e-6)
+    OF_1000 = dict(base_lr=0.2, weight_decay=1.5e-6, tau=0.996)
+    ON_IMAGENET = {
+        "table4-byol-200-epochs": OF_300,
+        "table4-byol-400-epochs": OF_300,
+        "table4-byol-800-epochs": OF_1000,
+        "byol-tau-0": OF_300,
+        "fn2-byol-tau-0": OF_300,
+    }
+    minimum = 0
+
+    def objective(self, views, autocast):
+        target1, target2 = self.targets(views, autocast)
+
+        def byol(p1, p2, z1, z2):
+            """The sum of both directions' |p/|p| - z'/|z'||^2 = 2 + 2 D(p, z')."""
+            return 4 + 4 * loss(p1, p2, target1, target2)             # BYOL Eq. (2): of the target's z
+
+        return byol
+
+    def tau(self, step):
+        """From tau to 1 by half a cosine; steps count from 0."""
+        if not self.s["tau_rises"]:
+            return self.s["tau"]
+        return 1 - (1 - self.s["tau"]) * cosine(step, self.total_steps, 0)
+
+    def collapsed(self, loss, std_sqrt_d):
+        return collapsed(loss / 4, std_sqrt_d, self.s["batch"])
+
+
+# --- SwAV: + prototypes, + Sinkhorn-Knopp on the target, - predictor ------------------------------------
+
+class Prototypes(nn.Linear):
+    """Scores: the cosines of z (N, d) with K prototypes -> (N, K).
+
+    DEPARTURE: the prototypes are normalised here, with gradient, as SimSiam's footnote 7 has it; SwAV
+    normalises the stored ones at each step. Footnote 8: the same accuracy.
+    """
+
+    def __init__(self, d, K):
+        super().__init__(d, K, bias=False)
+
+    def forward(self, z):
+        return l2_normalize(z) @ l2_normalize(self.weight).T
+
+
+def balance(scores, eps, iterations, all_sum=alone):
+    """Sinkhorn-Knopp: codes that spread the batch evenly over the prototypes. (N, K) -> (N, K), each row
+    sums to 1
+
+    Columns and rows of exp(scores / eps) are scaled in turns, `iterations` times. In logarithms: exp(1 / eps)
+    is beyond half precision, and near the end of single precision for small eps. all_sum adds a tensor up
+    over the processes, so that the columns are those of the global batch.
+    """
+    log_q = as_float32(scores) / eps                                  # SwAV Eq. (5): scaled below
+    world = all_sum(log_q.new_ones(()))
+    for _ in range(iterations):
+        # Each prototype's share of the batch becomes 1 / K, but for a factor that the next line takes away.
+        here = log_q.logsumexp(dim=0)                                 # (K,)
+        centre = all_sum(here.detach().clone()) / world               # (K,)
+        log_q = log_q - centre - all_sum((here - centre).exp()).log()
+        # Each image's code sums to 1.
+        log_q = log_q.log_softmax(dim=1)                              # (N, K)
+    return log_q.exp()
+
+
+sinkhorn = torch.no_grad()(balance)  # as a target; `balance` itself has a gradient, for a row of Sec. 6.2
+
+
+def swapped(s, q, temperature):
+    """Cross-entropy of the softmax of scores s (N, K) and codes q (N, K), the mean over the images."""
+    log_p = (s / temperature).log_softmax(dim=1)                      # (N, K)
+    return -(q * log_p).sum(dim=1).mean()                             # SwAV Eq. (2): cross-entropy
+
+
+class SwAV(Related):
+    """SimSiam + prototypes + Sinkhorn-Knopp on the target - predictor. Two views, no multi-crop, as SwAV+ in
+    Table 4.
+
+    In the model the prototypes stand where SimSiam has the predictor: p is an image's scores. Without them,
+    its small-batch queue: where the batch is small against K, take fewer prototypes.
+    """
+    NAME = "swav"
+    SETTINGS = table(
+        imagenet=dict(  # SwAV+: 3 layers in the projection MLP instead of 2 (supp. C)
+            dim=128, bn=(1, 0, 1, 0), batch=4096, base_lr=0.3, weight_decay=1e-6, warmup=10, pred_lr="cosine",
+            area=(0.08, 1.0), strength=(0.8, 0.8, 0.8, 0.2)),
+        everywhere=dict(predictor="none"),
+        added={
+            "optimizer":   (str,    "larc", "sgd", "sgd"),
+            "lr_end":      (number, 0.001,  0.0,   0.0),
+            "temperature": (number, 0.1,    0.1,   0.1),
+            "prototypes":  (int,    3000,   512,   64),    # small recipes: OURS
+            "eps":         (number, 0.05,   0.05,  0.05),
+            "iterations":  (int,    3,      3,     3),
+            "freeze":      (int,    1,      0,     0),     # epochs in which the prototypes stay as they are
+            "stopgrad":    (bool,   True,   True,  True),
+        })
+    EXPERIMENTS = {
+        "swav": ({}, "66.5"),
+        **by_length("swav", {100: "66.5", 200: "69.1", 400: "70.7", 800: "71.8"}),
+        "sec62-swav": ({}, "66.5"),
+        "sec62-swav-predictor": ({"predictor": "mlp"}, "65.2"),  # its width and place are OURS
+        "sec62-swav-without-stopgrad": ({"stopgrad": False}, "NaN: diverges"),
+    }
+    minimum = 0
+
+    def set_loss(self):
+        s = self.s
+        self.codes = sinkhorn
+        self.sum = all_sum
+        if not s["stopgrad"]:
+            self.codes = balance
+            self.sum = AllSum.apply
+
+    def build(self):
+        """The predictor of Sec. 6.2's row follows the prototypes, which count as the encoder's (footnote
+        7)."""
+        super().build()
+        s = self.s
+        h = nn.Identity()
+        if s["predictor"] == "mlp":
+            h = prediction_mlp(s["prototypes"], s["pred_dim"])
+        self.model.predictor = nn.Sequential(Prototypes(s["dim"], s["prototypes"]), h)
+
+    def modules(self):
+        prototypes, h = self.model.predictor
+        return {"encoder": self.model.encoder, "prototypes": prototypes, "predictor": h}
+
+    def set_lr(self, optimizer, step):
+        super().set_lr(optimizer, step)
+        if step < self.s["freeze"] * self.steps_per_epoch:
+            for group in optimizer.param_groups:
+                if group["module"] == "prototypes":
+                    group["lr"] = 0.0
+
+    def loss(self, p1, p2, z1, z2):
+        """The mean of both directions, as in the authors' code, where SwAV's Eq. (1) has the sum."""
+        s = self.s
+        prototypes, _ = self.model.predictor
+        q1, q2 = (self.codes(prototypes(z), s["eps"], s["iterations"], self.sum) for z in (z1, z2))
+        t = s["temperature"]
+        return swapped(p1, q2, t) / 2 + swapped(p2, q1, t) / 2        # SwAV Eq. (1): swapped prediction
+
+    def rows(self):
+        s = self.s
+        return {"method": f"{self.NAME}, {s['prototypes']} prototypes, Sinkhorn eps {s['eps']:g}, "
+                          f"{s['iterations']} iterations, temperature {s['temperature']:g}"}
+
+
+# --- The program ----------------------------------------------------------------------------------------
+
+METHODS = {method.NAME: method for method in (SimCLR, MoCoV2, BYOL, SwAV)}
+
+
+def parse(argv=None):
+    """The command line -> options. `--experiment list` prints the table of all rows, and ends."""
+    # The method decides which settings there are.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = lambda message: sys.exit(f"related.py: {message}")
+    first.add_argument("--method", choices=METHODS)
+    first.add_argument("--experiment")
+    first.add_argument("--help", "-h", action="store_true")
+    known, _ = first.parse_known_args(argv)
+    if known.experiment == "list":
+        list_experiments(METHODS.values())
+        sys.exit()
+    of_the_row = next((m.NAME for m in METHODS.values() if known.experiment in m.EXPERIMENTS), None)
+    name = known.method or of_the_row
+    if name is None:
+        if known.help:
+            print(__doc__)
+            sys.exit()
+        what = f"no row is called {known.experiment}" if known.experiment else "no method is named"
+        sys.exit(f"related.py: {what}; give --method {'|'.join(METHODS)}, or a row of --experiment list")
+    parser = options("related.py", METHODS[name].__doc__.splitlines()[0], METHODS[name])
+    parser.add_argument("--method", dest="method_name", choices=METHODS,
+                        help="whose settings are those below (default: the experiment's)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    leave(launch("related.py", pretrain, parse()))

@@ -1,0 +1,119 @@
+"""Claims: a tag that trails a line of code, `# Eq. (4): ...`, says that this line is the equation.
+
+    found = claims(SOURCES, TAG, MAP, named_after)      all claims of some files, in the order of MAP
+    equation_table(found, MAP)                          the table of them, in Markdown
+    mutant_of(claim, MAP)                               the module with the claimed line made wrong
+
+MAP is {tag: (the equation, what the claimed line has, what a mutant has in its place, or None)}.
+test_simsiam.py has that of SimSiam's paper, tests/test_related.py its neighbours'.
+"""
+import collections
+import inspect
+import re
+import tokenize
+import types
+
+from tests.helpers import ROOT
+
+Claim = collections.namedtuple("Claim", "tag words file line test")
+
+
+def trailing_comments(file):
+    """(line number, comment) of every comment in a file that trails code."""
+    with open(ROOT / file, "rb") as f:
+        for token in tokenize.tokenize(f.readline):
+            if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#"):
+                yield token.start[0], token.string
+
+
+def the_test_called(stem, names):
+    """The one of these names that begins with test_<stem>_."""
+    fitting = [name for name in names if name.startswith(f"test_{stem}_")]
+    assert len(fitting) == 1, f"{len(fitting)} tests called test_{stem}_..."
+    return fitting[0]
+
+
+def claims(sources, tag, order, named_after):
+    """All claims of some files, in an order of tags.
+
+    tag         what a claim's comment looks like: a pattern with the tag and the words as groups
+    named_after a tag -> the name of its test
+    """
+    found = []
+    for file in sources:
+        for line, comment in trailing_comments(file):
+            if match := tag.match(comment):
+                found.append(Claim(match[1], match[2], file, line, named_after(match[1])))
+    order = list(order)
+    return sorted(found, key=lambda claim: order.index(claim.tag) if claim.tag in order else -1)
+
+
+def claimed_line(claim):
+    """The text of a claim's line, before its comment."""
+    line = (ROOT / claim.file).read_text().splitlines()[claim.line - 1]
+    return line[:line.index("# " + claim.tag)]
+
+
+def check_claims(found, equations):
+    """Each tag is claimed by one line, in a few words without a formula; and the line is the one meant."""
+    assert [claim.tag for claim in found] == list(equations)
+    for claim in found:
+        assert len(claim.words.split()) <= 10, claim
+        assert not re.search(r"[=|<>^]", claim.words), claim
+        assert claimed_line(claim).count(equations[claim.tag][1]) == 1, claim
+
+
+def check_equation(equation):
+    """It is whole in a Markdown table: braces match, and there is nothing that Markdown takes for itself."""
+    assert equation.count("{") == equation.count("}")
+    assert equation.count("(") == equation.count(")")
+    assert not re.search(r"[|$*]|\\[^a-zA-Z]", equation)
+
+
+def equation_table(found, equations, back=""):
+    """Claims as a table. back: from the folder of the page to the root."""
+    rows = ["| in the paper | equation | line | test |", "|---|---|---|---|"]
+    for claim in found:
+        place = f"[{claim.file}:{claim.line}]({back}{claim.file}#L{claim.line})"
+        rows.append(f"| {claim.tag} | ${equations[claim.tag][0]}$ | {place} | `{claim.test}` |")
+    return "\n".join(rows) + "\n"
+
+
+def module_with(file, line, right, wrong):
+    """The module in a file, compiled with `wrong` in the place of `right` in one of its lines, from 1."""
+    lines = (ROOT / file).read_text().splitlines(keepends=True)
+    assert right in lines[line - 1], (file, line, right)
+    lines[line - 1] = lines[line - 1].replace(right, wrong, 1)
+    module = types.ModuleType(file.removesuffix(".py"))
+    module.__file__ = str(ROOT / file)
+    code = compile("".join(lines), f"a mutant of {file}", "exec")
+    exec(code, module.__dict__)
+    return module
+
+
+def mutant_of(claim, equations):
+    """The module that makes this claim, with its line made wrong."""
+    _, right, wrong = equations[claim.tag]
+    return module_with(claim.file, claim.line, right, wrong)
+
+
+def arguments_for(test, request):
+    """What pytest would call a test with: its fixtures, and the first of its parameters."""
+    arguments = {}
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, values = mark.args
+            arguments[names] = values[0]
+    for name in inspect.signature(test).parameters.keys() - arguments.keys():
+        arguments[name] = request.getfixturevalue(name)
+    return arguments
+
+
+def write_tables(page, tables):
+    """Put tables in the place of those in a page that have the same first line."""
+    for table in tables:
+        header = table.splitlines()[0]
+        before, found, after = page.read_text().partition(header)
+        assert found, f"{page.name} has no table with the header {header}"
+        _, end, rest = after.partition("\n\n")
+        page.write_text(before + table + end[1:] + rest)

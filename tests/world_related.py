@@ -1,0 +1,127 @@
+"""SimSiam's neighbours in as many processes as there are. test_related.py compares two with one."""
+import functools
+import pathlib
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import augment
+import related
+import simsiam
+from harness import ends, loading, processes, shapes
+from tests.helpers import CPU, TINY_BACKBONE, TINY_HEADS
+
+STEPS = 6
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+WRONG = {  # what people got wrong: {method: variants}; see `spoil`
+    "simclr": ["negatives of one process", "negatives without a gradient", "views gathered together"],
+    "mocov2": ["keys of one process", "target's BN of one process"],
+    "byol": ["target's BN of one process"],
+    "swav": ["codes of one process"],
+}
+
+
+def settings(name, **more):
+    """Settings of a run of 48 images, three steps an epoch."""
+    s = simsiam.recipe("shapes", related.METHODS[name].SETTINGS)
+    tiny = dict(TINY_BACKBONE, **TINY_HEADS, size=16, epochs=3, batch=16, base_lr=1.0, warmup=0, images=48)
+    small = {"queue": 64, "prototypes": 8, "temperature": 0.3}
+    return s | tiny | {key: value for key, value in small.items() if key in s} | more
+
+
+def views():
+    """This process's share of each step's views, in float64: other images on each process."""
+    source = shapes.draw_shapes(0, 0, 48, 16)
+    batches = loading.index_batches(0, 48, 16, 2, rank=dist.get_rank(), world=dist.get_world_size())
+    for index, x in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
+        yield index, [v.double() for v in x]
+
+
+class LocalBN(nn.modules.batchnorm._BatchNorm):
+    """BN over this process's images alone, in any number of dimensions."""
+    _check_input_dim = staticmethod(lambda x: None)
+
+
+def gathered_together(z1, z2, temperature, all_sum, rank, world):
+    """NT-Xent where [z1; z2] of each process was gathered at once, and taken for [z1; z2] of all."""
+    def order(v):
+        together = torch.cat(v)
+        rows = together.new_zeros(world * len(together), together.shape[1])
+        rows[rank * len(together):(rank + 1) * len(together)] = together
+        return all_sum(rows)
+
+    z1, z2 = simsiam.l2_normalize(z1), simsiam.l2_normalize(z2)
+    n = len(z1)
+    s = torch.cat([z1, z2]) @ order([z1, z2]).T / temperature
+    itself = torch.arange(n) + rank * n
+    other = itself + world * n
+    row = torch.arange(2 * n)
+    s[row, torch.cat([itself, other])] = -torch.inf
+    return (s.logsumexp(dim=1) - s[row, torch.cat([other, itself])]).mean()
+
+
+def spoil(method, variant):
+    """Make a method wrong in one of the ways of WRONG."""
+    if variant == "negatives of one process":
+        method.nt_xent = functools.partial(method.nt_xent, all_sum=related.alone, rank=0, world=1)
+    elif variant == "negatives without a gradient":
+        method.nt_xent = functools.partial(
+            method.nt_xent, all_sum=lambda t: processes.all_sum(t.detach().clone()))
+    elif variant == "views gathered together":
+        method.nt_xent = functools.partial(gathered_together, **method.nt_xent.keywords)
+    elif variant == "keys of one process":
+        put = method.queue.put
+        method.queue.put = lambda keys: put(keys[:len(keys) // dist.get_world_size()])
+    elif variant == "target's BN of one process":
+        for module in method.target.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.__class__ = LocalBN
+    elif variant == "codes of one process":
+        method.sum = related.alone
+    else:
+        assert variant == "right"
+
+
+def train(name, variant="right", **more):
+    """Six steps in float64 -> {name of a part: its state}, and each step's loss."""
+    torch.manual_seed(0)
+    method = related.METHODS[name](settings(name, **more))
+    method.build()
+    method.model.double()
+    network = simsiam.distribute(method.model, CPU)
+    optimizer = method.optimizer()
+    parts = method.parts(CPU)
+    spoil(method, variant)
+    losses = []
+    stream = method.stream(lambda batches: batches, views(), parts, 0, NO_AUTOCAST)
+    for step, (x, objective) in enumerate(stream):
+        method.set_lr(optimizer, step)
+        L, _ = simsiam.train_step(network, objective, optimizer, NO_AUTOCAST, x)
+        method.after_step(step)
+        losses.append(processes.mean_over_processes(L).item())
+    assert len(losses) == STEPS
+    states = {part: dict(module.state_dict()) for part, module in {"model": method.model, **parts}.items()}
+    return states, losses
+
+
+def everything(file, wrong=True):
+    """All methods, right and wrong, written by process 0: {(method, variant): what train returns}"""
+    result = {}
+    for name, variants in WRONG.items():
+        for variant in ["right", *(variants if wrong else [])]:
+            result[name, variant] = train(name, variant)
+    result["swav", "without stop-gradient"] = train("swav", stopgrad=False)
+    result["swav", "with a predictor"] = train("swav", predictor="mlp")
+    result["simclr", "with a predictor"] = train("simclr", predictor="mlp")
+    if dist.get_rank() == 0:
+        torch.save(result, file)
+    return file
+
+
+if __name__ == "__main__":
+    processes.join_world(CPU)
+    everything(pathlib.Path(sys.argv[1]))
+    dist.destroy_process_group()
+    ends.leave(None)
