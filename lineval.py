@@ -106,7 +106,7 @@ class LARS(torch.optim.Optimizer):
                                       "adapted": True})
         self.trust = trust
         self.eps = eps
-        self.adapt = self.adapted_jointly if joint_norm else self.adapted
+        self.scaled_gradient = self.scaled_jointly if joint_norm else self.scaled
         self.lr_inside = lr_inside
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class LARS(torch.optim.Optimizer):
 
     def update(self, w, lr, momentum, weight_decay, adapted, **others):
         """One step of one tensor."""
-        gradient = self.adapt(w, weight_decay) if adapted else w.grad + weight_decay * w
+        gradient = self.scaled_gradient(w, weight_decay) if adapted else w.grad + weight_decay * w
         if self.lr_inside:
             gradient = lr * gradient
             lr = 1
@@ -128,7 +128,7 @@ class LARS(torch.optim.Optimizer):
         velocity.mul_(momentum).add_(gradient)
         w.sub_(velocity, alpha=lr)
 
-    def adapted(self, w, wd):
+    def scaled(self, w, wd):
         """The gradient of w with weight decay, scaled; as it is, where w or the gradient is zero."""
         norm = w.norm()
         grad_norm = w.grad.norm()
@@ -136,7 +136,7 @@ class LARS(torch.optim.Optimizer):
         scaled = rate * (w.grad + wd * w)
         return torch.where((norm > 0) & (grad_norm > 0), scaled, w.grad)
 
-    def adapted_jointly(self, w, wd):
+    def scaled_jointly(self, w, wd):
         """The same with the norm of gradient and weight decay together."""
         norm = w.norm()
         gradient = w.grad + wd * w

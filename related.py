@@ -1,7 +1,7 @@
 """SimSiam's neighbours, each told as what it changes in SimSiam (Sec. 2, 6.2, Fig. 3, Table 4).
 
     python related.py --method simclr                           no data needed: drawn shapes
-    python related.py CIFAR --method mocov2                     all options of simsiam.py go here too
+    python related.py CIFAR --method mocov2                     all else is as in simsiam.py
     torchrun --nproc-per-node 8 related.py IMAGENET --method byol
     python related.py --experiment list                         the rows that SimSiam's paper has of them
     python related.py --experiment sec62-swav-predictor         a row; it names its method
@@ -13,7 +13,8 @@
     SwAV      SimSiam + prototypes, whose codes Sinkhorn-Knopp balances     - predictor
 
 Loop, views, heads, checkpoints and monitors are simsiam.py's. A method here is a class that says what else
-a run needs. lineval.py reads its checkpoints as any other's.
+a run needs (simsiam.Method has the list, in the order in which a run asks for it). On CIFAR-10 and shapes all
+have SimSiam's settings and projection MLP. lineval.py reads their checkpoints as any other's.
 
 Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
 al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); the code that their authors released. "Sec.",
@@ -23,6 +24,7 @@ The letters are simsiam.py's: N images of this process's share of a batch, B of 
 the encoder's outputs for two views, p1, p2 the predictor's. K: rows of a queue, or prototypes.
 """
 import argparse
+import collections
 import copy
 import functools
 import math
@@ -30,7 +32,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from harness.batchnorm import AllSum
@@ -45,12 +46,12 @@ from simsiam import l2_normalize, list_experiments, loss, options, prediction_ml
 # --- What the four have in common -----------------------------------------------------------------------
 
 
-def alone(t):
-    """The sum over the processes where there is but one."""
+def identity(t):
+    """t as it is: the sum over the processes where there is but one."""
     return t
 
 
-def everyones(v, all_sum=alone, rank=0, world=1):
+def everyones(v, all_sum=identity, rank=0, world=1):
     """The rows of all processes, in order: (N, d) -> (world N, d). With AllSum, gradients flow back to all.
 
     all_sum     adds a tensor up over the processes
@@ -77,47 +78,55 @@ def momentum_update(target, online, tau):
 class Related(Method):
     """What the four have in common: a loss for each step, and an optimiser that may treat tensors unlike.
 
-    DEPARTURE: images are resized bilinearly, as in SimSiam's released code; the authors' of SimCLR and BYOL
+    A method adds `minimum`, and a `loss` of (p1, p2, z1, z2), or an `objective` that makes one.
+
+    DEPARTURE: images are resized bilinearly, as in SimSiam's released code; the authors of SimCLR and BYOL
     did it bicubically.
 
-    DEPARTURE: each view passes through the network by itself, and BN is over the whole batch, as in SimSiam.
-    SimCLR and SwAV pass both views together. MoCo v2 has BN over each GPU's images and shuffles the keys
-    between GPUs. Without the shuffle its authors' small example lost 4 points (CIFAR-10, 800 epochs).
+    DEPARTURE: each view passes through the network by itself, as in SimSiam; SimCLR and SwAV pass both views
+    together. BN is over the whole batch; SwAV's over groups of 8 GPUs.
+
+    DEPARTURE: the lr is in proportion to the batch, and is set at every step. MoCo v2's is set once an epoch;
+    SimCLR below 4096 images is better with 0.075 x sqrt(batch), SwAV at 256 with 0.6 (--base-lr 0.6).
 
     DEPARTURE: the last BN scale of each residual block starts at 0 (resnet.py). MoCo v2's and SwAV's start
     at 1, BYOL's in the paper, too.
     """
     CHOICES = {**CHOICES, "predictor": ("mlp", "none"),
                "optimizer": ("sgd", "lars-inside", "lars-outside", "larc")}
+    REMEDY = "views that are easier to match"
     views = 2
 
     @staticmethod
     def check(s):
-        """What goes together is the same for all of a method's settings, but for MoCo v2's queue."""
+        """Here nothing is refused; MoCo v2 has a rule."""
 
-    def set_loss(self):
-        """Prepare the loss. Where it needs targets, which a step makes, nothing can be prepared."""
+    def set_up(self):
+        """Here the settings decide nothing."""
 
     def parts(self, device):
+        """Here nothing is kept beside model and optimiser."""
         return {}
 
     def stream(self, load, batches, parts, step, autocast):
+        """Yields (views, objective) for each step, as in SimSiam."""
         for _, x in load(batches):
             yield x, self.objective(x, autocast)
 
     def objective(self, views, autocast):
-        """The loss of a step on these views: a function of p1, p2, z1, z2."""
+        """The loss of the step on these views: a function of p1, p2, z1, z2. Called once a step, before the
+        model sees the views, so that a target network may see them first."""
         return self.loss
 
     def modules(self):
-        """The parts of the model that the optimiser tells apart."""
+        """The parts of the model that the optimiser tells apart, the encoder first."""
         return {"encoder": self.model.encoder, "predictor": self.model.predictor}
 
     def optimizer(self):
-        """SGD, or a form of LARS (OPTIMIZERS), over each module's tensors in two groups: those that are
+        """SGD, or a form of LARS (FORMS), over each module's tensors in two groups: those that are
         adapted and decayed, and those that a form may leave out, BN's and biases."""
         s = self.s
-        make, leaves_out = OPTIMIZERS[s["optimizer"]]
+        make, leaves_out = FORMS[s["optimizer"]]
         groups = []
         for name, module in self.modules().items():
             for left_out in (False, True):
@@ -142,21 +151,24 @@ class Related(Method):
                 group["lr"] *= s.get("pred_lr_times", 1.0)
 
     def collapsed(self, loss, std_sqrt_d):
-        """By the std alone: collapse is not where these losses have their minimum."""
-        return collapsed(math.inf, std_sqrt_d, self.s["batch"])
+        """By the std alone: where there are negatives or codes, collapse is not at the loss's minimum. Behind
+        an output BN the std can't be 0, so that simsiam.collapsed has a higher bound for it."""
+        behind_bn = self.s["bn"][1]
+        return collapsed(0.0 if behind_bn else math.inf, std_sqrt_d, self.s["batch"])
 
     def rows(self):
-        return {"method": self.NAME}
+        """What the start block says of the method: {heading: text}"""
+        return {"method": f"{self.NAME}, {self.describe()}"}
 
 
 # optimizer: (what makes it, whether BN's tensors and biases are neither adapted nor decayed)
-OPTIMIZERS = {
+FORMS = {
     "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
     "lars-inside": (functools.partial(LARS, joint_norm=True, lr_inside=True), True),    # SimCLR's
     "lars-outside": (functools.partial(LARS, joint_norm=True), True),                   # BYOL's
     "larc": (LARS, False),                                                              # SwAV's
 }
-OWN_TO_SIMSIAM = ("objective", "eta", "k", "m")  # settings of ablations that are SimSiam's alone
+OWN_TO_SIMSIAM = ("objective", "eta", "k", "m", "fc_std")  # settings of ablations that are SimSiam's alone
 
 
 def table(imagenet, everywhere, added):
@@ -184,7 +196,7 @@ def by_length(name, results):
 
 # --- SimCLR: + negatives, - predictor, - stop-gradient --------------------------------------------------
 
-def nt_xent(z1, z2, temperature, all_sum=alone, rank=0, world=1):
+def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
     """NT-Xent, the mean over the 2B outputs: each is to find the other view of its image, z1's in z2 or the
     other way round, among all outputs but itself. (N, d), (N, d) -> scalar
 
@@ -197,13 +209,14 @@ def nt_xent(z1, z2, temperature, all_sum=alone, rank=0, world=1):
     z2 = l2_normalize(z2)                                             # (N, d)
     # Each view is gathered by itself. [z1; z2] of all processes, one after the other, would be another order.
     every = [everyones(z, all_sum, rank, world) for z in (z1, z2)]
-    s = torch.cat([z1, z2]) @ torch.cat(every).T / temperature
-    row = torch.arange(2 * n, device=s.device)
-    itself = torch.arange(n, device=s.device) + rank * n              # (N,)
-    other = itself + world * n                                        # (N,)
-    s[row, torch.cat([itself, other])] = -math.inf
-    positive = s[row, torch.cat([other, itself])]
-    return (s.logsumexp(dim=1) - positive).mean()                     # SimCLR Eq. (1): NT-Xent
+    logits = torch.cat([z1, z2]) @ torch.cat(every).T / temperature
+    # Where z1's own columns are, and z2's.
+    own1 = torch.arange(n, device=z1.device) + rank * n               # (N,)
+    own2 = own1 + world * n                                           # (N,)
+    row = torch.arange(2 * n, device=z1.device)
+    logits[row, torch.cat([own1, own2])] = -math.inf
+    positive = logits[row, torch.cat([own2, own1])]
+    return (logits.logsumexp(dim=1) - positive).mean()                # SimCLR Eq. (1): NT-Xent
 
 
 class SimCLR(Related):
@@ -228,34 +241,39 @@ class SimCLR(Related):
         "sec62-simclr": ({}, "66.5"),
         "sec62-simclr-predictor": ({"predictor": "mlp"}, "66.4"),  # its width is OURS
         "sec62-simclr-predictor-stopgrad": ({"predictor": "mlp", "stopgrad": True}, "66.0"),
-        "suppD-simclr": ({}, "on CIFAR-10 91.1"),
+        "suppD-simclr": ({}, "66.5; on CIFAR-10 91.1"),
     }
 
-    def set_loss(self):
+    def set_up(self):
         s = self.s
         self.nt_xent = functools.partial(
             nt_xent, temperature=s["temperature"],
             all_sum=AllSum.apply, rank=dist.get_rank(), world=dist.get_world_size())
         self.loss = self.without_predictor
         if s["predictor"] == "mlp" or s["stopgrad"]:
-            self.target = stopgrad if s["stopgrad"] else alone
+            self.as_target = stopgrad if s["stopgrad"] else identity
             self.loss = self.with_predictor
-        # All images at the corners of a simplex, the views of one at the same corner.
+        # It is reached where the images are at the corners of a simplex, and both views of one at the same.
         n = s["batch"]
         apart = math.exp(-n / ((n - 1) * s["temperature"]))
         self.minimum = math.log(1 + (2 * n - 2) * apart)
 
     def build(self):
         super().build()
-        if self.s["affine"]:  # SimCLR's output BN has a scale, and no offset
+        if self.s["affine"]:  # SimCLR's output BN has a scale; its offset stays 0
             self.model.encoder.fc[-1].bias.requires_grad_(False)
+
+    def describe(self):
+        n = self.s["batch"]
+        return (f"temperature {self.s['temperature']:g}, {2 * n - 2} negatives, chance and collapse at a "
+                f"loss of {math.log(2 * n - 1):.2f}")
 
     def without_predictor(self, p1, p2, z1, z2):
         return self.nt_xent(z1, z2)
 
     def with_predictor(self, p1, p2, z1, z2):
         """Sec. 6.2, in words only; so the formula is OURS: Eq. (4) with NT-Xent in the place of D."""
-        z1, z2 = self.target(z1), self.target(z2)
+        z1, z2 = self.as_target(z1), self.as_target(z2)
         return self.nt_xent(p1, z2) / 2 + self.nt_xent(p2, z1) / 2
 
 
@@ -282,8 +300,8 @@ class MomentumEncoder(Related):
     def after_step(self, step):
         momentum_update(self.target, self.model.encoder, self.tau(step))
 
-    def rows(self):
-        return {"method": f"{self.NAME}, momentum encoder, tau {self.s['tau']:g}"}
+    def describe(self):
+        return f"momentum encoder, tau {self.s['tau']:g}"
 
 
 # --- MoCo v2: + negatives from a queue, + momentum encoder, - predictor ---------------------------------
@@ -297,8 +315,8 @@ def info_nce(q, k, queue, temperature):
     q = l2_normalize(q)                                               # (N, d)
     k = l2_normalize(stopgrad(k))                                     # (N, d)
     positive = (q * k).sum(dim=1, keepdim=True)                       # (N, 1)
-    s = torch.cat([positive, q @ queue.T], dim=1) / temperature
-    return (s.logsumexp(dim=1) - s[:, 0]).mean()                      # MoCo v2 Eq. (1): InfoNCE
+    logits = torch.cat([positive, q @ queue.T], dim=1) / temperature
+    return (logits.logsumexp(dim=1) - logits[:, 0]).mean()            # MoCo v2 Eq. (1): InfoNCE
 
 
 class Queue(nn.Module):
@@ -310,25 +328,28 @@ class Queue(nn.Module):
         # Drawn on the CPU, so that all processes have the same.
         rows = l2_normalize(torch.randn(K, d))                        # (K, d)
         self.register_buffer("rows", rows.to(like))
-        self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # of the oldest
 
-    def put(self, keys):
-        """Put keys (N, d) in the place of the N oldest. N divides K."""
-        start = int(self.place)
+    def put(self, keys, count):
+        """Put keys (B, d) in the place of the oldest; `count` were put before. B divides K."""
+        start = count % len(self.rows)
         self.rows[start:start + len(keys)] = keys
-        self.place.fill_((start + len(keys)) % len(self.rows))
 
 
 class MoCoV2(MomentumEncoder):
     """SimSiam + negatives + momentum encoder - predictor. The negatives are keys of earlier steps.
 
     As MoCo v2+ in Table 4: both views are queries (supp. C).
+
+    DEPARTURE: BN is over the whole batch, and keys aren't shuffled. In MoCo v2 BN sees the images of one GPU,
+    others for a query than for its key; otherwise the network may find the key by the batch's statistics.
+    The authors' small example, with BN over eighths of a batch, lost 4 points without the shuffle (CIFAR-10,
+    800 epochs); solo-learn does without both, and has 92.9% there.
     """
     NAME = "mocov2"
+    CHOICES = {**Related.CHOICES, "predictor": ("none",)}
     SETTINGS = table(
         imagenet=dict(
-            proj_layers=2, dim=128, bn=(0, 0, 1, 0), batch=256, base_lr=0.03, weight_decay=1e-4,
-            pred_lr="cosine"),
+            proj_layers=2, dim=128, bn=(0, 0, 1, 0), batch=256, base_lr=0.03, weight_decay=1e-4),  # no BN
         everywhere=dict(predictor="none"),
         added={
             "optimizer":   (str,    "sgd",  "sgd", "sgd"),
@@ -347,7 +368,7 @@ class MoCoV2(MomentumEncoder):
             raise Refused(f"--queue {s['queue']}: twice the batch, {2 * s['batch']} keys a step, doesn't "
                           "divide it")
 
-    def set_loss(self):
+    def set_up(self):
         s = self.s
         self.minimum = math.log(1 + s["queue"] * math.exp(-2 / s["temperature"]))
 
@@ -357,7 +378,7 @@ class MoCoV2(MomentumEncoder):
         return {**super().parts(device), "queue": self.queue}
 
     def objective(self, views, autocast):
-        k1, k2 = self.keys = [l2_normalize(k) for k in self.targets(views, autocast)]
+        k1, k2 = self.keys = self.targets(views, autocast)
         queue, t = self.queue.rows, self.s["temperature"]
 
         def mean(p1, p2, z1, z2):
@@ -368,19 +389,25 @@ class MoCoV2(MomentumEncoder):
         return mean
 
     def after_step(self, step):
-        """The authors' order within a step, begun elsewhere: keys are made by the newest target, and become
-        negatives for the next step."""
-        super().after_step(step)
-        for keys in self.keys:
-            self.queue.put(everyones(keys, all_sum, dist.get_rank(), dist.get_world_size()))
+        """A step is: keys by the target; queries; the loss, with the queue as it is; the optimiser; and then,
+        here, the target follows, and the keys enter the queue.
 
-    def rows(self):
+        The authors move the target first and the queue last, so that the same keys meet the same queues.
+        """
+        super().after_step(step)
+        batch = self.s["batch"]
+        for view, keys in enumerate(self.keys):
+            keys = everyones(l2_normalize(keys), all_sum, dist.get_rank(), dist.get_world_size())
+            self.queue.put(keys, (2 * step + view) * batch)
+
+    def describe(self):
         s = self.s
-        text = f"{super().rows()['method']}; a queue of {s['queue']} keys, temperature {s['temperature']:g}"
+        text = (f"{super().describe()}; a queue of {s['queue']} keys, temperature {s['temperature']:g}, "
+                f"chance and collapse at a loss of {math.log(1 + s['queue']):.2f}")
         if s["queue"] > s["images"]:
             text += ("; an image's own older keys are among its negatives: a --queue below the "
                      f"{s['images']} images has fewer of them")
-        return {"method": text}
+        return text
 
 
 # --- BYOL: + momentum encoder ---------------------------------------------------------------------------
@@ -440,6 +467,9 @@ class BYOL(MomentumEncoder):
 
         return byol
 
+    def describe(self):
+        return super().describe() + (" at the start, 1 at the end" if self.s["tau_rises"] else ", constant")
+
     def tau(self, step):
         """From tau to 1 by half a cosine; steps count from 0."""
         if not self.s["tau_rises"]:
@@ -447,6 +477,7 @@ class BYOL(MomentumEncoder):
         return 1 - (1 - self.s["tau"]) * cosine(step, self.total_steps, 0)
 
     def collapsed(self, loss, std_sqrt_d):
+        """As in SimSiam, whose loss is a quarter of this one, less 1."""
         return collapsed(loss / 4, std_sqrt_d, self.s["batch"])
 
 
@@ -463,46 +494,49 @@ class Prototypes(nn.Linear):
         super().__init__(d, K, bias=False)
 
     def forward(self, z):
-        return l2_normalize(z) @ l2_normalize(self.weight).T
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would cost a score its third digit
+            return l2_normalize(z) @ l2_normalize(self.weight).T
 
 
-def balance(scores, eps, iterations, all_sum=alone):
+def balance(scores, eps, iterations, all_sum=identity, rank=0, world=1):
     """Sinkhorn-Knopp: codes that spread the batch evenly over the prototypes. (N, K) -> (N, K), each row
     sums to 1
 
-    Columns and rows of exp(scores / eps) are scaled in turns, `iterations` times. In logarithms: exp(1 / eps)
-    is beyond half precision, and near the end of single precision for small eps. all_sum adds a tensor up
-    over the processes, so that the columns are those of the global batch.
+    exp(scores / eps) gets a factor u for each prototype and a factor v for each image, in turns: u makes the
+    prototypes' shares equal, v the images' sums 1. Here the images are the rows; in the paper they are the
+    columns, and all is divided by B. In logarithms, because exp(1 / eps) is beyond half precision, and for
+    small eps beyond single precision, too. all_sum, rank and world are those of `everyones`: a prototype's
+    share is that of the global batch.
     """
-    log_q = as_float32(scores) / eps                                  # SwAV Eq. (5): scaled below
-    world = all_sum(log_q.new_ones(()))
+    log_e = as_float32(scores) / eps                                  # (N, K)
+    log_v = log_e.new_zeros(len(log_e), 1)                            # (N, 1)
     for _ in range(iterations):
-        # Each prototype's share of the batch becomes 1 / K, but for a factor that the next line takes away.
-        here = log_q.logsumexp(dim=0)                                 # (K,)
-        centre = all_sum(here.detach().clone()) / world               # (K,)
-        log_q = log_q - centre - all_sum((here - centre).exp()).log()
-        # Each image's code sums to 1.
-        log_q = log_q.log_softmax(dim=1)                              # (N, K)
-    return log_q.exp()
+        here = (log_e + log_v).logsumexp(dim=0, keepdim=True)         # (1, K)
+        log_u = -everyones(here, all_sum, rank, world).logsumexp(dim=0)   # (K,)
+        log_v = -(log_e + log_u).logsumexp(dim=1, keepdim=True)       # (N, 1)
+    return (log_u + log_e + log_v).exp()                              # SwAV Eq. (5): scaled both ways
 
 
 sinkhorn = torch.no_grad()(balance)  # as a target; `balance` itself has a gradient, for a row of Sec. 6.2
 
 
-def swapped(s, q, temperature):
-    """Cross-entropy of the softmax of scores s (N, K) and codes q (N, K), the mean over the images."""
-    log_p = (s / temperature).log_softmax(dim=1)                      # (N, K)
+def swapped(scores, q, temperature):
+    """Cross-entropy of the softmax of scores (N, K) and codes q (N, K), the mean over the images."""
+    log_p = (as_float32(scores) / temperature).log_softmax(dim=1)     # (N, K)
     return -(q * log_p).sum(dim=1).mean()                             # SwAV Eq. (2): cross-entropy
 
 
 class SwAV(Related):
-    """SimSiam + prototypes + Sinkhorn-Knopp on the target - predictor. Two views, no multi-crop, as SwAV+ in
-    Table 4.
+    """SimSiam + prototypes + Sinkhorn-Knopp on the target - predictor.
 
-    In the model the prototypes stand where SimSiam has the predictor: p is an image's scores. Without them,
-    its small-batch queue: where the batch is small against K, take fewer prototypes.
+    As SwAV+ in Table 4: two views, no multi-crop. In the model the prototypes stand where SimSiam has the
+    predictor: p is an image's scores.
+
+    DEPARTURE: there is no queue of earlier outputs, which SwAV has for batches that are small against K. Take
+    fewer prototypes.
     """
     NAME = "swav"
+    REMEDY = "--eps 0.03; a longer --freeze; --bn 1 0 1 0, which has no BN at the projection's end"
     SETTINGS = table(
         imagenet=dict(  # SwAV+: 3 layers in the projection MLP instead of 2 (supp. C)
             dim=128, bn=(1, 0, 1, 0), batch=4096, base_lr=0.3, weight_decay=1e-6, warmup=10, pred_lr="cosine",
@@ -510,9 +544,9 @@ class SwAV(Related):
         everywhere=dict(predictor="none"),
         added={
             "optimizer":   (str,    "larc", "sgd", "sgd"),
-            "lr_end":      (number, 0.001,  0.0,   0.0),
+            "lr_end":      (number, 0.001,  0.0,   0.0),   # the last lr, as a share of the first
             "temperature": (number, 0.1,    0.1,   0.1),
-            "prototypes":  (int,    3000,   512,   64),    # small recipes: OURS
+            "prototypes":  (int,    3000,   512,   64),    # small recipes: OURS; lr_end and freeze there, too
             "eps":         (number, 0.05,   0.05,  0.05),
             "iterations":  (int,    3,      3,     3),
             "freeze":      (int,    1,      0,     0),     # epochs in which the prototypes stay as they are
@@ -527,13 +561,10 @@ class SwAV(Related):
     }
     minimum = 0
 
-    def set_loss(self):
-        s = self.s
-        self.codes = sinkhorn
-        self.sum = all_sum
-        if not s["stopgrad"]:
-            self.codes = balance
-            self.sum = AllSum.apply
+    def set_up(self):
+        self.codes = functools.partial(
+            sinkhorn if self.s["stopgrad"] else balance, eps=self.s["eps"], iterations=self.s["iterations"],
+            all_sum=AllSum.apply, rank=dist.get_rank(), world=dist.get_world_size())
 
     def build(self):
         """The predictor of Sec. 6.2's row follows the prototypes, which count as the encoder's (footnote
@@ -542,32 +573,45 @@ class SwAV(Related):
         s = self.s
         h = nn.Identity()
         if s["predictor"] == "mlp":
-            h = prediction_mlp(s["prototypes"], s["pred_dim"])
-        self.model.predictor = nn.Sequential(Prototypes(s["dim"], s["prototypes"]), h)
+            _, _, hidden_bn, output_bn = s["bn"]
+            h = prediction_mlp(s["prototypes"], s["pred_dim"], hidden_bn, output_bn)
+        prototypes = Prototypes(s["dim"], s["prototypes"])
+        self.model.predictor = nn.Sequential(collections.OrderedDict(prototypes=prototypes, h=h))
 
     def modules(self):
+        """The prototypes by themselves, because they may be frozen."""
         prototypes, h = self.model.predictor
         return {"encoder": self.model.encoder, "prototypes": prototypes, "predictor": h}
 
     def set_lr(self, optimizer, step):
+        """As for the others; but the prototypes stay as they are for the first epochs (one less than all, at
+        most), and gather no momentum there."""
         super().set_lr(optimizer, step)
-        if step < self.s["freeze"] * self.steps_per_epoch:
-            for group in optimizer.param_groups:
-                if group["module"] == "prototypes":
+        frozen = min(self.s["freeze"], self.s["epochs"] - 1) * self.steps_per_epoch
+        if step > frozen:
+            return
+        for group in optimizer.param_groups:
+            if group["module"] == "prototypes":
+                for w in group["params"]:
+                    optimizer.state.pop(w, None)
+                if step < frozen:
                     group["lr"] = 0.0
 
     def loss(self, p1, p2, z1, z2):
         """The mean of both directions, as in the authors' code, where SwAV's Eq. (1) has the sum."""
-        s = self.s
         prototypes, _ = self.model.predictor
-        q1, q2 = (self.codes(prototypes(z), s["eps"], s["iterations"], self.sum) for z in (z1, z2))
-        t = s["temperature"]
+        q1, q2 = (self.codes(prototypes(z)) for z in (z1, z2))
+        t = self.s["temperature"]
         return swapped(p1, q2, t) / 2 + swapped(p2, q1, t) / 2        # SwAV Eq. (1): swapped prediction
 
-    def rows(self):
+    def describe(self):
         s = self.s
-        return {"method": f"{self.NAME}, {s['prototypes']} prototypes, Sinkhorn eps {s['eps']:g}, "
-                          f"{s['iterations']} iterations, temperature {s['temperature']:g}"}
+        text = (f"{s['prototypes']} prototypes, Sinkhorn eps {s['eps']:g}, {s['iterations']} iterations, "
+                f"temperature {s['temperature']:g}, chance and collapse at a loss of "
+                f"{math.log(s['prototypes']):.2f}")
+        if s["prototypes"] > s["batch"]:
+            text += f"; more prototypes than the batch's {s['batch']} images can be spread over evenly"
+        return text
 
 
 # --- The program ----------------------------------------------------------------------------------------
@@ -578,7 +622,7 @@ METHODS = {method.NAME: method for method in (SimCLR, MoCoV2, BYOL, SwAV)}
 def parse(argv=None):
     """The command line -> options. `--experiment list` prints the table of all rows, and ends."""
     # The method decides which settings there are.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False)
     first.error = lambda message: sys.exit(f"related.py: {message}")
     first.add_argument("--method", choices=METHODS)
     first.add_argument("--experiment")

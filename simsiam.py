@@ -100,7 +100,7 @@ def train_step(network, objective, optimizer, autocast, views):
     """
     with autocast:
         p, z = network(*views)          # (p1, p2), (z1, z2): z = f(x), p = h(z), (N, d) each
-        L = objective(*p, *z)           # loss(p1, p2, z1, z2)
+    L = objective(*p, *z)               # loss(p1, p2, z1, z2)
     optimizer.zero_grad()
     L.backward()
     optimizer.step()                                                  # Alg. 1: update(f, h)
@@ -726,6 +726,8 @@ def check_together(s):
             raise Refused(f"--{name} {s[name]}: the lower bound comes first")
     if s["strength"][3] > 0.5:
         raise Refused(f"--strength {s['strength']}: the last, hue, at most 0.5: half a turn either way")
+    if s["affine"] and not s["bn"][1]:
+        raise Refused(f"--affine: is of the projection's output BN, which --bn {s['bn']} has not")
     if s["warmup"] >= s["epochs"]:
         raise Refused(f"--warmup {s['warmup']}: less than --epochs {s['epochs']}")
 
@@ -735,14 +737,24 @@ def check_together(s):
 class Method:
     """What a run asks of a method of pre-training. This one is SimSiam; related.py has others.
 
-    The tables are those of section 8; ON_IMAGENET has more that an experiment changes, but for ImageNet's
-    recipe alone: {experiment: {setting: value}}. An object belongs to one run.
+    An object belongs to one run, which calls, in this order: set_up, build; then, with the model on its
+    device and its BN synchronised, optimizer, parts, stream; in each step what `stream` does, set_lr, the
+    step itself, after_step. What a method remembers from step to step has to be among its parts, or a
+    resumed run would lack it.
+
+    NAME            of the method, and of the experiment that changes nothing
+    SETTINGS, CHOICES, EXPERIMENTS      its tables, as in section 8
+    ON_IMAGENET     {experiment: {setting: value}}: what an experiment changes besides, in ImageNet's recipe
+    views           of an image, that a step takes
+    minimum         of the loss, or a bound below it; shown beside the loss
+    REMEDY          what to try against a collapse, beside more warm-up and a smaller lr
     """
-    NAME = "simsiam"  # and that of the experiment that changes nothing
+    NAME = "simsiam"
     SETTINGS = SETTINGS
     CHOICES = CHOICES
     EXPERIMENTS = EXPERIMENTS
     ON_IMAGENET = {}
+    REMEDY = "--pred-dim a quarter of --dim"
 
     def __init__(self, s):
         """s: the settings of the run"""
@@ -751,7 +763,7 @@ class Method:
         self.total_steps = s["epochs"] * self.steps_per_epoch
         self.warmup_steps = s["warmup"] * self.steps_per_epoch
         self.model = None  # until it is built
-        self.set_loss()
+        self.set_up()
 
     @staticmethod
     def check(s):
@@ -759,8 +771,8 @@ class Method:
         if s["eta"] != "current" and s["objective"] != "symmetric":
             raise Refused(f"--eta {s['eta']}: goes with --objective symmetric")
 
-    def set_loss(self):
-        """The loss of p's and z's, how many views of an image it takes, and its minimum."""
+    def set_up(self):
+        """Whatever the settings alone decide: here the loss, its views and its minimum."""
         self.loss, self.views, self.minimum = OBJECTIVES[self.s["objective"]]
 
     def build(self):
@@ -771,7 +783,7 @@ class Method:
             arch=s["arch"], width=s["width"], cifar_stem=s["cifar_stem"],
             proj_layers=s["proj_layers"], proj_hidden=s["proj_hidden"], dim=s["dim"],
             pred_dim=s["pred_dim"], predictor=s["predictor"],
-            bn=s["bn"], affine=s["affine"], fc_std=s["fc_std"])
+            bn=s["bn"], affine=s["affine"], fc_std=s.get("fc_std", 0.0))
 
     def parts(self, device):
         """What is kept in a checkpoint beside the model and the optimiser: {name: with a state_dict}"""
@@ -782,11 +794,11 @@ class Method:
         return {}
 
     def optimizer(self):
-        """Its first group is the encoder's."""
+        """The optimiser. Its first group is the encoder's."""
         return sgd(self.model, self.s["momentum"], self.s["weight_decay"])
 
     def set_lr(self, optimizer, step):
-        """Before each step."""
+        """Set the lr, before each step."""
         lr = initial_lr(self.s["base_lr"], self.s["batch"])
         set_lr(optimizer, lr, step, self.total_steps, self.warmup_steps, self.s["pred_lr"])
 
@@ -807,7 +819,7 @@ class Method:
         return plain(load(batches), self.loss)
 
     def after_step(self, step):
-        """After each step."""
+        """What is to be done after each step."""
 
     def collapsed(self, loss, std_sqrt_d):
         """Whether an epoch of this mean loss and std x sqrt(d) shows a collapse."""
@@ -833,7 +845,8 @@ def parse(argv=None):
 def options(script, description, method):
     """The parser of a program that trains this method (a class)."""
     parser = new_parser(
-        script, description, data="drawn shapes", out="runs/<name of the data>", amp="on cuda")
+        script, description, data="drawn shapes",
+        out="runs/<name of the data>, and -<method> or -<experiment>", amp="on cuda")
     parser.set_defaults(method=method)
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: shapes without DATA, cifar10 for images of one size up to "
@@ -846,7 +859,8 @@ def options(script, description, method):
                              "torch.compile, which takes a minute or more at the start and a C++ compiler "
                              "on a CPU (default: no)")
     parser.add_argument("--init", metavar="FILE",
-                        help="start from the weights of a checkpoint.pth, or of one in the released layout")
+                        help="start from the weights of a checkpoint.pth of the same method, or of SimSiam's "
+                             "in the released layout")
     group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
     for name, (kind, *defaults) in method.SETTINGS.items():
         add_setting(group, name, kind, defaults, method.CHOICES.get(name))
@@ -990,7 +1004,7 @@ def pretrain(args):
 
 
 def load_init(model, path):
-    """--init: start from the weights in a file, which must be a whole SimSiam."""
+    """--init: start from the weights in a file, which must be a whole model of the same method."""
     state, *_ = read_weights(path)
     state = {name.removeprefix("module."): t for name, t in state.items()}
     load_strictly(model, state, f"--init {path}")
@@ -1071,8 +1085,8 @@ def report_epoch(run, job, encoder, optimizer, autocast, progress):
     in_trouble = job.method.collapsed(loss_mean, std_mean)
     if in_trouble and not any(record["collapsed"] for record in run.log.epochs()):
         progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller "
-                      "--base-lr; --warmup 10; a larger --batch; --pred-dim a quarter of --dim; and look "
-                      "at views.png: are the images different from each other?")
+                      f"--base-lr; --warmup 10; a larger --batch; {job.method.REMEDY}; and look at "
+                      "views.png: are the images different from each other?")
     warn_of_low_rank(run, watched.get("rank"), progress)
     sources = [source for source in (job.train, job.val) if source]
     report(run, job, progress, number, note="",
@@ -1173,6 +1187,7 @@ def describe_experiment(method):
     as they are."""
     s = method.s
     changes, paper = method.EXPERIMENTS[s["experiment"]]
+    changes = changes | method.ON_IMAGENET.get(s["experiment"], {})
     text = f"{s['experiment']} (the paper on ImageNet: {paper})"
     scaled = [f"{name} {s[name]}" for name in changes if s[name] != changes[name]]
     if scaled:

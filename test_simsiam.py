@@ -1206,6 +1206,7 @@ READING = [  # what to read, the file, from and up to the lines that begin so, a
     ("", "augment.py", '"""', None, "supplement A: crop, flip, jitter, grayscale, blur"),
     ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: ablations, the hypothesis"),
     ("the protocols", "lineval.py", '"""', "# --- The frozen backbone", "supplement A: linear evaluation"),
+    ("", "related.py", '"""', None, "Sec. 6.2, Table 4: SimCLR, MoCo v2, BYOL, SwAV"),
     ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, against something independent"),
 ]
 
@@ -1256,7 +1257,7 @@ SHAPE_COMMENTS = {
     "simsiam.py": 10,
     "augment.py": 34,
     "lineval.py": 9,
-    "related.py": 12,
+    "related.py": 14,
     "harness/batchnorm.py": 2,
     "harness/evaluate.py": 1,
     "harness/per_image.py": 2,

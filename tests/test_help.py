@@ -29,7 +29,7 @@ SHARED_OPTIONS = {  # option: what its help says of the default, "" where it has
     "--range": "(default: by a sample of the files)",
 }
 RUN_OPTIONS = {
-    "--out": "(default: runs/<name of the data>)",
+    "--out": "(default: runs/<name of the data>, and -<method> or -<experiment>)",
     "--amp": "(default: on cuda)",
     "--recipe": "default: shapes without DATA, cifar10 for images of one size up to 64 pixels a side, else "
                 "imagenet",

@@ -6,12 +6,14 @@
 First come the facts that we typed from the papers and the authors' code; then each method's equations and
 identities; what people got wrong; the optimisers; the program; the map from the papers to the code.
 """
+import concurrent.futures
 import copy
 import itertools
 import math
 import re
 import shlex
 import sys
+import threading
 from unittest import mock
 
 import numpy as np
@@ -41,8 +43,8 @@ METHODS = ["simclr", "mocov2", "byol", "swav"]
 AUTHORS = {  # for ImageNet; heads and batches as in SimSiam's Table 4
     "simclr": dict(
         arch="resnet50", proj_layers=3, proj_hidden=2048, dim=128, predictor="none", temperature=0.1,
-        optimizer="lars-inside", base_lr=0.3, batch=4096, weight_decay=1e-6, warmup=10, momentum=0.9,
-        area=(0.08, 1), strength=(0.8, 0.8, 0.8, 0.2), jitter=0.8, gray=0.2, blur=0.5),
+        affine=True, bn=(1, 1, 1, 0), optimizer="lars-inside", base_lr=0.3, batch=4096, weight_decay=1e-6,
+        warmup=10, momentum=0.9, area=(0.08, 1), strength=(0.8, 0.8, 0.8, 0.2), jitter=0.8, gray=0.2, blur=0.5),
     "mocov2": dict(
         arch="resnet50", proj_layers=2, proj_hidden=2048, dim=128, predictor="none", bn=(0, 0, 1, 0),
         temperature=0.2, queue=65536, tau=0.999, optimizer="sgd", base_lr=0.03, batch=256, weight_decay=1e-4,
@@ -109,7 +111,7 @@ def test_recipes_for_imagenet_are_the_authors(name):
     """The settings of a run that names nothing else against the table above."""
     run = settings_of_row(name, "imagenet")
     assert {key: run[key] for key in AUTHORS[name]} == AUTHORS[name]
-    assert run["pred_lr"] == "cosine"
+    assert run["pred_lr"] == "cosine" or name == "mocov2"            # which has no predictor
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "shapes"])
@@ -350,12 +352,12 @@ def no_world_left():
 def test_mocos_queue_holds_the_last_keys_the_oldest_go_first():
     """Against a list: keys enter after the step, view 1's before view 2's; K / 2N steps replace all."""
     kept = None
-    for method, x, objective in steps_of("mocov2", 5, queue=96):
+    for step, (method, x, objective) in enumerate(steps_of("mocov2", 5, queue=96)):
         queue = method.queue
         if kept is None:
             kept = list(queue.rows.clone())
             at_first = torch.stack(kept)
-        from_the_oldest = torch.roll(queue.rows, -int(queue.place), dims=0)
+        from_the_oldest = torch.roll(queue.rows, -32 * step, dims=0)
         assert torch.allclose(from_the_oldest, torch.stack(kept), atol=1e-12)
         target = copy.deepcopy(method.target)                         # as it makes this step's keys
         with torch.no_grad():
@@ -443,7 +445,7 @@ def test_byol_with_tau_0_has_four_times_simsiams_gradient():
 
 
 def test_tau_rises_to_1_by_half_a_cosine():
-    """At the start, in the middle, at the end; by steps, whatever the number of processes."""
+    """At the start, in the middle, at the end: by the run's steps."""
     method = method_of("byol", tau=0.9)
     assert method.total_steps == 9
     assert method.tau(0) == pytest.approx(0.9)
@@ -483,7 +485,7 @@ def test_swav_eq5_is_the_listings_loop(iterations):
     assert q.dtype == torch.float64
     assert not q.requires_grad
     assert np.allclose(q.numpy(), sinkhorn_in_numpy(scores.detach().numpy(), 0.05, iterations), rtol=1e-10)
-    assert torch.allclose(q.sum(dim=1), torch.ones(9).double(), atol=1e-14)
+    assert torch.allclose(q.sum(dim=1), torch.ones(9).double(), atol=1e-13)
 
 
 def test_sinkhorns_identities():
@@ -497,6 +499,10 @@ def test_sinkhorns_identities():
         assert odds.item() == pytest.approx(of_scores.item(), abs=1e-12)
     for constant in (5.0, torch.tensor([1.0, -2.0, 0.5, 7.0])):
         assert torch.allclose(related.sinkhorn(scores + constant, 0.3, 3), q, atol=1e-12)
+    per_image = torch.linspace(-1, 1, 9).double()[:, None]           # in the limit alone
+    assert not torch.allclose(related.sinkhorn(scores + per_image, 0.3, 3), q, atol=1e-3)
+    limits = [related.sinkhorn(s, 0.3, 500) for s in (scores, scores + per_image)]
+    assert torch.allclose(*limits, atol=1e-9)
     uniform = related.sinkhorn(torch.full((9, 4), 0.7), 0.05, 3)
     assert torch.allclose(uniform, torch.full((9, 4), 0.25), atol=1e-6)
 
@@ -626,15 +632,25 @@ def test_without_stopgrad_the_gradient_goes_through_every_iteration():
     assert (own - other).abs().max() > 1e-3
 
 
-def test_prototypes_are_frozen_in_the_first_epoch():
-    """freeze 1, three steps an epoch: prototypes move from the fourth step on, all else from the first."""
-    for step, (method, _, _) in enumerate(steps_of("swav", 5, freeze=1)):
+@pytest.mark.parametrize("optimizer", ["sgd", "larc"])
+def test_prototypes_are_frozen_in_the_first_epoch(optimizer):
+    """freeze 1, three steps an epoch: prototypes move from the fourth step on, all else from the first. Their
+    first step is that of one gradient: no momentum has gathered."""
+    for step, (method, x, objective) in enumerate(steps_of("swav", 5, freeze=1, optimizer=optimizer)):
         if step == 0:
             start = copy.deepcopy(method.model)
         frozen = torch.equal(method.model.predictor[0].weight, start.predictor[0].weight)
         assert frozen == (step <= 3)
         moved = not torch.equal(method.model.encoder.conv1.weight, start.encoder.conv1.weight)
         assert moved == (step >= 1)
+        if step == 3:
+            w = method.model.predictor[0].weight
+            p, z = copy.deepcopy(method.model)(*x)
+            gradient, = torch.autograd.grad(method.loss(*method.model(*x)[0], *z), w)
+            first = gradient + method.s["weight_decay"] * w.detach()
+        if step == 4:
+            way = start.predictor[0].weight - method.model.predictor[0].weight
+            assert torch.cosine_similarity(way.flatten(), first.flatten(), dim=0).item() == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -785,6 +801,32 @@ def test_what_people_got_wrong_with_several_processes_is_seen(two, world_of_one,
     assert gap(world_related.train(name), two[name, variant]) > 1e-3
 
 
+@pytest.mark.parametrize("eps", [0.3, 0.01])
+def test_sinkhorn_of_two_halves_is_that_of_the_batch(eps):
+    """Without processes: each half's call gets the other's sums, as two threads that wait for each other.
+
+    One half has scores near 1, the other near -1: at eps 0.01 e^180 lies between them.
+    """
+    scores = some_scores(8, 4) * 0.1 + torch.tensor([0.9] * 4 + [-0.9] * 4).double()[:, None]
+    barrier = threading.Barrier(2)
+    on_the_table = [None, None]
+
+    def half(rank):
+        def exchange(t):
+            on_the_table[rank] = t
+            barrier.wait()
+            total = on_the_table[0] + on_the_table[1]
+            barrier.wait()
+            return total
+
+        mine = scores[4 * rank:4 * rank + 4]
+        return related.sinkhorn(mine, eps, 3, exchange, rank, 2)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(half, [0, 1]))
+    assert torch.allclose(torch.cat(halves), related.sinkhorn(scores, eps, 3), rtol=1e-9)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_nt_xents_gather_is_exact_for_each_process(world):
     """Without processes: in the place of a sum come all rows. The mean of all losses has one's gradient."""
@@ -831,11 +873,18 @@ def everything_of(folder):
 PARTS = {"simclr": set(), "mocov2": {"target", "queue"}, "byol": {"target"}, "swav": set()}
 
 
+# ImageNet's recipes with small networks and images: LARS and its groups, heads without BN, frozen prototypes.
+AUTHORS_WAY = shlex.split("--recipe imagenet --size 24 --warmup 1")
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "imagenet"])
 @pytest.mark.parametrize("name", [
     name if name == "mocov2" else pytest.param(name, marks=slow) for name in METHODS])
-def test_interrupted_method_ends_with_the_uninterrupted_weights(tmp_path, small, name):
+def test_interrupted_method_ends_with_the_uninterrupted_weights(tmp_path, small, name, recipe):
     """Interrupted in mid-epoch and resumed, against uninterrupted: every part, and the losses."""
     more = ["--batch", "6", "--epochs", "3", "--save-minutes", "0"]
+    if recipe == "imagenet":
+        more += AUTHORS_WAY
     assert run(name, small, tmp_path / "whole", *more) is None
     train_step = simsiam.train_step
     steps = itertools.count()
@@ -874,8 +923,9 @@ def test_killed_method_ends_with_the_uninterrupted_weights(tmp_path, small, name
 @slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_in_two_processes(tmp_path, small, name):
-    """Losses of each epoch by the command line, against one process."""
-    options = [small, *RUN, *FIT.get(name, []), "--method", name, "--epochs", "2", "--batch", "12"]
+    """Losses of each epoch by the command line, in the authors' way, against one process."""
+    options = [small, *RUN, *FIT.get(name, []), "--method", name, *AUTHORS_WAY]
+    options += ["--epochs", "2", "--batch", "12"]
     if name == "mocov2":
         options += ["--queue", "48"]
     assert here("related.py", *options, "--out", tmp_path / "one") is None
@@ -939,11 +989,12 @@ def test_a_run_goes_to_the_folder_of_its_data_and_method(tmp_path, small, monkey
     ("--experiment table5-base", "related.py: no row is called table5-base; give --method"),
     ("--method dino", "related.py: argument --method: invalid choice: 'dino'"),
     ("--method byol --experiment sec62-swav", "related.py: argument --experiment: invalid choice: 'sec62-s"),
+    ("--method swav --batch 16 --affine --bn 1 0 1 0", "related.py: --affine: is of the projection's output BN"),
     ("--method byol --queue 10", "related.py: unrecognized arguments: --queue 10; see"),
     ("--method mocov2 --tau 2", "related.py: --tau 2.0: from 0 to 1"),
     ("--method swav --iterations 0", "related.py: --iterations 0: from 1 to 1000"),
     ("--method mocov2 --queue 100 --batch 16", "related.py: --queue 100: twice the batch, 32 keys a step"),
-    ("--method simclr --objective symmetric", "related.py: unrecognized arguments: --objective symmetric; see")])
+    ("--method simclr --objective symmetric", "related.py: unrecognized arguments: --objective symmetric")])
 def test_bad_options_are_refused_in_one_line(small, options, said):
     """The beginning of the line."""
     assert refusal("related.py", small, *shlex.split(options)).startswith(said)
@@ -971,6 +1022,41 @@ def test_list_has_all_rows(capsys):
         assert re.search(rf"^{re.escape(name)} .*{re.escape(paper)}", printed, re.M), name
 
 
+def test_help_and_first_lines_are_whole_sentences():
+    """The help of a method begins with its docstring's first line."""
+    for method in related.METHODS.values():
+        assert method.__doc__.splitlines()[0].endswith("."), method
+
+
+@pytest.mark.parametrize("experiment", RESULTS)
+def test_losses_are_taken_in_float32_from_bfloat16(experiment):
+    """A step's loss under bf16 autocast: float32, that of its outputs as float32; with a finite gradient."""
+    args = related.parse(["--experiment", experiment])
+    row = args.method.EXPERIMENTS[experiment][0]
+    row = {key: value for key, value in row.items() if key not in ("epochs",)}
+    method = method_of(args.method.NAME, **row)
+    method.parts(CPU)
+    views = [torch.randn(16, 3, 16, 16) for _ in range(2)]
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    objective = method.objective(views, autocast)
+    with autocast:
+        p, z = method.model(*views)
+    L = objective(*p, *z)
+    assert L.dtype == torch.float32
+    assert any(v.dtype == torch.bfloat16 for v in z)
+    assert L.item() == pytest.approx(objective(*(v.float() for v in p + z)).item(), rel=1e-6)
+    L.backward()
+    for w in method.model.parameters():
+        assert w.grad is None or w.grad.isfinite().all()
+
+
+def test_a_row_of_imagenets_recipes_says_what_a_small_recipe_leaves_out():
+    """BYOL's lr at 800 epochs, on CIFAR-10."""
+    settings = settings_of_row("table4-byol-800-epochs", "cifar10")
+    said = simsiam.describe_experiment(related.BYOL(settings))
+    assert "here base_lr 0.03, weight_decay 0.0005, tau 0.99, not what the row says" in said
+
+
 @pytest.mark.parametrize("options, word", [("--help", "Sinkhorn"), ("--method swav --help", "--prototypes")])
 def test_help_needs_no_method(capsys, options, word):
     """Without one, what the file says of itself; with one, its settings."""
@@ -981,12 +1067,16 @@ def test_help_needs_no_method(capsys, options, word):
 
 
 def test_collapse_is_told_by_each_methods_own_sign():
-    """BYOL's like SimSiam's, by loss and std; where collapse isn't the minimum, by a std of 0."""
+    """BYOL's like SimSiam's, by loss and std; where collapse isn't the minimum, by the std alone."""
     byol, simclr = method_of("byol", batch=32), method_of("simclr", batch=32)
     assert byol.collapsed(0.01, 0.3)
     assert not byol.collapsed(2.0, 0.3)
-    assert simclr.collapsed(4.1, 0.001)
-    assert not simclr.collapsed(4.1, 0.3)
+    at_best = 2 / math.sqrt(32)                                      # behind an output BN
+    assert simclr.collapsed(4.1, at_best)
+    assert not simclr.collapsed(4.1, 0.95)
+    without_bn = method_of("mocov2", bn=(0, 0, 1, 0), affine=False)
+    assert without_bn.collapsed(4.1, 0.001)
+    assert not without_bn.collapsed(4.1, 0.2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -995,7 +1085,7 @@ def test_collapse_is_told_by_each_methods_own_sign():
 
 PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, its arguments)
     "the positive is left out, not the anchor itself": (
-        "s[row, torch.cat([itself, other])] =", "s[row, torch.cat([other, itself])] =",
+        "logits[row, torch.cat([own1, own2])] =", "logits[row, torch.cat([own2, own1])] =",
         "test_simclr_eq1_is_a_double_loop", [0.5]),
     "negatives of the other view only": (
         "torch.cat([z1, z2]) @ torch.cat(every).T", "torch.cat([z1, z2]) @ torch.cat(every[::-1]).T",
@@ -1004,22 +1094,25 @@ PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, it
         "z1 = l2_normalize(z1) ", "z1 = z1 ",
         "test_nt_xent_doesnt_see_what_it_must_not", []),
     "labels not shifted by the rank": (
-        "torch.arange(n, device=s.device) + rank * n", "torch.arange(n, device=s.device)",
+        "torch.arange(n, device=z1.device) + rank * n", "torch.arange(n, device=z1.device)",
         "test_nt_xents_gather_is_exact_for_each_process", [2]),
     "a gradient into the keys": (
         "k = l2_normalize(stopgrad(k))", "k = l2_normalize(k)",
         "test_moco_v2_eq1_is_a_softmax_over_one_and_k", []),
     "one direction's keys enter the queue before the other's loss": (
         "return info_nce(z1, k2, queue, t) / 2 + info_nce(z2, k1, queue, t) / 2",
-        "return (info_nce(z1, k2, queue, t) + (self.queue.put(k2), info_nce(z2, k1, queue, t))[1]) / 2",
+        "return (info_nce(z1, k2, queue, t) + (self.queue.put(k2, 0), info_nce(z2, k1, queue, t))[1]) / 2",
         "test_mocos_directions_meet_the_same_queue", []),
     "the newest keys are replaced": (
-        "(start + len(keys)) % len(self.rows)", "0",
+        "start = count % len(self.rows)", "start = 0",
         "test_mocos_queue_holds_the_last_keys_the_oldest_go_first", []),
     "BN statistics are averaged too": (
         "zip(target.parameters(), online.parameters(), strict=True)",
         "zip([*target.parameters(), target[1].running_mean], [*online.parameters(), online[1].running_mean])",
         "test_byol_eq1_moves_the_target_towards_the_online_network", [0.3]),
+    "tau counts a process's share of the steps": (
+        "cosine(step, self.total_steps, 0)", "cosine(step, self.total_steps // 2, 0)",
+        "test_tau_rises_to_1_by_half_a_cosine", []),
     "tau counts epochs": (
         "cosine(step, self.total_steps, 0)", "cosine(step, self.s['epochs'], 0)",
         "test_tau_rises_to_1_by_half_a_cosine", []),
@@ -1033,17 +1126,20 @@ PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, it
         "return l2_normalize(z) @", "return z @",
         "test_scores_are_cosines_without_a_bias", []),
     "Sinkhorn in half precision": (
-        "log_q = as_float32(scores) / eps", "log_q = scores / eps",
+        "log_e = as_float32(scores) / eps", "log_e = scores / eps",
         "test_codes_are_finite_in_any_precision", [torch.float16]),
     "a gradient through Sinkhorn": (
         "sinkhorn = torch.no_grad()(balance)", "sinkhorn = balance",
         "test_swav_eq1_swaps_the_codes", []),
     "prototypes sum to 1, and images don't": (
-        "log_q = log_q.log_softmax(dim=1)", "log_q = log_q",
+        "(log_u + log_e + log_v).exp()", "(log_u + log_e).exp()",
         "test_swav_eq5_is_the_listings_loop", [3]),
     "prototypes are never frozen": (
         "group[\"lr\"] = 0.0", "pass",
-        "test_prototypes_are_frozen_in_the_first_epoch", []),
+        "test_prototypes_are_frozen_in_the_first_epoch", ["sgd"]),
+    "frozen prototypes gather momentum": (
+        "optimizer.state.pop(w, None)", "pass",
+        "test_prototypes_are_frozen_in_the_first_epoch", ["larc"]),
     "LARS adapts BN in the heads": (
         "(leaves_out and w.dim() == 1)", "(leaves_out and w.dim() == 1 and len(w) != 16)",
         "test_bn_and_biases_are_left_out_where_the_authors_do_so", ["byol"]),
@@ -1079,7 +1175,7 @@ MAP = {  # tag: (the equation, what the claimed line has, what a mutant has in i
     "MoCo v2 Eq. (1)": (
         r"\mathcal{L}_q = -\log \frac{\exp(q \cdot k_+ / \tau)}"
         r"{\exp(q \cdot k_+ / \tau) + \sum_{k_-} \exp(q \cdot k_- / \tau)}",
-        "s[:, 0]", "s[:, 1]"),
+        "logits[:, 0]", "logits[:, 1]"),
     "BYOL Eq. (1)": (
         r"\xi \leftarrow \tau \xi + (1 - \tau) \theta",
         "tau * xi + (1 - tau) * theta", "(1 - tau) * xi + tau * theta"),
@@ -1102,7 +1198,7 @@ MAP = {  # tag: (the equation, what the claimed line has, what a mutant has in i
         "Q.sum(axis=1)", None),
     "SwAV Eq. (5)": (
         r"Q = \mathrm{Diag}(u) \exp(C^\top Z / \varepsilon) \mathrm{Diag}(v)",
-        "/ eps", "* eps")}
+        "log_e + log_v", "log_e - log_v")}
 TAG = re.compile(r"# ((?:SimCLR|MoCo v2|BYOL|SwAV) Eq\. \(\d\)): (.*)")
 
 

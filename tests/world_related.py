@@ -16,7 +16,8 @@ from tests.helpers import CPU, TINY_BACKBONE, TINY_HEADS
 STEPS = 6
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 WRONG = {  # what people got wrong: {method: variants}; see `spoil`
-    "simclr": ["negatives of one process", "negatives without a gradient", "views gathered together"],
+    "simclr": ["negatives of one process", "negatives without a gradient", "own gradient alone",
+               "views gathered together"],
     "mocov2": ["keys of one process", "target's BN of one process"],
     "byol": ["target's BN of one process"],
     "swav": ["codes of one process"],
@@ -37,6 +38,21 @@ def views():
     batches = loading.index_batches(0, 48, 16, 2, rank=dist.get_rank(), world=dist.get_world_size())
     for index, x in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
         yield index, [v.double() for v in x]
+
+
+ALONE = {"all_sum": related.identity, "rank": 0, "world": 1}
+
+
+class SumWithOwnGradient(torch.autograd.Function):
+    """A sum over the processes whose backward pass takes this process's gradient alone."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return processes.all_sum(t.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 class LocalBN(nn.modules.batchnorm._BatchNorm):
@@ -65,21 +81,23 @@ def gathered_together(z1, z2, temperature, all_sum, rank, world):
 def spoil(method, variant):
     """Make a method wrong in one of the ways of WRONG."""
     if variant == "negatives of one process":
-        method.nt_xent = functools.partial(method.nt_xent, all_sum=related.alone, rank=0, world=1)
+        method.nt_xent = functools.partial(method.nt_xent, **ALONE)
     elif variant == "negatives without a gradient":
         method.nt_xent = functools.partial(
             method.nt_xent, all_sum=lambda t: processes.all_sum(t.detach().clone()))
+    elif variant == "own gradient alone":
+        method.nt_xent = functools.partial(method.nt_xent, all_sum=SumWithOwnGradient.apply)
     elif variant == "views gathered together":
         method.nt_xent = functools.partial(gathered_together, **method.nt_xent.keywords)
     elif variant == "keys of one process":
         put = method.queue.put
-        method.queue.put = lambda keys: put(keys[:len(keys) // dist.get_world_size()])
+        method.queue.put = lambda keys, count: put(keys[:len(keys) // dist.get_world_size()], count)
     elif variant == "target's BN of one process":
         for module in method.target.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.__class__ = LocalBN
     elif variant == "codes of one process":
-        method.sum = related.alone
+        method.codes = functools.partial(method.codes, **ALONE)
     else:
         assert variant == "right"
 
