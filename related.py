@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import resnet
 from harness.batchnorm import AllSum
 from harness.ends import launch, leave
 from harness.errors import Refused
@@ -88,9 +89,6 @@ class Related(Method):
 
     DEPARTURE: the lr is in proportion to the batch, and is set at every step. MoCo v2's is set once an epoch;
     SimCLR below 4096 images is better with 0.075 x sqrt(batch), SwAV at 256 with 0.6 (--base-lr 0.6).
-
-    DEPARTURE: the last BN scale of each residual block starts at 0 (resnet.py). MoCo v2's and SwAV's start
-    at 1, BYOL's in the paper, too.
     """
     CHOICES = {**CHOICES, "predictor": ("mlp", "none"),
                "optimizer": ("sgd", "lars-inside", "lars-outside", "larc")}
@@ -103,6 +101,15 @@ class Related(Method):
 
     def set_up(self):
         """Here the settings decide nothing."""
+
+    def build(self):
+        """As in SimSiam; but the last BN scale of each residual block, which starts at 0, may start at 1."""
+        super().build()
+        for module in self.model.encoder.modules():
+            if isinstance(module, resnet.Bottleneck):
+                nn.init.constant_(module.bn3.weight, self.s["last_bn"])
+            if isinstance(module, resnet.BasicBlock):
+                nn.init.constant_(module.bn2.weight, self.s["last_bn"])
 
     def parts(self, device):
         """Here nothing is kept beside model and optimiser."""
@@ -171,12 +178,13 @@ FORMS = {
 OWN_TO_SIMSIAM = ("objective", "eta", "k", "m", "fc_std")  # settings of ablations that are SimSiam's alone
 
 
-def table(imagenet, everywhere, added):
+def table(imagenet, everywhere, added, last_bn=1.0):
     """A method's table of settings, a row each as in simsiam.SETTINGS, by what differs.
 
     imagenet    {setting: value}: the authors' recipe for ImageNet
     everywhere  {setting: value}: in all three recipes
     added       {setting: (type, imagenet, cifar10, shapes)}: what SimSiam has no need of
+    last_bn     the last BN scale of a residual block, as it starts, on ImageNet
     All else, for CIFAR-10 and shapes, is SimSiam's: the paper compares with SimCLR so (supp. D).
     """
     rows = {}
@@ -186,7 +194,7 @@ def table(imagenet, everywhere, added):
     for name, value in everywhere.items():
         kind, *_ = rows[name]
         rows[name] = (kind, *[value] * len(RECIPES))
-    return rows | added
+    return {**rows, "last_bn": (number, last_bn, 0.0, 0.0), **added}
 
 
 def by_length(name, results):
@@ -230,6 +238,7 @@ class SimCLR(Related):
             dim=128, affine=True, batch=4096, base_lr=0.3, weight_decay=1e-6, warmup=10, pred_lr="cosine",
             area=(0.08, 1.0), strength=(0.8, 0.8, 0.8, 0.2)),
         everywhere=dict(predictor="none"),
+        last_bn=0.0,
         added={
             "optimizer":   (str,    "lars-inside", "sgd", "sgd"),
             "temperature": (number, 0.1,           0.5,   0.2),   # CIFAR-10: SimCLR's B.9; shapes: OURS
@@ -434,7 +443,7 @@ class BYOL(MomentumEncoder):
             strength=(0.4, 0.4, 0.2, 0.1)),
         everywhere={},
         added={
-            "optimizer":     (str,    "lars-outside", "sgd", "sgd"),
+            "optimizer":     (str,    "lars-outside", "sgd", "sgd"),  # last_bn: the paper's; its code has 0
             "tau":           (number, 0.99,           0.99,  0.99),  # at the start; small recipes: OURS
             "tau_rises":     (bool,   True,           True,  True),  # to 1
             "pred_lr_times": (number, 1.0,            1.0,   1.0),
@@ -546,7 +555,7 @@ class SwAV(Related):
             "optimizer":   (str,    "larc", "sgd", "sgd"),
             "lr_end":      (number, 0.001,  0.0,   0.0),   # the last lr, as a share of the first
             "temperature": (number, 0.1,    0.1,   0.1),
-            "prototypes":  (int,    3000,   512,   64),    # small recipes: OURS; lr_end and freeze there, too
+            "prototypes":  (int,    3000,   512,   32),    # small recipes: OURS; lr_end and freeze there, too
             "eps":         (number, 0.05,   0.05,  0.05),
             "iterations":  (int,    3,      3,     3),
             "freeze":      (int,    1,      0,     0),     # epochs in which the prototypes stay as they are

@@ -31,9 +31,10 @@ import tests.helpers
 from harness import loading, shapes
 from harness.per_image import PerImageVectors
 from harness.source import Source
+from results.pages import write_tables
 from tests import shape_comments
 from tests.claims import (arguments_for, check_claims, check_equation, claims, equation_table, mutant_of,
-                          the_test_called, trailing_comments, write_tables)
+                          the_test_called, trailing_comments)
 from tests.helpers import (CPU, RELEASED_HEADS, ROOT, TINY, equal, here, log_of, numpy_D, slow, start,
                            tiny_model, torchrun, torchvision_names, vectors, weights_of)
 

@@ -48,6 +48,7 @@ LIMITS = {
     "iterations": (1, 1000),
     "freeze": (0, math.inf),
     "lr_end": (0, 1),
+    "last_bn": (0, 1),
     # Of the views.
     "size": (2, 4096),
     "area": (1e-4, 1),

@@ -107,13 +107,3 @@ def arguments_for(test, request):
     for name in inspect.signature(test).parameters.keys() - arguments.keys():
         arguments[name] = request.getfixturevalue(name)
     return arguments
-
-
-def write_tables(page, tables):
-    """Put tables in the place of those in a page that have the same first line."""
-    for table in tables:
-        header = table.splitlines()[0]
-        before, found, after = page.read_text().partition(header)
-        assert found, f"{page.name} has no table with the header {header}"
-        _, end, rest = after.partition("\n\n")
-        page.write_text(before + table + end[1:] + rest)

@@ -26,9 +26,10 @@ import tests.helpers
 from harness import processes
 from harness.source import Source
 from lineval import LARS
+from results.pages import write_tables
 from tests import world_related
 from tests.claims import (check_claims, check_equation, claims, equation_table, module_with, mutant_of,
-                          the_test_called, write_tables)
+                          the_test_called)
 from tests.helpers import (CPU, ROOT, TINY, equal, here, kill_when, log_of, losses_of, refusal, slow,
                            torchrun, vectors)
 
@@ -44,19 +45,22 @@ AUTHORS = {  # for ImageNet; heads and batches as in SimSiam's Table 4
     "simclr": dict(
         arch="resnet50", proj_layers=3, proj_hidden=2048, dim=128, predictor="none", temperature=0.1,
         affine=True, bn=(1, 1, 1, 0), optimizer="lars-inside", base_lr=0.3, batch=4096, weight_decay=1e-6,
-        warmup=10, momentum=0.9, area=(0.08, 1), strength=(0.8, 0.8, 0.8, 0.2), jitter=0.8, gray=0.2, blur=0.5),
+        warmup=10, momentum=0.9, last_bn=0, area=(0.08, 1), strength=(0.8, 0.8, 0.8, 0.2), jitter=0.8,
+        gray=0.2, blur=0.5),
     "mocov2": dict(
         arch="resnet50", proj_layers=2, proj_hidden=2048, dim=128, predictor="none", bn=(0, 0, 1, 0),
-        temperature=0.2, queue=65536, tau=0.999, optimizer="sgd", base_lr=0.03, batch=256, weight_decay=1e-4,
-        warmup=0, momentum=0.9, area=(0.2, 1), strength=(0.4, 0.4, 0.4, 0.1), jitter=0.8, gray=0.2, blur=0.5),
+        temperature=0.2, queue=65536, tau=0.999, last_bn=1, optimizer="sgd", base_lr=0.03, batch=256,
+        weight_decay=1e-4, warmup=0, momentum=0.9, area=(0.2, 1), strength=(0.4, 0.4, 0.4, 0.1), jitter=0.8,
+        gray=0.2, blur=0.5),
     "byol": dict(
         arch="resnet50", proj_layers=2, proj_hidden=4096, dim=256, predictor="mlp", pred_dim=4096,
-        bn=(1, 0, 1, 0), tau=0.99, tau_rises=True, optimizer="lars-outside", base_lr=0.45, batch=4096,
-        weight_decay=1e-6, warmup=10, momentum=0.9, area=(0.08, 1), strength=(0.4, 0.4, 0.2, 0.1), jitter=0.8,
-        gray=0.2),
+        bn=(1, 0, 1, 0), tau=0.99, tau_rises=True, last_bn=1, optimizer="lars-outside", base_lr=0.45,
+        batch=4096, weight_decay=1e-6, warmup=10, momentum=0.9, area=(0.08, 1),
+        strength=(0.4, 0.4, 0.2, 0.1), jitter=0.8, gray=0.2),
     "swav": dict(
         arch="resnet50", proj_layers=3, proj_hidden=2048, dim=128, predictor="none", bn=(1, 0, 1, 0),
-        temperature=0.1, prototypes=3000, eps=0.05, iterations=3, freeze=1, optimizer="larc", base_lr=0.3,
+        temperature=0.1, prototypes=3000, eps=0.05, iterations=3, freeze=1, last_bn=1, optimizer="larc",
+        base_lr=0.3,
         lr_end=0.001, batch=4096, weight_decay=1e-6, warmup=10, momentum=0.9, area=(0.08, 1),
         strength=(0.8, 0.8, 0.8, 0.2), jitter=0.8, gray=0.2, blur=0.5)}
 
@@ -121,7 +125,8 @@ def test_small_recipes_are_simsiams_but_for_what_a_method_needs(name, recipe):
     own = simsiam.recipe(recipe)
     run = settings_of_row(name, recipe)
     changed = {key for key in related.METHODS[name].SETTINGS if run[key] != own.get(key)}
-    assert changed - {"predictor", "optimizer"} == NEEDED[name]
+    assert changed - {"predictor", "optimizer", "last_bn"} == NEEDED[name]
+    assert run["last_bn"] == 0
     assert run["predictor"] == ("mlp" if name == "byol" else "none")
     assert run["optimizer"] == "sgd"
     assert run["cifar_stem"]                                         # no max-pool on 32 pixels
@@ -230,6 +235,17 @@ def test_sec62_with_h_the_identity_is_simclr_and_half_its_gradient_with_stopgrad
     for g, g_same, g_half in zip(whole, same, half):
         assert torch.allclose(g, g_same, atol=1e-14)
         assert torch.allclose(g, 2 * g_half, atol=1e-14)
+
+
+@pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_last_bn_is_the_scale_that_residual_blocks_start_with(arch, last):
+    """By name: the last BN of each block, and no other."""
+    for value in (0.0, 1.0):
+        model = method_of("byol", arch=arch, last_bn=value).model
+        for name, w in model.encoder.named_parameters():
+            if re.search(r"bn\d\.weight$", name):
+                expected = value if name.startswith("layer") and f".{last}." in name else 1.0
+                assert (w == expected).all(), name
 
 
 def test_simclrs_output_bn_has_a_scale_and_no_offset():
@@ -989,7 +1005,7 @@ def test_a_run_goes_to_the_folder_of_its_data_and_method(tmp_path, small, monkey
     ("--experiment table5-base", "related.py: no row is called table5-base; give --method"),
     ("--method dino", "related.py: argument --method: invalid choice: 'dino'"),
     ("--method byol --experiment sec62-swav", "related.py: argument --experiment: invalid choice: 'sec62-s"),
-    ("--method swav --batch 16 --affine --bn 1 0 1 0", "related.py: --affine: is of the projection's output BN"),
+    ("--method swav --batch 16 --affine --bn 1 0 1 0", "related.py: --affine: is of the projection's output"),
     ("--method byol --queue 10", "related.py: unrecognized arguments: --queue 10; see"),
     ("--method mocov2 --tau 2", "related.py: --tau 2.0: from 0 to 1"),
     ("--method swav --iterations 0", "related.py: --iterations 0: from 1 to 1000"),
