@@ -1,4 +1,4 @@
-"""SimSiam's neighbours, each told as what it changes in SimSiam (Sec. 2, 6.2, Fig. 3, Table 4).
+"""SimSiam's neighbours, each told as what it changes in SimSiam (Sec. 2, 6.2, Fig. 3, Table 4); and CLIP.
 
     python related.py --method simclr                           no data needed: drawn shapes
     python related.py CIFAR --method mocov2                     all else is as in simsiam.py
@@ -11,14 +11,16 @@
     MoCo v2   SimSiam + negatives, from a queue + momentum encoder          - predictor
     BYOL      SimSiam + momentum encoder
     SwAV      SimSiam + prototypes, whose codes Sinkhorn-Knopp balances     - predictor
+    CLIP      SimCLR with captions in the place of second views
 
 Loop, views, heads, checkpoints and monitors are simsiam.py's. A method here is a class that says what else
 a run needs (simsiam.Method has the list, in the order in which a run asks for it). On CIFAR-10 and shapes all
 have SimSiam's settings and projection MLP. lineval.py reads their checkpoints as any other's.
 
 Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
-al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); the code that their authors released. "Sec.",
-"Table", "supp.": SimSiam's paper. "OURS": no source says it, so that we chose.
+al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); CLIP, Radford et al. 2021 (2103.00020); the code
+that their authors released. "Sec.", "Table", "supp.": SimSiam's paper. "OURS": no source says it, so that we
+chose.
 
 The letters are simsiam.py's: N images of this process's share of a batch, B of the whole batch; z1, z2 (N, d)
 the encoder's outputs for two views, p1, p2 the predictor's. K: rows of a queue, or prototypes.
@@ -32,12 +34,18 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import resnet
 from harness.batchnorm import AllSum
+from harness.captions import Vocabulary, hash_of
+from harness.data import open_captions
+from harness.draws import permutation
 from harness.ends import launch, leave
 from harness.errors import Refused
+from harness.evaluate import extract, good_ones
+from harness.loading import to_device
 from harness.options import number
 from harness.processes import all_sum
 from lineval import LARS
@@ -91,7 +99,7 @@ class Related(Method):
     SimCLR below 4096 images is better with 0.075 x sqrt(batch), SwAV at 256 with 0.6 (--base-lr 0.6).
     """
     CHOICES = {**CHOICES, "predictor": ("mlp", "none"),
-               "optimizer": ("sgd", "lars-inside", "lars-outside", "larc")}
+               "optimizer": ("sgd", "lars-inside", "lars-outside", "larc", "adamw")}
     REMEDY = "views that are easier to match"
     views = 2
 
@@ -137,7 +145,7 @@ class Related(Method):
         groups = []
         for name, module in self.modules().items():
             for left_out in (False, True):
-                chosen = [w for w in module.parameters() if (leaves_out and w.dim() == 1) == left_out]
+                chosen = [w for w in module.parameters() if (leaves_out and w.dim() < 2) == left_out]
                 groups.append({
                     "params": chosen, "module": name,
                     "adapted": not left_out,
@@ -169,27 +177,34 @@ class Related(Method):
 
 
 # optimizer: (what makes it, whether BN's tensors and biases are neither adapted nor decayed)
+def adamw(groups, lr, momentum):
+    """AdamW as CLIP has it."""
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), eps=1e-8)
+
+
 FORMS = {
     "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
     "lars-inside": (functools.partial(LARS, joint_norm=True, lr_inside=True), True),    # SimCLR's
     "lars-outside": (functools.partial(LARS, joint_norm=True), True),                   # BYOL's
     "larc": (LARS, False),                                                              # SwAV's
+    "adamw": (adamw, True),                                                             # CLIP's
 }
 OWN_TO_SIMSIAM = ("objective", "eta", "k", "m", "fc_std")  # settings of ablations that are SimSiam's alone
 
 
-def table(imagenet, everywhere, added, last_bn=1.0):
+def table(imagenet, everywhere, added, last_bn=1.0, without=()):
     """A method's table of settings, a row each as in simsiam.SETTINGS, by what differs.
 
     imagenet    {setting: value}: the authors' recipe for ImageNet
     everywhere  {setting: value}: in all three recipes
     added       {setting: (type, imagenet, cifar10, shapes)}: what SimSiam has no need of
     last_bn     the last BN scale of a residual block, as it starts, on ImageNet
+    without     settings that the method has no use for
     All else, for CIFAR-10 and shapes, is SimSiam's: the paper compares with SimCLR so (supp. D).
     """
     rows = {}
     for name, (kind, own, *small) in SETTINGS.items():
-        if name not in OWN_TO_SIMSIAM:
+        if name not in (*OWN_TO_SIMSIAM, *without):
             rows[name] = (kind, imagenet.get(name, own), *small)
     for name, value in everywhere.items():
         kind, *_ = rows[name]
@@ -623,9 +638,164 @@ class SwAV(Related):
         return text
 
 
+# --- CLIP: captions in the place of second views ----------------------------------------------------------
+
+def clip_loss(image, text, log_scale, all_sum=identity, rank=0, world=1):
+    """CLIP's loss: each image is to find its caption among all, and each caption its image. (N, d), (N, d),
+    scalar -> scalar
+
+    It normalises both. log_scale: the logarithm of 1 / temperature. With all_sum, rank and world as in
+    nt_xent.
+    """
+    image = l2_normalize(image)                                       # (N, d)
+    text = l2_normalize(text)                                         # (N, d)
+    images = everyones(image, all_sum, rank, world)                   # (B, d)
+    texts = everyones(text, all_sum, rank, world)                     # (B, d)
+    scale = log_scale.exp()
+    own = torch.arange(len(image), device=image.device) + rank * len(image)   # (N,)
+    of_images = F.cross_entropy(scale * image @ texts.T, own)
+    of_texts = F.cross_entropy(scale * text @ images.T, own)
+    return (of_images + of_texts) / 2                                 # CLIP Fig. 3: both directions
+
+
+class ImageAndText(nn.Module):
+    """An image encoder (a ResNet) and a text encoder (the mean of a caption's word embeddings), each with a
+    linear projection to d without bias; and the scale, as its logarithm.
+
+    A bag of words is one of the two forms that CLIP's authors used. It can't tell the words' order.
+    """
+
+    def __init__(self, encoder, dim, words, words_width, scale):
+        super().__init__()
+        self.encoder = encoder
+        self.encoder.fc = nn.Linear(encoder.num_features, dim, bias=False)
+        self.words = nn.EmbeddingBag(words + 1, words_width, mode="mean", padding_idx=0)
+        self.project = nn.Linear(words_width, dim, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    def text(self, numbers):
+        """Captions as numbers of words (N, L) -> (N, d)"""
+        return self.project(self.words(numbers))
+
+    def forward(self, x, numbers):
+        """Images (N, 3, S, S) and their captions (N, L) -> (log_scale,), (image, text), (N, d) each"""
+        return (self.log_scale,), (self.encoder(x), self.text(numbers))
+
+
+class CLIP(Related):
+    """Images and captions, in CLIP's smallest form.
+
+    What an image is pulled to is its caption; what it is pushed from are the batch's other captions.
+
+    DEPARTURE: the text encoder is a bag of words. CLIP's is a Transformer; its Fig. 2 has both.
+
+    DEPARTURE: a crop has 0.6 of the image's area at least. CLIP takes the largest square that fits.
+    """
+    NAME = "clip"
+    VIEW = dict(jitter=0.0, gray=0.0, blur=0.0, flip=0.0, aspect=(1.0, 1.0), area=(0.6, 1.0))
+    SETTINGS = table(
+        imagenet=dict(  # at CLIP's size: 400 million pairs, 32 epochs
+            dim=1024, epochs=32, batch=32768, warmup=1),
+        everywhere=VIEW,
+        without=("proj_layers", "proj_hidden", "pred_dim", "predictor", "bn", "affine", "pred_lr"),
+        added={
+            "optimizer":    (str,    "adamw",    "adamw", "adamw"),
+            "base_lr":      (number, 5e-4 / 128, 1e-3,    8e-3),   # small recipes: OURS
+            "weight_decay": (number, 0.2,        0.2,     0.2),
+            "words_width":  (int,    512,        512,     128),    # of the embeddings: OURS
+            "scale":        (number, 1 / 0.07,   1 / 0.07, 1 / 0.07),  # at the start; 100 at most
+        })
+    EXPERIMENTS = {"clip": ({}, "not in the paper")}
+    MEASURED = {"zero_shot": "zero-shot {:.2f}%", "image_to_text": "image to text {:.2f}%",
+                "text_to_image": "text to image {:.2f}%"}
+    views = 1
+    minimum = 0
+    open = staticmethod(open_captions)
+
+    def set_up(self):
+        if self.data is None:
+            return
+        captions = self.data.train.captions
+        self.vocabulary = Vocabulary(captions)
+        self.numbers = self.vocabulary.numbers(captions)
+        self.s["captions"] = hash_of(captions)
+
+    def build(self):
+        s = self.s
+        encoder = resnet.ARCHS[s["arch"]](width=s["width"], cifar_stem=s["cifar_stem"])
+        self.model = ImageAndText(encoder, s["dim"], len(self.vocabulary.words), s["words_width"], s["scale"])
+
+    def modules(self):
+        """The image encoder first; then all else."""
+        model = self.model
+        return {"encoder": model.encoder, "words": model.words, "project": model.project,
+                "scale": nn.ParameterList([model.log_scale])}
+
+    def parts(self, device):
+        """The words, for whoever uses the text encoder."""
+        self.numbers = self.numbers.to(device)
+        return {"vocabulary": self.vocabulary}
+
+    def stream(self, load, batches, parts, step, autocast):
+        """Yields ((images, their captions), objective) for each step."""
+        for index, (x,) in load(batches):
+            yield (x, self.numbers[to_device(index, x.device)]), self.loss
+
+    def loss(self, log_scale, image, text):
+        return clip_loss(image, text, log_scale, AllSum.apply, dist.get_rank(), dist.get_world_size())
+
+    @torch.no_grad()
+    def after_step(self, step):
+        """The scale stays between 1 and 100."""
+        self.model.log_scale.clamp_(0.0, math.log(100))
+
+    @torch.no_grad()
+    def measure(self, encoder, job, autocast):
+        """On validation images: zero-shot top-1 by "a <class>", and retrieval at 1 both ways, in percent.
+
+        Without a validation split, retrieval among up to 1,000 of the training images.
+        """
+        source = job.val or job.train
+        chosen = permutation(0, 0, len(source))[:1000] if job.val is None else None
+        image = l2_normalize(extract(encoder, job.test_views, source, job.device, autocast, chosen))
+        image, good = good_ones(source, image, chosen)
+        captions = [source.captions[i] for i in good]
+        text = self.text_vectors(captions, job.device)
+        found = {
+            "image_to_text": share_right(image @ text.T, captions),
+            "text_to_image": share_right(text @ image.T, captions),
+        }
+        if source.labels is not None:
+            names = self.text_vectors([f"a {name}" for name in source.classes], job.device)
+            right = (image @ names.T).argmax(dim=1).cpu().numpy() == source.labels[good]
+            found["zero_shot"] = 100 * right.mean()
+        return found
+
+    def text_vectors(self, texts, device):
+        """Texts as unit vectors (n, d): 0 where no word of a text is known."""
+        return l2_normalize(self.model.text(self.vocabulary.numbers(texts).to(device)))
+
+    def collapsed(self, loss, std_sqrt_d):
+        """By a std of 0 alone: no BN stands behind the projections."""
+        return collapsed(math.inf, std_sqrt_d, self.s["batch"])
+
+    def describe(self):
+        s = self.s
+        n = s["batch"]
+        return (f"{len(self.vocabulary.words)} words, a bag of them a caption, such as "
+                f"'{self.data.train.captions[0]}'; chance at a loss of {math.log(n):.2f}")
+
+
+def share_right(similarity, captions):
+    """In how many rows of (n, n), in percent, the highest is of the row's own caption, or of an equal one."""
+    found = similarity.argmax(dim=1).tolist()
+    right = [captions[k] == captions[i] for i, k in enumerate(found)]
+    return 100 * sum(right) / len(right)
+
+
 # --- The program ----------------------------------------------------------------------------------------
 
-METHODS = {method.NAME: method for method in (SimCLR, MoCoV2, BYOL, SwAV)}
+METHODS = {method.NAME: method for method in (SimCLR, MoCoV2, BYOL, SwAV, CLIP)}
 
 
 def parse(argv=None):

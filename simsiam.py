@@ -726,7 +726,7 @@ def check_together(s):
             raise Refused(f"--{name} {s[name]}: the lower bound comes first")
     if s["strength"][3] > 0.5:
         raise Refused(f"--strength {s['strength']}: the last, hue, at most 0.5: half a turn either way")
-    if s["affine"] and not s["bn"][1]:
+    if s.get("affine") and not s["bn"][1]:
         raise Refused(f"--affine: is of the projection's output BN, which --bn {s['bn']} has not")
     if s["warmup"] >= s["epochs"]:
         raise Refused(f"--warmup {s['warmup']}: less than --epochs {s['epochs']}")
@@ -737,10 +737,10 @@ def check_together(s):
 class Method:
     """What a run asks of a method of pre-training. This one is SimSiam; related.py has others.
 
-    An object belongs to one run, which calls, in this order: set_up, build; then, with the model on its
-    device and its BN synchronised, optimizer, parts, stream; in each step what `stream` does, set_lr, the
-    step itself, after_step. What a method remembers from step to step has to be among its parts, or a
-    resumed run would lack it.
+    An object belongs to one run, which calls, in this order: open, set_up, build; then, with the model on
+    its device and its BN synchronised, optimizer, parts, stream; in each step what `stream` does, set_lr,
+    the step itself, after_step; now and then, measure. What a method remembers from step to step has to be
+    among its parts, or a resumed run would lack it.
 
     NAME            of the method, and of the experiment that changes nothing
     SETTINGS, CHOICES, EXPERIMENTS      its tables, as in section 8
@@ -748,6 +748,7 @@ class Method:
     views           of an image, that a step takes
     minimum         of the loss, or a bound below it; shown beside the loss
     REMEDY          what to try against a collapse, beside more warm-up and a smaller lr
+    MEASURED        {key of the log: how the screen shows it}, of what `measure` finds
     """
     NAME = "simsiam"
     SETTINGS = SETTINGS
@@ -755,10 +756,14 @@ class Method:
     EXPERIMENTS = EXPERIMENTS
     ON_IMAGENET = {}
     REMEDY = "--pred-dim a quarter of --dim"
+    MEASURED = {}
+    open = staticmethod(open_data)
 
-    def __init__(self, s):
-        """s: the settings of the run"""
+    def __init__(self, s, data=None):
+        """s: the settings of the run. data: what it trains on; for SimSiam the images are enough, which come
+        in a stream"""
         self.s = s
+        self.data = data
         self.steps_per_epoch = s["images"] // s["batch"]
         self.total_steps = s["epochs"] * self.steps_per_epoch
         self.warmup_steps = s["warmup"] * self.steps_per_epoch
@@ -820,6 +825,11 @@ class Method:
 
     def after_step(self, step):
         """What is to be done after each step."""
+
+    def measure(self, encoder, job, autocast):
+        """What is measured beside kNN and rank, and as often: {key of MEASURED: value}. The encoder is in
+        eval mode."""
+        return {}
 
     def collapsed(self, loss, std_sqrt_d):
         """Whether an epoch of this mean loss and std x sqrt(d) shows a collapse."""
@@ -927,7 +937,7 @@ def prepare(args):
     """Join the processes, open the data, settle the settings -> Job. Raises Refused; nothing is written
     yet."""
     device, _, world = join_world(torch.device(args.device))
-    data = open_data(args.data, args.range)
+    data = args.method.open(args.data, args.range)
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
@@ -938,7 +948,7 @@ def prepare(args):
     out = args.out or os.path.join("runs", name)
     return Job(
         settings=s,
-        method=args.method(s),
+        method=args.method(s, data),
         device=device,
         train=train,
         val=val,
@@ -1066,7 +1076,7 @@ def report_untrained(run, job, encoder, autocast, progress):
     if job.settings["knn_every"] > 0:
         with run.during("kNN"):
             backbone = calibrated(encoder, job.test_views, job.train).eval()
-            watched = job.watch(backbone.features, autocast)
+            watched = job.watch(backbone.features, autocast) | job.method.measure(backbone, job, autocast)
     started = "as loaded" if job.settings["init"] else "untrained"
     report(run, job, progress, 0, f"  {started} (with BN calibrated)", **watched)
 
@@ -1080,7 +1090,7 @@ def report_epoch(run, job, encoder, optimizer, autocast, progress):
     if s["knn_every"] > 0 and (number % s["knn_every"] == 0 or number == s["epochs"]):
         with run.during("kNN"):
             encoder.eval()
-            watched = job.watch(encoder.features, autocast)
+            watched = job.watch(encoder.features, autocast) | job.method.measure(encoder, job, autocast)
             encoder.train()
     in_trouble = job.method.collapsed(loss_mean, std_mean)
     if in_trouble and not any(record["collapsed"] for record in run.log.epochs()):
@@ -1122,14 +1132,15 @@ def low_rank(epochs):
 
 def report(run, job, progress, number, note, **measured):
     """A record of an epoch, in the log, in the picture, on the screen."""
-    values = {**dict.fromkeys(MEASURED), **measured}
+    shows = MEASURED | job.method.MEASURED
+    values = {**dict.fromkeys(shows), **measured}
     record = run.record("epoch", epoch=number, step=number * run.steps_per_epoch, **values)
     minimum = job.method.minimum
     if run.first:
         knn_pixels = run.log.records[0].get("knn_pixels")
         draw_curves(run.path("curves.png"), run.log.epochs(), knn_pixels, minimum, low_rank(run.log.epochs()))
     line = f"epoch {number}/{job.settings['epochs']}{note}"
-    for name, shown in MEASURED.items():
+    for name, shown in shows.items():
         if shown and record[name] is not None:
             line += "  " + shown.format(record[name], minimum)
     progress.line(line)

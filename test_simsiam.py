@@ -1258,7 +1258,7 @@ SHAPE_COMMENTS = {
     "simsiam.py": 10,
     "augment.py": 34,
     "lineval.py": 9,
-    "related.py": 14,
+    "related.py": 19,
     "harness/batchnorm.py": 2,
     "harness/evaluate.py": 1,
     "harness/per_image.py": 2,
@@ -1281,6 +1281,7 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
             tiny = [ten, *TINY, *shlex.split(f"--epochs 1 --workers 0 --method {method}")]
             assert here("related.py", *tiny, "--out", tmp_path / method) is None
         sys.modules["simsiam"].D_cross_entropy(*torch.randn(2, 4, 5))
+        sys.modules["related"].clip_loss(*torch.randn(2, 4, 5), torch.tensor(1.0))
         sys.modules["harness.shapes"].draw_shapes(0, 0, 2)
         sys.modules["harness.processes"].join_world(CPU)
         sys.modules["harness.batchnorm"].SyncBatchNorm(5)(torch.randn(4, 5, 2, 2))

@@ -11,6 +11,7 @@
     walk        which files below a folder are its images, and why the others are none
     lists       text files that name images, and what is no such list
     labels      labels of a flat validation folder, from a text file
+    captions    words for what was drawn, lists of images with captions, and words as numbers
     cifar       CIFAR-10 and CIFAR-100 as they are downloaded
     shapes      the drawn data set, for which nothing is downloaded
     images      reading one image file, good or bad

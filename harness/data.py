@@ -13,6 +13,7 @@ folders of train/ that have images below; what is no class of train/ makes val/ 
 up to 64 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
 import math
+import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,12 +21,14 @@ import numpy as np
 import torch
 
 from . import cifar
+from .captions import read_captions
 from .errors import Refused
 from .found import Found, Split, describe
 from .images import header, range_of_files
 from .layouts import look
 from .shapes import draw_data_set
 from .source import Source
+from .walk import as_files
 
 SMALL = 64  # pixels a side, up to which images of one size are held in memory
 
@@ -62,6 +65,19 @@ def open_data(path, value_range=None):
     """
     data = find_data(path, value_range)
     return data._replace(train=in_memory(data.train), val=data.val and in_memory(data.val))
+
+
+def open_captions(path, value_range=None):
+    """The same of a list of images with captions (harness/captions.py), or of the drawn shapes. Sources have
+    captions."""
+    if path is None:
+        return open_data(None)
+    files, captions = read_captions(path)
+    files = as_files(files)
+    value_range = value_range or range_of_files(files)
+    train = Source(files=files, captions=captions, value_range=value_range)
+    found = Found("a list of images with captions", Split(os.fsdecode(path), files))
+    return Data(in_memory(train), None, found)
 
 
 def find_data(path, value_range=None):

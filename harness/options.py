@@ -38,7 +38,8 @@ LIMITS = {
     "fc_std": (0, 10),
     "k": (0, math.inf),
     "m": (0, 0.9999),
-    # Of SimSiam's neighbours.
+    # Of SimSiam's neighbours. A temperature, or eps, near 0 would divide by nothing. No scale of CLIP's is above
+    # 100.
     "temperature": (1e-3, 1e3),
     "queue": (1, 10 ** 8),
     "tau": (0, 1),
@@ -49,6 +50,8 @@ LIMITS = {
     "freeze": (0, math.inf),
     "lr_end": (0, 1),
     "last_bn": (0, 1),
+    "words_width": (1, 10 ** 6),
+    "scale": (1e-3, 100),
     # Of the views.
     "size": (2, 4096),
     "area": (1e-4, 1),

@@ -114,7 +114,7 @@ class Run:
                 state = {"state": state["state"], "param_groups": groups}
             part.load_state_dict(state)
         for w, kept in self.parts["optimizer"].state.items():
-            if any(t.shape != w.shape for t in kept.values()):
+            if any(t.shape != w.shape for name, t in kept.items() if name != "step"):  # AdamW counts them
                 raise ValueError("momentum of other shapes")
 
     def load_position(self, checkpoint, path):

@@ -4,7 +4,8 @@ Colours, place, size, rotation, ground and clutter don't depend on the kind, so 
 tells it. The object is always lighter than its ground. Otherwise "lighter or darker" would be one bit that
 no augmentation takes away, and SimSiam would learn that first.
 
-As with CIFAR-10, the images are the same whatever the seed of a run, so that runs can be compared.
+As with CIFAR-10, the images are the same whatever the seed of a run, so that runs can be compared. Each has a
+caption, too, which says what was drawn (harness/captions.py).
 """
 import multiprocessing
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .captions import describe
 from .draws import SHAPES, uniforms
 from .processes import cores
 from .source import Source
@@ -58,34 +60,38 @@ def draw_data_set():
     pieces = np.array_split(np.arange(TRAINING + VALIDATION), 64)
     with multiprocessing.Pool(cores()) as pool:
         drawn = pool.map(partial(draw_images, 0), pieces)
-    images = np.concatenate(drawn)
-    return as_source(images[:TRAINING], 0), as_source(images[TRAINING:], TRAINING)
+    images = np.concatenate([images for images, _ in drawn])
+    captions = [caption for _, captions in drawn for caption in captions]
+    return (as_source(images[:TRAINING], captions[:TRAINING], 0),
+            as_source(images[TRAINING:], captions[TRAINING:], TRAINING))
 
 
 def draw_shapes(seed, start, count, side=32):
     """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source. The
     kinds take turns."""
-    return as_source(draw_images(seed, np.arange(start, start + count), side), start)
+    return as_source(*draw_images(seed, np.arange(start, start + count), side), start)
 
 
-def as_source(images, start):
-    """Images (N, side, side, 3), the first of which is number `start` -> Source"""
+def as_source(images, captions, start):
+    """Images (N, side, side, 3) and N captions, the first of which is number `start` -> Source"""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)             # (N, 3, side, side)
     pixels = pixels.contiguous()
     labels = np.arange(start, start + len(images)) % len(OBJECTS)
-    return Source(pixels=pixels, labels=labels, classes=list(OBJECTS))
+    return Source(pixels=pixels, labels=labels, classes=list(OBJECTS), captions=captions)
 
 
 def draw_images(seed, index, side=32):
-    """The images of these numbers -> (N, side, side, 3) uint8"""
+    """The images of these numbers -> (N, side, side, 3) uint8, and their captions"""
     kinds = list(OBJECTS)
     u = uniforms(seed, 0, index[:, None], SHAPES, np.arange(80))  # 80 numbers an image, more than it needs
-    return np.stack([draw_shape(kinds[i % len(kinds)], iter(u_i), side) for i, u_i in zip(index, u)])
+    drawn = [draw_shape(kinds[i % len(kinds)], iter(u_i), side) for i, u_i in zip(index, u)]
+    images, captions = zip(*drawn)
+    return np.stack(images), list(captions)
 
 
 def draw_shape(kind, u, side):
-    """One image of this kind -> (side, side, 3) uint8. u: an iterator over uniform numbers, taken in a
-    fixed order."""
+    """One image of this kind -> (side, side, 3) uint8, and its caption. u: an iterator over uniform numbers,
+    taken in a fixed order."""
     big = SCALE * side
 
     def colour(low, high):
@@ -102,13 +108,17 @@ def draw_shape(kind, u, side):
         end = x + (dx - big / 2) / 2, y + (dy - big / 2) / 2
         pen.line((x, y, *end), fill=colour(40, 110), width=SCALE)
     # The object: its size, place and rotation. All kinds are drawn from the same numbers.
-    radius = big * (0.24 + 0.2 * next(u))
+    size = next(u)
+    radius = big * (0.24 + 0.2 * size)
     room = big - 2 * radius  # where the centre may lie, so that the object stays within the image
-    centre = complex(radius + room * next(u), radius + room * next(u))
-    turned = radius * np.exp(1j * np.pi * next(u))
-    mask = draw_object(kind, big, centre, radius, turned)
-    image.paste(colour(150, 256), mask=mask)
-    return np.array(image.reduce(SCALE))
+    place = complex(next(u), next(u))
+    centre = radius * (1 + 1j) + room * place
+    turn = next(u)
+    mask = draw_object(kind, big, centre, radius, radius * np.exp(1j * np.pi * turn))
+    paint = colour(150, 256)
+    image.paste(paint, mask=mask)
+    caption = describe(kind, size, place, turn, paint, wording=next(u))
+    return np.array(image.reduce(SCALE)), caption
 
 
 def draw_object(kind, side, centre, radius, turned):

@@ -21,6 +21,7 @@ class Source:
                 reference counts of a list of Python strings would make each worker copy it
     labels      (N,) int64 array, or None
     classes     list of names, or None
+    captions    list of texts, one an image, or None
     value_range (low, high), which become 0 to 255 where a file has more than 8 bits; or None
     bad         {index: what is wrong with that file}, of the files that were met so far
     """
@@ -28,6 +29,7 @@ class Source:
     files: object = None
     labels: object = None
     classes: object = None
+    captions: object = None
     value_range: object = None
     bad: dict = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class Source:
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(good)],
             files=None if self.files is None else self.files[good],
             labels=None if self.labels is None else self.labels[good],
+            captions=None if self.captions is None else [self.captions[i] for i in good],
             bad={})
 
     def fingerprint(self):

@@ -11,6 +11,7 @@ import augment
 import related
 import simsiam
 from harness import ends, loading, processes, shapes
+from harness.data import Data
 from tests.helpers import CPU, TINY_BACKBONE, TINY_HEADS
 
 STEPS = 6
@@ -21,6 +22,7 @@ WRONG = {  # what people got wrong: {method: variants}; see `spoil`
     "mocov2": ["keys of one process", "target's BN of one process"],
     "byol": ["target's BN of one process"],
     "swav": ["codes of one process"],
+    "clip": ["captions of one process", "captions without a gradient"],
 }
 
 
@@ -28,15 +30,20 @@ def settings(name, **more):
     """Settings of a run of 48 images, three steps an epoch."""
     s = simsiam.recipe("shapes", related.METHODS[name].SETTINGS)
     tiny = dict(TINY_BACKBONE, **TINY_HEADS, size=16, epochs=3, batch=16, base_lr=1.0, warmup=0, images=48)
-    small = {"queue": 64, "prototypes": 8, "temperature": 0.3}
-    return s | tiny | {key: value for key, value in small.items() if key in s} | more
+    small = {"queue": 64, "prototypes": 8, "temperature": 0.3, "words_width": 8}
+    return {key: (tiny | small).get(key, value) for key, value in s.items()} | {"images": 48} | more
 
 
-def views():
+def data():
+    """48 drawn shapes of 16 pixels, with captions, and 10 to validate."""
+    return Data(shapes.draw_shapes(0, 0, 48, 16), shapes.draw_shapes(0, 48, 10, 16), None)
+
+
+def views(count=2):
     """This process's share of each step's views, in float64: other images on each process."""
-    source = shapes.draw_shapes(0, 0, 48, 16)
     batches = loading.index_batches(0, 48, 16, 2, rank=dist.get_rank(), world=dist.get_world_size())
-    for index, x in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
+    loaded = augment.load_views(data().train, augment.Policy(size=16), 0, batches, CPU, 0, count)
+    for index, x in loaded:
         yield index, [v.double() for v in x]
 
 
@@ -98,6 +105,12 @@ def spoil(method, variant):
                 module.__class__ = LocalBN
     elif variant == "codes of one process":
         method.codes = functools.partial(method.codes, **ALONE)
+    elif variant == "captions of one process":
+        method.loss = lambda log_scale, image, text: related.clip_loss(image, text, log_scale)
+    elif variant == "captions without a gradient":
+        method.loss = lambda log_scale, image, text: related.clip_loss(
+            image, text, log_scale, lambda t: processes.all_sum(t.detach().clone()), dist.get_rank(),
+            dist.get_world_size())
     else:
         assert variant == "right"
 
@@ -105,7 +118,7 @@ def spoil(method, variant):
 def train(name, variant="right", **more):
     """Six steps in float64 -> {name of a part: its state}, and each step's loss."""
     torch.manual_seed(0)
-    method = related.METHODS[name](settings(name, **more))
+    method = related.METHODS[name](settings(name, **more), data())
     method.build()
     method.model.double()
     network = simsiam.distribute(method.model, CPU)
@@ -113,15 +126,15 @@ def train(name, variant="right", **more):
     parts = method.parts(CPU)
     spoil(method, variant)
     losses = []
-    stream = method.stream(lambda batches: batches, views(), parts, 0, NO_AUTOCAST)
+    stream = method.stream(lambda batches: batches, views(method.views), parts, 0, NO_AUTOCAST)
     for step, (x, objective) in enumerate(stream):
         method.set_lr(optimizer, step)
         L, _ = simsiam.train_step(network, objective, optimizer, NO_AUTOCAST, x)
         method.after_step(step)
         losses.append(processes.mean_over_processes(L).item())
     assert len(losses) == STEPS
-    states = {part: dict(module.state_dict()) for part, module in {"model": method.model, **parts}.items()}
-    return states, losses
+    modules = {"model": method.model, **parts}
+    return {part: module.state_dict() for part, module in modules.items() if part != "vocabulary"}, losses
 
 
 def everything(file, wrong=True):

@@ -1,0 +1,123 @@
+"""Captions: words for what was drawn, lists of images with captions, and words as numbers.
+
+A drawn shape's caption says its kind, size, colour, place and rotation, in one of several wordings, so that
+two images of a batch hardly ever have the same one. Anybody's own images come as a list: on each line a path,
+a tab, and a caption. A caption is taken as a bag of words: lower-case, without their order.
+"""
+import colorsys
+import hashlib
+import os
+import re
+
+import torch
+
+from .errors import Refused, printable
+from .lists import read_lines
+
+WORDINGS = (
+    "a {size} {colour} {kind} {place}, turned by {turn} degrees",
+    "{place}: a {kind}, {size} and {colour}, rotated {turn} degrees",
+    "a picture of one {colour} {kind}; it is {size}, at {turn} degrees, {place}",
+    "this {kind} is {size}, painted {colour}, {place}, and turned {turn} degrees",
+)
+SIZES = ("small", "medium", "large")
+ROWS = ("at the top", "in the middle", "at the bottom")
+COLUMNS = ("on the left", "in the centre", "on the right")
+COLOURS = ("red", "orange", "yellow", "green", "green", "turquoise", "turquoise", "blue", "blue", "violet",
+           "pink", "pink")  # by hue, every 30 degrees
+PALE = 40     # levels between the strongest and the weakest channel, below which a colour is white
+TURN = 30     # degrees, to which a rotation is rounded
+
+
+# --- Words for what was drawn ------------------------------------------------------------------------------
+
+def describe(kind, size, place, turn, paint, wording):
+    """The caption of a drawn shape.
+
+    size, turn, wording     from 0 to 1, 1 excluded: of the sizes, of half a turn, of the wordings
+    place                   a complex number, from 0 to 1 each way: as far left, and as high up, as it can be,
+                            to as far right, and as low
+    paint                   red, green, blue, from 0 to 255
+    """
+    column = COLUMNS[int(3 * place.real)]
+    row = ROWS[int(3 * place.imag)]
+    return WORDINGS[int(len(WORDINGS) * wording)].format(
+        kind=kind, size=SIZES[int(3 * size)], colour=colour_name(paint), place=f"{row} {column}",
+        turn=int(180 * turn) // TURN * TURN)
+
+
+def colour_name(paint):
+    """A word for a colour: by its hue, or white where it has hardly one."""
+    if max(paint) - min(paint) < PALE:
+        return "white"
+    hue, _, _ = colorsys.rgb_to_hsv(*paint)
+    return COLOURS[round(hue * len(COLOURS)) % len(COLOURS)]
+
+
+# --- Lists with captions --------------------------------------------------------------------------------
+
+def read_captions(path):
+    """A text file with a path, a tab and a caption on each line -> paths (bytes), captions.
+
+    Paths are relative to the text file. Raises Refused where a line names no file, or has no caption.
+    """
+    name = os.fsdecode(path)
+    folder = os.path.dirname(os.fsencode(path))
+    if not os.path.isfile(path):
+        raise Refused(f"{name}: captions come in a text file: on each line a path, a tab, and the caption")
+    files, captions = [], []
+    for number, line in enumerate(read_lines(path), 1):
+        image, tab, caption = line.partition(b"\t")
+        files.append(os.path.join(folder, image.strip()))
+        captions.append(caption.decode("utf-8", errors="replace").strip())
+        problem = None
+        if not tab:
+            problem = "has no tab: a path, a tab, and the caption"
+        elif not words_of(captions[-1]):
+            problem = "has a caption without a word"
+        elif not os.path.isfile(files[-1]):
+            problem = f"names no file: {os.fsdecode(files[-1][:200])}"
+        if problem:
+            raise Refused(f"{name}: line {number} (empty ones not counted) {printable(problem)}")
+    if not files:
+        raise Refused(f"{name}: is empty; on each line a path, a tab, and the caption")
+    return files, captions
+
+
+# --- Words as numbers -----------------------------------------------------------------------------------
+
+def words_of(text):
+    """The words of a text, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+class Vocabulary:
+    """The words of the training captions, numbered from 1 in the order of the alphabet. 0 is no word.
+
+    A word that is not among them is left out, wherever it comes.
+    """
+
+    def __init__(self, captions):
+        self.words = sorted({word for caption in captions for word in words_of(caption)})
+        self.number = {word: k for k, word in enumerate(self.words, 1)}
+
+    def numbers(self, texts):
+        """The words of each text by number, filled up with 0: (N, L) int64"""
+        known = [[self.number[word] for word in words_of(text) if word in self.number] for text in texts]
+        longest = max([1, *map(len, known)])
+        return torch.tensor([row + [0] * (longest - len(row)) for row in known])
+
+    def state_dict(self):
+        """For a checkpoint: whoever uses the text encoder needs the words."""
+        return {"words": self.words}
+
+    def load_state_dict(self, state):
+        """Raises ValueError where these are other words: the run's captions decide, and have changed."""
+        if state["words"] != self.words:
+            raise ValueError("captions of other words")
+
+
+def hash_of(captions):
+    """A number below 2^48 that tells lists of captions apart."""
+    text = "\n".join(captions).encode("utf-8", errors="replace")
+    return int(hashlib.sha256(text).hexdigest()[:12], 16)
