@@ -38,8 +38,7 @@ LIMITS = {
     "fc_std": (0, 10),
     "k": (0, math.inf),
     "m": (0, 0.9999),
-    # Of SimSiam's neighbours. A temperature, or eps, near 0 would divide by nothing. No scale of CLIP's is above
-    # 100.
+    # Of SimSiam's neighbours. A temperature or an eps near 0 divides by nothing; 100 is CLIP's own limit.
     "temperature": (1e-3, 1e3),
     "queue": (1, 10 ** 8),
     "tau": (0, 1),
