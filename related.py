@@ -454,11 +454,11 @@ class BYOL(MomentumEncoder):
     SETTINGS = table(
         imagenet=dict(
             proj_layers=2, proj_hidden=4096, dim=256, pred_dim=4096, bn=(1, 0, 1, 0), batch=4096,
-            base_lr=0.45, weight_decay=1e-6, warmup=10, pred_lr="cosine", area=(0.08, 1.0),
-            strength=(0.4, 0.4, 0.2, 0.1)),
+            weight_decay=1e-6, warmup=10, pred_lr="cosine", area=(0.08, 1.0), strength=(0.4, 0.4, 0.2, 0.1)),
         everywhere={},
         added={
             "optimizer":     (str,    "lars-outside", "sgd", "sgd"),  # last_bn: the paper's; its code has 0
+            "base_lr":       (number, 0.45,           0.0075, 0.5),  # SimSiam's / 4, by the loss
             "tau":           (number, 0.99,           0.99,  0.99),  # at the start; small recipes: OURS
             "tau_rises":     (bool,   True,           True,  True),  # to 1
             "pred_lr_times": (number, 1.0,            1.0,   1.0),
@@ -569,9 +569,11 @@ class SwAV(Related):
         added={
             "optimizer":   (str,    "larc", "sgd", "sgd"),
             "lr_end":      (number, 0.001,  0.0,   0.0),   # the last lr, as a share of the first
-            "temperature": (number, 0.1,    0.1,   0.1),
-            "prototypes":  (int,    3000,   512,   32),    # small recipes: OURS; lr_end and freeze there, too
-            "eps":         (number, 0.05,   0.05,  0.05),
+            # Small recipes: OURS. SimSiam's z has more numbers than SwAV's 128, so that its cosines with the
+            # prototypes are smaller at first; with SwAV's temperature and eps the loss stays at log K.
+            "temperature": (number, 0.1,    0.05,  0.05),
+            "prototypes":  (int,    3000,   512,   32),
+            "eps":         (number, 0.05,   0.02,  0.02),
             "iterations":  (int,    3,      3,     3),
             "freeze":      (int,    1,      0,     0),     # epochs in which the prototypes stay as they are
             "stopgrad":    (bool,   True,   True,  True),

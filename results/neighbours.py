@@ -35,14 +35,16 @@ METHODS = {  # row: the command
     "byol": "related.py --method byol",
     "swav": "related.py --method swav",
 }
-SEC62 = {
+ON_SHAPES = {  # beside these: CLIP, whose captions only the shapes have; Sec. 6.2
+    "clip": "related.py --method clip",
     "simclr, predictor": "related.py --experiment sec62-simclr-predictor",
     "simclr, predictor, stop-gradient": "related.py --experiment sec62-simclr-predictor-stopgrad",
     "swav, predictor": "related.py --experiment sec62-swav-predictor",
     "swav, no stop-gradient": "related.py --experiment sec62-swav-without-stopgrad",
 }
+ROWS = {"shapes": METHODS | ON_SHAPES, "cifar10": METHODS}
 PAPER = {  # ImageNet, 100 epochs: Table 4, Sec. 6.2
-    "simsiam": "68.1", "simclr": "66.5", "mocov2": "67.4", "byol": "66.5", "swav": "66.5",
+    "clip": "-", "simsiam": "68.1", "simclr": "66.5", "mocov2": "67.4", "byol": "66.5", "swav": "66.5",
     "simclr, predictor": "66.4", "simclr, predictor, stop-gradient": "66.0",
     "swav, predictor": "65.2", "swav, no stop-gradient": "NaN: diverges",
 }
@@ -52,7 +54,7 @@ SEEDS = {"shapes": 5, "cifar10": 2}
 def jobs():
     """(data, row, seed) of all runs, in the order of their use: a seed of each row, then the next seed."""
     for seed in range(max(SEEDS.values())):
-        for data, rows in (("shapes", METHODS | SEC62), ("cifar10", METHODS)):
+        for data, rows in ROWS.items():
             if seed < SEEDS[data]:
                 yield from ((data, row, seed) for row in rows)
 
@@ -72,7 +74,7 @@ def run(data, folder, row, seed, deadline):
     deadline."""
     name = name_of(data, row, seed)
     out = f"{RUNS}/{name}"
-    script, *options = shlex.split((METHODS | SEC62)[row])
+    script, *options = shlex.split(ROWS[data][row])
     options += ["--seed", str(seed), "--workers", "0"]
     if data == "cifar10":
         options += [folder, *shlex.split(SMALL)]
@@ -91,7 +93,7 @@ def table():
         "| data | row | seeds | loss | std x sqrt(d) | kNN | cached linear | s a step | MiB | the paper |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for data, rows in (("shapes", METHODS | SEC62), ("cifar10", METHODS)):
+    for data, rows in ROWS.items():
         for row in rows:
             found = []
             for seed in range(SEEDS[data]):
@@ -126,6 +128,8 @@ def columns(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", metavar="CIFAR", help="a CIFAR-10 folder")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these only (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these only (default: all)")
     parser.add_argument("--minutes", type=float, default=1e4,
                         help="stop after so many, everything saved; the same command goes on")
     args = parser.parse_args()
@@ -134,7 +138,8 @@ def main():
     try:
         folder = subset(*open_cifar10(args.data), 10_000, SUBSET) if args.data else None
         todo = [(data, folder, row, seed, deadline) for data, row, seed in jobs()
-                if (data == "shapes" or folder) and not os.path.exists(kept(data, row, seed))]
+                if (data == "shapes" or folder) and not os.path.exists(kept(data, row, seed))
+                and row in (args.rows or PAPER) and seed in (args.seeds or range(100))]
         for name in results_of(run, todo):
             print(f"done: {name}", flush=True)
     except Interrupted:

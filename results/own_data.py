@@ -195,8 +195,8 @@ def advice(trained, untrained):
         *lines, "",
         "So train for 4,000 steps at least, and for tens of thousands where you can: the paper's recipe for",
         "CIFAR-10 has 78,000. A small batch gives more steps from the same images than the recipe's 512; the",
-        "lr, from 0.1 to 0.2, matters less than the steps. For kNN, a fifth of a class's images is a good number",
-        "of neighbours. One seed each: differences of 2 points may be chance.",
+        "lr, from 0.1 to 0.2, matters less than the steps. For kNN, a fifth of a class's images is a good",
+        "number of neighbours. One seed each: differences of 2 points may be chance.",
     ]
 
 

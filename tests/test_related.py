@@ -102,7 +102,7 @@ RESULTS = {  # SimSiam's Table 4, Sec. 6.2, footnote 2, supplement D; BYOL's Tab
 NEEDED = {
     "simclr": {"temperature", "stopgrad"},
     "mocov2": {"temperature", "queue", "tau"},
-    "byol": {"tau", "tau_rises", "pred_lr_times"},
+    "byol": {"tau", "tau_rises", "pred_lr_times", "base_lr"},        # a quarter: its loss is 4 times as steep
     "swav": {"temperature", "prototypes", "eps", "iterations", "freeze", "lr_end", "stopgrad"}}
 
 
@@ -155,7 +155,7 @@ def test_experiments_hold_the_papers_settings_and_results(experiment):
 
 def test_a_small_recipe_keeps_its_own_lr_in_a_row_of_imagenets_recipes():
     """BYOL's recipes by length are for LARS on ImageNet; what makes the row stays."""
-    own = simsiam.recipe("cifar10")
+    own = simsiam.recipe("cifar10", related.BYOL.SETTINGS)
     row = settings_of_row("fn2-byol-tau-0", "cifar10")
     assert (row["base_lr"], row["weight_decay"]) == (own["base_lr"], own["weight_decay"])
     assert (row["tau"], row["tau_rises"], row["pred_lr_times"]) == (0, False, 10)
@@ -601,7 +601,8 @@ def test_swav_eq1_swaps_the_codes():
     z1, z2, *_ = vectors(n=8, d=16)
     method.model.double()
     s1, s2 = prototypes(z1), prototypes(z2)
-    codes = [torch.from_numpy(sinkhorn_in_numpy(s.detach().numpy(), 0.05, 3)) for s in (s1, s2)]
+    eps = method.s["eps"]
+    codes = [torch.from_numpy(sinkhorn_in_numpy(s.detach().numpy(), eps, 3)) for s in (s1, s2)]
     t = method.s["temperature"]
     expected = (related.swapped(s1, codes[1], t) + related.swapped(s2, codes[0], t)) / 2
     L = method.loss(s1, s2, z1, z2)
@@ -1215,7 +1216,7 @@ def test_a_row_of_imagenets_recipes_says_what_a_small_recipe_leaves_out():
     """BYOL's lr at 800 epochs, on CIFAR-10."""
     settings = settings_of_row("table4-byol-800-epochs", "cifar10")
     said = simsiam.describe_experiment(related.BYOL(settings))
-    assert "here base_lr 0.03, weight_decay 0.0005, tau 0.99, not what the row says" in said
+    assert "here base_lr 0.0075, weight_decay 0.0005, tau 0.99, not what the row says" in said
 
 
 @pytest.mark.parametrize("options, word", [("--help", "Sinkhorn"), ("--method swav --help", "--prototypes")])

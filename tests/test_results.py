@@ -179,6 +179,26 @@ def test_the_page_on_ones_own_data_is_made_of_its_lines(monkeypatch):
         assert re.search(words, source), words
 
 
+def test_the_page_on_the_neighbours_has_the_table_of_their_logs(monkeypatch):
+    """results/related.md against what results/neighbours.py makes of results/related."""
+    monkeypatch.chdir(ROOT)
+    assert runpy.run_path("results/neighbours.py")["table"]() in (RESULTS / "related.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["simclr", "mocov2", "byol", "swav", "clip"])
+def test_readme_has_the_last_knn_of_each_neighbour(method):
+    """Seed 0's, and CLIP's zero-shot accuracy, against their logs."""
+    lines = (RESULTS / f"related/shapes-{method}-0.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    *_, last, end = log
+    assert end["event"] == "end"
+    row = re.search(rf"^\| `--method {method}` \|.*\|$", (ROOT / "README.md").read_text(), re.M)[0]
+    assert f"{last['knn']:.1f}%" in row
+    assert last["knn"] >= 20 + max(log[0]["knn_pixels"], log[1]["knn"])
+    if method == "clip":
+        assert f"zero-shot {last['zero_shot']:.1f}%" in row
+
+
 # --- Reliability and speed ----------------------------------------------------------------------------------
 
 def test_every_killed_run_ended_with_the_uninterrupted_weights():
