@@ -1423,6 +1423,34 @@ def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch):
         test(*arguments)
 
 
+DEPARTURES = [  # (words in the line with the mark, first cell of its row in results/related.md), in order
+    ("resized bilinearly", "resizing"),
+    ("each view passes", "views"),
+    ("in proportion to the batch", "lr by batch; set"),
+    ("pixels are standardised", "pixels"),
+    ("BN is over the whole batch", "BN"),
+    ("SimSiam's blur", "views' policies"),
+    ("no solarisation", "views' policies"),
+    ("fc layers before a BN", "biases of fc layers"),
+    ("normalised here", "prototypes"),
+    ("no queue", "queue of outputs"),
+    ("bag of words", "text encoder"),
+    ("0.6", "crop"),
+]
+
+
+def test_every_departure_has_its_row_in_the_page():
+    """The marks in related.py against the table above, in order; its rows against the page's table."""
+    marks = [line for line in (ROOT / "related.py").read_text().splitlines() if "DEPARTURE" in line]
+    assert len(marks) == len(DEPARTURES)
+    table = (ROOT / "results/related.md").read_text().split("| | the authors | here |")[1]
+    rows = re.findall(r"^\| ([^|]+) \|", table.split("\n\n")[0], re.M)
+    for mark, (word, row) in zip(marks, DEPARTURES):
+        assert word in mark
+        assert row in rows
+    assert {row for _, row in DEPARTURES} == set(rows)
+
+
 def test_the_page_has_the_map_of_the_sources():
     """results/related.md against the table that is made from the sources."""
     assert papers_map() in (ROOT / "results/related.md").read_text(), "python -m tests.test_related writes it"
