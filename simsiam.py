@@ -46,6 +46,7 @@ from torch import nn
 import augment
 import resnet
 from harness.batchnorm import synchronize
+from harness.captions import hash_of
 from harness.data import SMALL, open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
@@ -941,7 +942,8 @@ def prepare(args):
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
-    check_same_images((s["content"], val.fingerprint() if val else 0), args.data, device)
+    same = s["content"], val.fingerprint() if val else 0, hash_of(train.captions)
+    check_same_images(same, args.data, device)
     name = folder_name(args.data)
     if args.experiment != "simsiam":
         name = f"{name}-{args.experiment}"

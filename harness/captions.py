@@ -2,12 +2,14 @@
 
 A drawn shape's caption says its kind, size, colour, place and rotation, in one of several wordings, so that
 two images of a batch hardly ever have the same one. Anybody's own images come as a list: on each line a path,
-a tab, and a caption. A caption is taken as a bag of words: lower-case, without their order.
+a tab, and a caption. A caption is taken as a bag of words: lower-case, without their order. A word is what
+stands between spaces and punctuation: a sentence in Chinese is one word, unless its words are set apart.
 """
 import colorsys
 import hashlib
 import os
 import re
+import unicodedata
 
 import torch
 
@@ -26,7 +28,8 @@ COLUMNS = ("on the left", "in the centre", "on the right")
 COLOURS = ("red", "orange", "yellow", "green", "green", "turquoise", "turquoise", "blue", "blue", "violet",
            "pink", "pink")  # by hue, every 30 degrees
 PALE = 40     # levels between the strongest and the weakest channel, below which a colour is white
-TURN = 30     # degrees, to which a rotation is rounded
+TURN = 30     # degrees, in whole numbers of which a rotation is said
+LONGEST = 256  # words of a text that are taken; all texts are as long as the longest, in memory
 
 
 # --- Words for what was drawn ------------------------------------------------------------------------------
@@ -69,10 +72,12 @@ def read_captions(path):
     for number, line in enumerate(read_lines(path), 1):
         image, tab, caption = line.partition(b"\t")
         files.append(os.path.join(folder, image.strip()))
-        captions.append(caption.decode("utf-8", errors="replace").strip())
+        captions.append(caption.decode("utf-8", errors="surrogateescape").strip())
         problem = None
         if not tab:
-            problem = "has no tab: a path, a tab, and the caption"
+            problem = "has no tab and caption: a path, a tab, and the caption"
+        elif re.search("[\udc80-\udcff]", captions[-1]):  # how Python keeps bytes that are no UTF-8
+            problem = "has a caption that is no UTF-8 text; iconv, or an editor, converts the list"
         elif not words_of(captions[-1]):
             problem = "has a caption without a word"
         elif not os.path.isfile(files[-1]):
@@ -81,14 +86,21 @@ def read_captions(path):
             raise Refused(f"{name}: line {number} (empty ones not counted) {printable(problem)}")
     if not files:
         raise Refused(f"{name}: is empty; on each line a path, a tab, and the caption")
+    if len({bag(caption) for caption in captions}) < 2:
+        raise Refused(f"{name}: all captions have the same words; there is nothing to tell apart")
     return files, captions
 
 
 # --- Words as numbers -----------------------------------------------------------------------------------
 
 def words_of(text):
-    """The words of a text, in lower case."""
-    return re.findall(r"\w+", text.lower())
+    """The words of a text, in lower case. golden_retriever is two words."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text.lower()))[:LONGEST]
+
+
+def bag(text):
+    """A text as the text encoder sees it: its words, without their order."""
+    return tuple(sorted(words_of(text)))
 
 
 class Vocabulary:
@@ -118,6 +130,8 @@ class Vocabulary:
 
 
 def hash_of(captions):
-    """A number below 2^48 that tells lists of captions apart."""
+    """A number below 2^48 that tells lists of captions apart; 0 for None."""
+    if captions is None:
+        return 0
     text = "\n".join(captions).encode("utf-8", errors="replace")
     return int(hashlib.sha256(text).hexdigest()[:12], 16)

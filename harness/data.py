@@ -70,6 +70,7 @@ def open_data(path, value_range=None):
 def open_captions(path, value_range=None):
     """The same of a list of images with captions (harness/captions.py), or of the drawn shapes. Sources have
     captions."""
+    value_range = checked_range(value_range)
     if path is None:
         return open_data(None)
     files, captions = read_captions(path)
@@ -86,10 +87,7 @@ def find_data(path, value_range=None):
     value_range: two numbers, which become 0 to 255 where values have more than 8 bits. By default the sample
     decides, which is of both splits.
     """
-    if value_range is not None:
-        low, high = value_range = tuple(map(float, value_range))
-        if not (low < high and math.isfinite(low) and math.isfinite(high)):
-            raise Refused(f"--range {low:g} {high:g}: two finite numbers, the lower one first")
+    value_range = checked_range(value_range)
     if path is None:
         return Data(*draw_data_set(), Found("the drawn shapes", Split("this program"), Split("this program")))
     found = look(path)
@@ -100,6 +98,16 @@ def find_data(path, value_range=None):
     sources = [Source(files=split.files, labels=split.labels, classes=split.classes, value_range=value_range)
                for split in splits]
     return Data(sources[0], sources[1] if found.val else None, found)
+
+
+def checked_range(value_range):
+    """--range as given, or None -> (low, high), or None. Raises Refused for what is no range."""
+    if value_range is None:
+        return None
+    low, high = map(float, value_range)
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise Refused(f"--range {low:g} {high:g}: two finite numbers, the lower one first")
+    return low, high
 
 
 def in_memory(source):

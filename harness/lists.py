@@ -91,5 +91,5 @@ def wrong_with(folder, name, line):
                               for part in (first, line.partition(separator)[0]))
         if whole:
             return (f"'{printable(os.fsdecode(line[:80]))}' has more on it than a path; labels come from "
-                    "folders: train/<class>/...")
+                    "folders: train/<class>/... (captions, behind a tab, are for related.py --method clip)")
     return f"{os.fsdecode(name[:200])} is no file"

@@ -50,7 +50,7 @@ LIMITS = {
     "lr_end": (0, 1),
     "last_bn": (0, 1),
     "words_width": (1, 10 ** 6),
-    "scale": (1e-3, 100),
+    "scale": (1, 100),
     # Of the views.
     "size": (2, 4096),
     "area": (1e-4, 1),

@@ -97,12 +97,13 @@ def test_lists_are_read_as_people_write_them(tmp_path, text):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("a.png\ta dog\nb b.png\n", "line 2 (empty ones not counted) has no tab"),
+    ("a.png\ta dog\nb b.png\n", "line 2 (empty ones not counted) has no tab and caption"),
+    ("a.png\ta dog\nb b.png\tDog, a!\n", "all captions have the same words; there is nothing to tell apart"),
     ("a.png a dog\n", "line 1 (empty ones not counted) has no tab"),
     ("a.png\ta dog\nb b.png\t...\n", "line 2 (empty ones not counted) has a caption without a word"),
     ("c.png\ta dog\n", "names no file: "),
     ("", "is empty; on each line a path, a tab, and the caption"),
-    (b"a.png\t\xff\xfe\n", "has a caption without a word")])
+    (b"a.png\tGr\xf6\xdfe\n", "line 1 (empty ones not counted) has a caption that is no UTF-8 text; iconv")])
 def test_bad_lists_are_refused_in_one_line(tmp_path, text, said):
     """With the number of the line, and what is wrong."""
     with pytest.raises(Refused) as refused:
@@ -123,6 +124,14 @@ def test_words_are_numbers():
     assert vocabulary.words == ["a", "cat", "dog", "the"]
     found = vocabulary.numbers(["the dog", "a bird", "bird", "cat a dog the"])
     assert found.tolist() == [[4, 3, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 1, 3, 4]]
+    assert captions.words_of("golden_retriever, Cafe\u0301") == ["golden", "retriever", "caf\u00e9"]
+    assert vocabulary.numbers(["dog " * 1000]).shape == (1, 256)
+
+
+def test_an_inverted_range_is_refused(tmp_path):
+    """As for any other data."""
+    with pytest.raises(Refused, match="--range 5 1: two finite numbers, the lower one first"):
+        data.open_captions(listed(tmp_path, "a.png\tone\nb b.png\ttwo\n"), [5, 1])
 
 
 def test_a_vocabulary_of_other_words_is_refused():

@@ -25,15 +25,15 @@ import augment
 import related
 import simsiam
 import tests.helpers
-from harness import processes, shapes
+from harness import data, processes, shapes
 from harness.source import Source
 from lineval import LARS
 from results.pages import write_tables
 from tests import world_related
 from tests.claims import (check_claims, check_equation, claims, equation_table, module_with, mutant_of,
                           the_test_called)
-from tests.helpers import (CPU, ROOT, TINY, equal, here, kill_when, log_of, losses_of, refusal, slow,
-                           torchrun, vectors)
+from tests.helpers import (CPU, ROOT, TINY, equal, here, kill_when, log_of, losses_of, refusal, save_image,
+                           slow, torchrun, vectors)
 
 pytest_plugins = ["tests.fixtures"]
 METHODS = ["simclr", "mocov2", "byol", "swav"]
@@ -776,6 +776,27 @@ def test_clips_figures_are_shares_of_the_right_ones():
     assert found["zero_shot"] == pytest.approx(10 * sum(hits))
 
 
+def test_a_stand_in_brings_its_own_caption(tmp_path):
+    """Of four images the second and the last are bad: what a step gets against the images that are shown."""
+    kinds = ["disc", "star", "cross", "arrow"]
+    for number, kind in enumerate(kinds):
+        image = tmp_path / f"{number}.png"
+        save_image(image, shapes.draw_shapes(0, number, 1, 16).image(0))
+        if number in (1, 3):
+            image.write_bytes(b"no image")
+    text = "".join(f"{number}.png\t{kind}\n" for number, kind in enumerate(kinds))
+    (tmp_path / "list.txt").write_text(text)
+    opened = data.open_captions(tmp_path / "list.txt")
+    processes.join_world(CPU)
+    method = related.CLIP(world_related.settings("clip"), opened)
+    method.build()
+    method.parts(CPU)
+    x = torch.zeros(4, 3, 16, 16)
+    (_, numbers), _ = next(method.stream(lambda batches: batches, iter([(np.arange(4), [x])]), {}, 0, None))
+    words = [method.vocabulary.words[row[0] - 1] for row in numbers.tolist()]
+    assert words == ["disc", "cross", "cross", "disc"]
+
+
 def test_an_equal_caption_is_as_good_as_ones_own():
     """Three texts, two of them the same; the third is taken for another."""
     similarity = torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.1, 0.0], [0.9, 0.0, 0.1]])
@@ -1436,6 +1457,7 @@ DEPARTURES = [  # (words in the line with the mark, first cell of its row in res
     ("no queue", "queue of outputs"),
     ("bag of words", "text encoder"),
     ("0.6", "crop"),
+    ("32,768", "lr and warm-up"),
 ]
 
 
