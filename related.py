@@ -383,6 +383,7 @@ class MoCoV2(MomentumEncoder):
         everywhere=dict(predictor="none"),
         added={
             "optimizer":   (str,    "sgd",  "sgd", "sgd"),
+            "epochs":      (int,    100,    800,   4),     # a step takes longer than SimSiam's: OURS
             "temperature": (number, 0.2,    0.1,   0.2),   # CIFAR-10: the authors' example; shapes: OURS
             "queue":       (int,    65536,  4096,  2048),  # the same
             "tau":         (number, 0.999,  0.99,  0.99),  # the same; MoCo's m
@@ -464,7 +465,9 @@ class BYOL(MomentumEncoder):
         everywhere={},
         added={
             "optimizer":     (str,    "lars-outside", "sgd", "sgd"),  # last_bn: the paper's; its code has 0
-            "base_lr":       (number, 0.45,           0.0075, 0.5),  # SimSiam's / 4, by the loss
+            # Small recipes: SimSiam's by the factor of the loss, 4, or on shapes 2, OURS.
+            "base_lr":       (number, 0.45,           0.0075, 1.0),
+            "epochs":        (int,    100,            800,   4),     # a step takes longer: OURS
             "tau":           (number, 0.99,           0.99,  0.9),   # at the start; small recipes: OURS
             "tau_rises":     (bool,   True,           True,  True),  # to 1
             "pred_lr_times": (number, 1.0,            1.0,   1.0),

@@ -1,4 +1,4 @@
-"""SimSiam and its neighbours under one roof: the same network, views, batch and epochs; see related.py.
+"""SimSiam and its neighbours under one roof: the same network, views and batch; see related.py.
 
     python results/neighbours.py [--data CIFAR] [--minutes 60]      again until it says that all is done
 
