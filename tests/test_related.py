@@ -1062,7 +1062,7 @@ PARTS = {"simclr": set(), "mocov2": {"target", "queue"}, "byol": {"target"}, "sw
 AUTHORS_WAY = shlex.split("--recipe imagenet --size 24 --warmup 1")
 
 
-@pytest.mark.parametrize("recipe", ["cifar10", "imagenet"])
+@pytest.mark.parametrize("recipe", ["cifar10", pytest.param("imagenet", marks=slow)])
 @pytest.mark.parametrize("name", [
     name if name == "mocov2" else pytest.param(name, marks=slow) for name in ALL])
 def test_interrupted_method_ends_with_the_uninterrupted_weights(tmp_path, small, name, recipe):
@@ -1143,7 +1143,8 @@ def test_every_experiment_trains(tmp_path, small, experiment):
         assert not torch.equal(after[name], w), name
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [
+    name if name in ("byol", "clip") else pytest.param(name, marks=slow) for name in ALL])
 def test_lineval_reads_the_online_network(tmp_path, small, name):
     """The backbone that it evaluates against the model's encoder: not the target."""
     assert run(name, small, tmp_path / "run") is None
