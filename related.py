@@ -48,7 +48,7 @@ from harness.errors import Refused
 from harness.evaluate import extract, good_ones
 from harness.loading import to_device
 from harness.options import number
-from harness.processes import all_sum
+from harness.processes import everyones
 from lineval import LARS
 from simsiam import CHOICES, RECIPES, SETTINGS, Method, as_float32, collapsed, cosine, initial_lr
 from simsiam import l2_normalize, list_experiments, loss, options, prediction_mlp, pretrain, stopgrad, warmup
@@ -61,16 +61,9 @@ def identity(t):
     return t
 
 
-def everyones(v, all_sum=identity, rank=0, world=1):
-    """The rows of all processes, in order: (N, d) -> (world N, d). With AllSum, gradients flow back to all.
-
-    all_sum     adds a tensor up over the processes
-    rank        the number of this process, of `world`
-    """
-    n = len(v)
-    rows = v.new_zeros(world * n, v.shape[1])
-    rows[rank * n:(rank + 1) * n] = v
-    return all_sum(rows)
+def over_processes():
+    """What the losses below take to be those of the global batch: a sum over the processes, with gradient."""
+    return {"all_sum": AllSum.apply, "rank": dist.get_rank(), "world": dist.get_world_size()}
 
 
 @torch.no_grad()
@@ -83,6 +76,30 @@ def momentum_update(target, online, tau):
     """
     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
         xi.copy_(tau * xi + (1 - tau) * theta)                        # BYOL Eq. (1): momentum encoder
+
+
+def start_last_bn(encoder, value):
+    """Let the scale of each residual block's last BN start at this value."""
+    for module in encoder.modules():
+        if isinstance(module, resnet.Bottleneck):
+            nn.init.constant_(module.bn3.weight, value)
+        if isinstance(module, resnet.BasicBlock):
+            nn.init.constant_(module.bn2.weight, value)
+
+
+def adamw(groups, lr, momentum):
+    """AdamW as CLIP has it."""
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), eps=1e-8)
+
+
+# optimizer: (what makes it, whether BN's tensors, biases and scales are neither adapted nor decayed)
+FORMS = {
+    "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
+    "lars-inside": (functools.partial(LARS, joint_norm=True, lr_inside=True), True),    # SimCLR's
+    "lars-outside": (functools.partial(LARS, joint_norm=True), True),                   # BYOL's
+    "larc": (LARS, False),                                                              # SwAV's
+    "adamw": (adamw, True),                                                             # CLIP's
+}
 
 
 class Related(Method):
@@ -99,8 +116,7 @@ class Related(Method):
     DEPARTURE: the lr is in proportion to the batch, and is set at every step. MoCo v2's is set once an epoch;
     SimCLR below 4096 images is better with 0.075 x sqrt(batch), SwAV at 256 with 0.6 (--base-lr 0.6).
     """
-    CHOICES = {**CHOICES, "predictor": ("mlp", "none"),
-               "optimizer": ("sgd", "lars-inside", "lars-outside", "larc", "adamw")}
+    CHOICES = {**CHOICES, "predictor": ("mlp", "none"), "optimizer": tuple(FORMS)}
     REMEDY = "views that are easier to match"
     views = 2
 
@@ -135,8 +151,8 @@ class Related(Method):
         return {"encoder": self.model.encoder, "predictor": self.model.predictor}
 
     def optimizer(self):
-        """SGD, or a form of LARS (FORMS), over each module's tensors in two groups: those that are
-        adapted and decayed, and those that a form may leave out, BN's and biases."""
+        """One of FORMS, over each module's tensors in two groups: those that are adapted and decayed, and
+        those that a form may leave out, BN's and biases."""
         s = self.s
         make, leaves_out = FORMS[s["optimizer"]]
         groups = []
@@ -173,28 +189,6 @@ class Related(Method):
         return {"method": f"{self.NAME}, {self.describe()}"}
 
 
-def start_last_bn(encoder, value):
-    """Let the scale of each residual block's last BN start at this value."""
-    for module in encoder.modules():
-        if isinstance(module, resnet.Bottleneck):
-            nn.init.constant_(module.bn3.weight, value)
-        if isinstance(module, resnet.BasicBlock):
-            nn.init.constant_(module.bn2.weight, value)
-
-
-def adamw(groups, lr, momentum):
-    """AdamW as CLIP has it."""
-    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), eps=1e-8)
-
-
-# optimizer: (what makes it, whether BN's tensors, biases and scales are neither adapted nor decayed)
-FORMS = {
-    "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
-    "lars-inside": (functools.partial(LARS, joint_norm=True, lr_inside=True), True),    # SimCLR's
-    "lars-outside": (functools.partial(LARS, joint_norm=True), True),                   # BYOL's
-    "larc": (LARS, False),                                                              # SwAV's
-    "adamw": (adamw, True),                                                             # CLIP's
-}
 OWN_TO_SIMSIAM = ("objective", "eta", "k", "m", "fc_std")  # settings of ablations that are SimSiam's alone
 
 
@@ -276,9 +270,7 @@ class SimCLR(Related):
 
     def set_up(self):
         s = self.s
-        self.nt_xent = functools.partial(
-            nt_xent, temperature=s["temperature"],
-            all_sum=AllSum.apply, rank=dist.get_rank(), world=dist.get_world_size())
+        self.nt_xent = functools.partial(nt_xent, temperature=s["temperature"], **over_processes())
         self.loss = self.without_predictor
         if s["predictor"] == "mlp" or s["stopgrad"]:
             self.as_target = stopgrad if s["stopgrad"] else identity
@@ -428,7 +420,7 @@ class MoCoV2(MomentumEncoder):
         super().after_step(step)
         batch = self.s["batch"]
         for view, keys in enumerate(self.keys):
-            keys = everyones(l2_normalize(keys), all_sum, dist.get_rank(), dist.get_world_size())
+            keys = everyones(l2_normalize(keys), **over_processes())
             self.queue.put(keys, (2 * step + view) * batch)
 
     def describe(self):
@@ -538,8 +530,8 @@ def balance(scores, eps, iterations, all_sum=identity, rank=0, world=1):
     exp(scores / eps) gets a factor u for each prototype and a factor v for each image, in turns: u makes the
     prototypes' shares equal, v the images' sums 1. Here the images are the rows; in the paper they are the
     columns, and all is divided by B. In logarithms, because exp(1 / eps) is beyond half precision, and for
-    small eps beyond single precision, too. all_sum, rank and world are those of `everyones`: a prototype's
-    share is that of the global batch.
+    small eps beyond single precision, too. all_sum, rank and world as in nt_xent: a prototype's share is that
+    of the global batch.
     """
     log_e = as_float32(scores) / eps                                  # (N, K)
     log_v = log_e.new_zeros(len(log_e), 1)                            # (N, 1)
@@ -599,7 +591,7 @@ class SwAV(Related):
     def set_up(self):
         self.codes = functools.partial(
             sinkhorn if self.s["stopgrad"] else balance, eps=self.s["eps"], iterations=self.s["iterations"],
-            all_sum=AllSum.apply, rank=dist.get_rank(), world=dist.get_world_size())
+            **over_processes())
 
     def build(self):
         """The predictor of Sec. 6.2's row follows the prototypes, which count as the encoder's (footnote
@@ -766,7 +758,7 @@ class CLIP(Related):
         return np.array([next(k % n for k in range(i, i + n) if k % n not in bad) for i in index.tolist()])
 
     def loss(self, log_scale, image, text):
-        return clip_loss(image, text, log_scale, AllSum.apply, dist.get_rank(), dist.get_world_size())
+        return clip_loss(image, text, log_scale, **over_processes())
 
     @torch.no_grad()
     def after_step(self, step):

@@ -46,7 +46,6 @@ from torch import nn
 import augment
 import resnet
 from harness.batchnorm import synchronize
-from harness.captions import hash_of
 from harness.data import SMALL, open_data
 from harness.draws import permutation
 from harness.ends import launch, leave
@@ -778,8 +777,10 @@ class Method:
             raise Refused(f"--eta {s['eta']}: goes with --objective symmetric")
 
     def set_up(self):
-        """Whatever the settings alone decide: here the loss, its views and its minimum."""
+        """Whatever the settings alone decide: here the loss, its views and its minimum, and the steps of an
+        inner loop of Sec. 5.2."""
         self.loss, self.views, self.minimum = OBJECTIVES[self.s["objective"]]
+        self.inner_steps = self.s["k"] or self.steps_per_epoch
 
     def build(self):
         """Make the model that the settings describe. Its encoder is a ResNet whose fc is the projection
@@ -817,7 +818,7 @@ class Method:
         """
         s = self.s
         if s["eta"] == "alternate":
-            k = s["k"] or self.steps_per_epoch  # steps of an inner loop
+            k = self.inner_steps
             views = load(twice(batches, k, step))
             return alternate(views, self.model, parts["theta"], k, step, self.total_steps, autocast)
         if s["eta"] == "average":
@@ -838,7 +839,7 @@ class Method:
 
     def rows(self):
         """What the start block says of the method alone: {heading: text}"""
-        return {"eta": describe_eta(self.s)}
+        return {"eta": describe_eta(self)}
 
 
 def parse(argv=None):
@@ -942,7 +943,8 @@ def prepare(args):
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
-    same = s["content"], val.fingerprint() if val else 0, hash_of(train.captions)
+    method = args.method(s, data)
+    same = s["content"], val.fingerprint() if val else 0, s.get("captions", 0)
     check_same_images(same, args.data, device)
     name = folder_name(args.data)
     if args.experiment != "simsiam":
@@ -950,7 +952,7 @@ def prepare(args):
     out = args.out or os.path.join("runs", name)
     return Job(
         settings=s,
-        method=args.method(s, data),
+        method=method,
         device=device,
         train=train,
         val=val,
@@ -1223,15 +1225,14 @@ def describe_knn(job):
             f"{len(job.val)} images")
 
 
-def describe_eta(s):
+def describe_eta(method):
     """What Sec. 5.2's variants keep in memory."""
+    s = method.s
     if s["eta"] == "current":
         return "the current network's output"
-    steps_per_epoch = s["images"] // s["batch"]
     if s["eta"] == "alternate":
-        k = s["k"] or steps_per_epoch
-        vectors = 2 * k * s["batch"]
-        what = f"alternate, {k} steps"
+        vectors = 2 * method.inner_steps * s["batch"]
+        what = f"alternate, {method.inner_steps} steps"
     else:
         vectors = s["images"]
         what = "average"

@@ -10,6 +10,7 @@ settings, the experiments, the map from the paper to the code, the README. All o
 import collections
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import math
@@ -30,11 +31,10 @@ import simsiam
 import tests.helpers
 from harness import loading, shapes
 from harness.per_image import PerImageVectors
-from harness.source import Source
 from results.pages import write_tables
 from tests import shape_comments
-from tests.claims import (arguments_for, check_claims, check_equation, claims, equation_table, mutant_of,
-                          the_test_called, trailing_comments)
+from tests.claims import (arguments_for, check_claims, check_equation, check_it_dies, claims, equation_table,
+                          mutant_of, the_test_called, trailing_comments)
 from tests.helpers import (CPU, RELEASED_HEADS, ROOT, TINY, equal, here, log_of, numpy_D, slow, start,
                            tiny_model, torchrun, torchvision_names, vectors, weights_of)
 
@@ -871,11 +871,7 @@ def test_knn_agrees_with_a_loop():
 # 3. The settings
 # ------------------------------------------------------------------------------------------------------------
 
-def settings_of_row(experiment, recipe, *more):
-    """The settings of a run of this experiment, on data of 200,000 images."""
-    source = Source(files=np.array([b""] * 200_000))
-    options = ["DATA", "--recipe", recipe, "--experiment", experiment, "--device", "cpu", *more]
-    return simsiam.settings_for(simsiam.parse(options), source, 1)
+settings_of_row = functools.partial(tests.helpers.settings_of_row, simsiam)
 
 
 @pytest.mark.parametrize("recipe", PAPER)
@@ -1244,12 +1240,7 @@ def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, reque
     test = globals()[named_after(tag)]
     arguments = arguments_for(test, request)
     claim, = (claim for claim in claims_of_the_paper() if claim.tag == tag)
-    mutant = mutant_of(claim, MAP)  # outside the block that expects a failure
-    test(**arguments)
-    for room in (globals(), vars(tests.helpers)):
-        monkeypatch.setitem(room, mutant.__name__, mutant)
-    with pytest.raises(AssertionError):
-        test(**arguments)
+    check_it_dies(mutant_of(claim, MAP), (globals(), vars(tests.helpers)), monkeypatch, test, **arguments)
 
 
 # --- Shape comments, `name = ...  # (N, d)`. tests/shape_comments.py makes them checks ----------------------

@@ -130,8 +130,6 @@ class Vocabulary:
 
 
 def hash_of(captions):
-    """A number below 2^48 that tells lists of captions apart; 0 for None."""
-    if captions is None:
-        return 0
+    """A number below 2^48 that tells lists of captions apart."""
     text = "\n".join(captions).encode("utf-8", errors="replace")
     return int(hashlib.sha256(text).hexdigest()[:12], 16)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from .loading import to_device
-from .processes import all_sum
+from .processes import all_sum, everyones
 
 PIECE = 2 ** 16  # vectors that are brought together at a time for a checkpoint: all may not fit one GPU
 
@@ -30,9 +30,8 @@ class PerImageVectors:
         """
         n = len(index)
         share = slice(self.rank * n, (self.rank + 1) * n)
-        indices = torch.zeros(self.world * n, dtype=torch.int64, device=self.mine.device)
-        indices[share] = to_device(index, self.mine.device)
-        indices = all_sum(indices)                                    # (B,)
+        index = to_device(index, self.mine.device)
+        indices = everyones(index, all_sum, self.rank, self.world)    # (B,)
         here = indices % self.world == self.rank                      # (B,)
         return share, here, indices[here] // self.world
 
@@ -45,10 +44,9 @@ class PerImageVectors:
 
     def put(self, index, vectors):
         """Keep these vectors (N, d) for these images (N,) from now on."""
-        share, here, rows = self.locate(index)
-        batch = self.mine.new_zeros(len(here), self.mine.shape[1])
-        batch[share] = vectors.to(batch.dtype)
-        self.mine[rows] = all_sum(batch)[here]
+        _, here, rows = self.locate(index)
+        batch = everyones(vectors.to(self.mine.dtype), all_sum, self.rank, self.world)
+        self.mine[rows] = batch[here]
 
     def state_dict(self):
         """All vectors on process 0, which writes the checkpoint. The others must call it too, and get an

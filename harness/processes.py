@@ -113,6 +113,19 @@ def mean_over_processes(t):
     return all_sum(t.to(torch.float64, copy=True)) / dist.get_world_size()
 
 
+def everyones(v, all_sum, rank, world):
+    """The rows of all processes, in their order: (N, ...) -> (world N, ...). With batchnorm.AllSum, gradients
+    flow back to all of them.
+
+    all_sum     adds a tensor up over the processes
+    rank        the number of this process, of `world`
+    """
+    n = len(v)
+    rows = v.new_zeros(world * n, *v.shape[1:])
+    rows[rank * n:(rank + 1) * n] = v
+    return all_sum(rows)
+
+
 def my_share(n):
     """This process's part of the indices 0 ... n - 1: consecutive, and as even as n allows."""
     return np.array_split(np.arange(n), dist.get_world_size())[dist.get_rank()]

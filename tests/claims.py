@@ -13,6 +13,8 @@ import re
 import tokenize
 import types
 
+import pytest
+
 from tests.helpers import ROOT
 
 Claim = collections.namedtuple("Claim", "tag words file line test")
@@ -95,6 +97,15 @@ def mutant_of(claim, equations):
     """The module that makes this claim, with its line made wrong."""
     _, right, wrong = equations[claim.tag]
     return module_with(claim.file, claim.line, right, wrong)
+
+
+def check_it_dies(mutant, rooms, monkeypatch, test, *arguments, **more):
+    """A test passes, and fails with a mutant in its module's place, in all rooms (dictionaries of names)."""
+    test(*arguments, **more)
+    for room in rooms:
+        monkeypatch.setitem(room, mutant.__name__, mutant)
+    with pytest.raises(AssertionError):
+        test(*arguments, **more)
 
 
 def arguments_for(test, request):

@@ -24,6 +24,7 @@ import lineval
 import related
 import simsiam
 from harness import ends, shapes
+from harness.source import Source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real images, where a folder with them lies beside the repository
@@ -175,6 +176,13 @@ def settings_of(recipe, **more):
     """The settings that a run of this recipe keeps in its checkpoint."""
     run = {"recipe": recipe, "images": 5000, "seed": 0, "data": None}
     return simsiam.recipe(recipe) | run | more
+
+
+def settings_of_row(program, experiment, recipe, *more):
+    """The settings of a run of this experiment of simsiam or related, on data of 200,000 images."""
+    source = Source(files=np.array([b""] * 200_000))
+    options = ["DATA", "--recipe", recipe, "--experiment", experiment, "--device", "cpu", *more]
+    return simsiam.settings_for(program.parse(options), source, 1)
 
 
 def flipped(content, place, bit=0):

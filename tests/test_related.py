@@ -8,6 +8,7 @@ identities; what people got wrong; the optimisers; the program; the map from the
 """
 import concurrent.futures
 import copy
+import functools
 import itertools
 import math
 import re
@@ -26,12 +27,11 @@ import related
 import simsiam
 import tests.helpers
 from harness import data, processes, shapes
-from harness.source import Source
 from lineval import LARS
 from results.pages import write_tables
 from tests import world_related
-from tests.claims import (check_claims, check_equation, claims, equation_table, module_with, mutant_of,
-                          the_test_called)
+from tests.claims import (arguments_for, check_claims, check_equation, check_it_dies, claims, equation_table,
+                          module_with, mutant_of, the_test_called)
 from tests.helpers import (CPU, ROOT, TINY, equal, here, kill_when, log_of, losses_of, refusal, save_image,
                            slow, torchrun, vectors)
 
@@ -106,11 +106,7 @@ NEEDED = {
     "swav": {"temperature", "prototypes", "eps", "iterations", "freeze", "lr_end", "stopgrad"}}
 
 
-def settings_of_row(experiment, recipe, *more):
-    """The settings of a run of this experiment, on data of 200,000 images."""
-    source = Source(files=np.array([b""] * 200_000))
-    options = ["DATA", "--recipe", recipe, "--experiment", experiment, "--device", "cpu", *more]
-    return simsiam.settings_for(related.parse(options), source, 1)
+settings_of_row = functools.partial(tests.helpers.settings_of_row, related)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -1270,6 +1266,7 @@ def test_collapse_is_told_by_each_methods_own_sign():
 # What people got wrong, put in
 # ------------------------------------------------------------------------------------------------------------
 
+ROOMS = (globals(), vars(world_related))  # where the tests find the module
 PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, its arguments)
     "the positive is left out, not the anchor itself": (
         "logits[row, torch.cat([own1, own2])] =", "logits[row, torch.cat([own2, own1])] =",
@@ -1355,11 +1352,7 @@ def test_a_pitfall_put_in_is_seen(what, monkeypatch):
     assert len(places) == 1, (right, places)
     mutant = module_with("related.py", places[0], right, wrong)
     mutant.simsiam_loss = lambda p1, p2, z1, z2: simsiam.D(p1, z2) / 2 + simsiam.D(p2, z1) / 2
-    globals()[test](*arguments)
-    for room in (globals(), vars(world_related)):
-        monkeypatch.setitem(room, "related", mutant)
-    with pytest.raises(AssertionError):
-        globals()[test](*arguments)
+    check_it_dies(mutant, ROOMS, monkeypatch, globals()[test], *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1434,18 +1427,11 @@ def test_equations_are_whole_in_a_markdown_table(tag):
 
 
 @pytest.mark.parametrize("tag", [tag for tag in MAP if MAP[tag][2] is not None])
-def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch):
+def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, request):
     """The equation's test passes, and fails with the mutant in the module's place."""
     test = globals()[named_after(tag)]
-    arguments = {"simclr": [0.5], "byol_eq1": [0.3], "swav_eq5": [3]}
-    arguments = next((v for key, v in arguments.items() if test.__name__.startswith(f"test_{key}")), [])
     claim, = (claim for claim in claims_of_the_papers() if claim.tag == tag)
-    mutant = mutant_of(claim, MAP)
-    test(*arguments)
-    for room in (globals(), vars(world_related)):
-        monkeypatch.setitem(room, "related", mutant)
-    with pytest.raises(AssertionError):
-        test(*arguments)
+    check_it_dies(mutant_of(claim, MAP), ROOMS, monkeypatch, test, **arguments_for(test, request))
 
 
 DEPARTURES = [  # (words in the line with the mark, first cell of its row in results/related.md), in order

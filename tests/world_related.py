@@ -69,15 +69,10 @@ class LocalBN(nn.modules.batchnorm._BatchNorm):
 
 def gathered_together(z1, z2, temperature, all_sum, rank, world):
     """NT-Xent where [z1; z2] of each process was gathered at once, and taken for [z1; z2] of all."""
-    def order(v):
-        together = torch.cat(v)
-        rows = together.new_zeros(world * len(together), together.shape[1])
-        rows[rank * len(together):(rank + 1) * len(together)] = together
-        return all_sum(rows)
-
     z1, z2 = simsiam.l2_normalize(z1), simsiam.l2_normalize(z2)
     n = len(z1)
-    s = torch.cat([z1, z2]) @ order([z1, z2]).T / temperature
+    together = torch.cat([z1, z2])
+    s = together @ processes.everyones(together, all_sum, rank, world).T / temperature
     itself = torch.arange(n) + rank * n
     other = itself + world * n
     row = torch.arange(2 * n)
