@@ -1,4 +1,11 @@
-"""Pages of which a part is made by a program: tables, each known by its first line."""
+"""Pages of which a part is made by a program: tables, each known by its first line; and pictures of rows of
+results with their spread."""
+import statistics
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from harness.pictures import GREY, save_picture
 
 
 def write_tables(page, tables):
@@ -9,3 +16,72 @@ def write_tables(page, tables):
         assert found, f"{page.name} has no table with the header {header}"
         _, end, rest = after.partition("\n\n")
         page.write_text(before + table + end[1:] + rest)
+
+
+# --- Rows of results, as a picture ----------------------------------------------------------------------
+
+class Panel(NamedTuple):
+    """A part of a picture, with a horizontal axis of its own."""
+    title: str
+    rows: list   # of (label, [values of the first measure, of the second, ...]), the values one a seed
+    low: float   # the axis, from
+    high: float  # to
+
+
+ROW = 34      # pixels from row to row
+LABELS = 260  # width of the labels
+AXIS = 520    # length of the axis
+
+
+def draw_rows(path, panels, measures):
+    """One picture of panels below each other. measures: {what is measured: colour}
+
+    In each row, for each measure: a small dot for each seed, a bar of one standard deviation to either side
+    of their mean, and a stroke at the mean.
+    """
+    height = sum((len(panel.rows) + 3) * ROW for panel in panels)
+    image = Image.new("RGB", (LABELS + AXIS + 40, height), "white")
+    pen = ImageDraw.Draw(image)
+    top = 0
+    for panel in panels:
+        draw_panel(pen, top, panel, measures)
+        top += (len(panel.rows) + 3) * ROW
+    save_picture(image, path)
+
+
+def draw_panel(pen, top, panel, measures):
+    """A panel's title, the names of the measures, the axis, and a row below the other."""
+    bold = ImageFont.load_default(16)
+    font = ImageFont.load_default(13)
+    x0 = LABELS
+    bottom = top + (len(panel.rows) + 2) * ROW - 8
+
+    def at(value):
+        return x0 + AXIS * (value - panel.low) / (panel.high - panel.low)
+
+    pen.text((10, top + 10), panel.title, "black", bold)
+    x = x0
+    for name, colour in measures.items():
+        pen.text((x, top + 36), name, colour, font)
+        x += pen.textlength(name, font) + 20
+    for k in range(6):
+        value = panel.low + k * (panel.high - panel.low) / 5
+        pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], GREY)
+        pen.text((at(value), bottom + 4), f"{value:g}", "black", font, anchor="mt")
+    for number, (label, measured) in enumerate(panel.rows):
+        y = top + (2 + number) * ROW + 6
+        pen.text((x0 - 10, y), label, "black", font, anchor="rm")
+        for k, (colour, values) in enumerate(zip(measures.values(), measured)):
+            line = y + 10 * k - 5 * (len(measures) - 1)
+            draw_spread(pen, [at(value) for value in values], line, colour)
+
+
+def draw_spread(pen, values, y, colour):
+    """Values in pixels: dots, a bar of their standard deviation, a stroke at their mean."""
+    mean = statistics.mean(values)
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+        pen.line([mean - spread, y, mean + spread, y], colour, 2)
+    for value in values:
+        pen.ellipse([value - 2, y - 2, value + 2, y + 2], outline=colour)
+    pen.line([mean, y - 5, mean, y + 5], colour, 3)
