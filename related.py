@@ -564,11 +564,12 @@ class SwAV(Related):
     REMEDY = "--eps 0.03; a longer --freeze; --bn 1 0 1 0, which has no BN at the projection's end"
     SETTINGS = table(
         imagenet=dict(  # SwAV+: 3 layers in the projection MLP instead of 2 (supp. C)
-            dim=128, bn=(1, 0, 1, 0), batch=4096, base_lr=0.3, weight_decay=1e-6, warmup=10, pred_lr="cosine",
+            dim=128, bn=(1, 0, 1, 0), batch=4096, weight_decay=1e-6, warmup=10, pred_lr="cosine",
             area=(0.08, 1.0), strength=(0.8, 0.8, 0.8, 0.2)),
         everywhere=dict(predictor="none"),
         added={
             "optimizer":   (str,    "larc", "sgd", "sgd"),
+            "base_lr":     (number, 0.3,    0.03,  1.0),   # shapes, OURS: SimSiam's 2.0 failed on a seed of 3
             "lr_end":      (number, 0.001,  0.0,   0.0),   # the last lr, as a share of the first
             # Small recipes: OURS. SimSiam's z has more numbers than SwAV's 128, so that its cosines with the
             # prototypes are smaller at first; with SwAV's temperature and eps the loss stays at log K.

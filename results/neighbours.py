@@ -66,12 +66,12 @@ PAPER = {  # ImageNet, 100 epochs: Table 4, Sec. 6.2
 }
 SEEDS = {"shapes": 5, "cifar10": 2}
 EPOCHS_OF_SHAPES = 6  # for all; by themselves MoCo v2 and BYOL have 4, because their steps take longer
-AS_ON_SHAPES = {  # on CIFAR-10: what was chosen for shapes, beside SMALL. There BYOL has half of SimSiam's lr
+AS_ON_SHAPES = {  # on CIFAR-10: what was chosen for shapes, where BYOL and SwAV have half of SimSiam's lr
     "simsiam": "",
     "simclr": "--temperature 0.2",
     "mocov2": "--temperature 0.2 --queue 2048 --tau 0.99",
     "byol": "--tau 0.9 --base-lr 0.2",
-    "swav": "--temperature 0.05 --prototypes 32 --eps 0.02",
+    "swav": "--temperature 0.05 --prototypes 32 --eps 0.02 --base-lr 0.2",
 }
 
 
