@@ -43,12 +43,12 @@ from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
 from harness.machine import device_name, fastest_layout, hardware
-from harness.options import add_setting, check_amp, check_batch, check_limits, new_parser, number
+from harness.options import add_prefix, add_setting, check_amp, check_batch, check_limits, new_parser, number
 from harness.pictures import draw_neighbors
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.progress import Progress
 from harness.run import Run
-from harness.weights import file_hash, find_resnet, load_strictly, name_groups, read_weights
+from harness.weights import describe_found, file_hash, find_resnet, load_strictly, read_weights, whole_model
 from simsiam import cosine, initial_lr, knn_accuracy, l2_normalize, recipe_for
 
 # --- The layer and its optimisers (supplement A) ---------------------------------------------------------
@@ -364,21 +364,23 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
 
 # --- The frozen backbone, and the files it comes in -----------------------------------------------------
 
-# The same network lies in files under these names:
+# The same network lies in files under many names:
 #
 #     our checkpoint.pth      encoder.conv1.weight           and the settings of its run, and the heads
 #     our backbone.pth        conv1.weight                   nothing else
 #     the authors' file       module.encoder.conv1.weight    and the heads
 #     MoCo's                  module.encoder_q.conv1.weight  and a second network, left out: encoder_k
 #     torchvision's           conv1.weight                   and fc, left out
+#     lightly's               backbone.0.weight              numbers for conv1, bn1, layer1, ...
 #
-# Architecture, width and stem are recognised from the tensors' names and shapes.
+# So it is looked for in any nesting of dicts and under any prefix, and of two networks the one that was
+# trained is taken (harness/weights.py). Architecture, width and stem are recognised from names and shapes.
 
 class Backbone(NamedTuple):
     """A frozen network, and what is known of it."""
     network: nn.Module         # the ResNet, without fc
     shape: tuple               # arch, width, cifar_stem
-    left_out: dict = {}        # {name in the file: tensor}: projector, predictor, fc, ...
+    found: object = None       # how it lay in its file, a weights.FoundResNet
     settings: dict = {}        # of its pre-training, where the file is ours
     epochs: object = None      # of its pre-training, where the file tells
     sha256: object = None      # of the file
@@ -394,11 +396,13 @@ def untrained(arch, width, cifar_stem):
     return Backbone(network, (arch, width, cifar_stem))
 
 
-def read_backbone(path, width=None):
-    """The ResNet in a file of any of the known layouts (harness/weights.py).
+def read_backbone(path, width=None, prefix=None):
+    """The ResNet in a file (harness/weights.py).
 
-    width: what to insist on. By default it is what the file tells, which rounding can hide if it is odd
-    (1/3). Raises Refused where any of the ResNet's tensors is missing, unexpected or of another shape.
+    width   what to insist on. By default it is what the file tells, which rounding can hide if it is odd
+            (1/3)
+    prefix  which of several networks, by the end of what stands before its names
+    Raises Refused where any of the ResNet's tensors is missing, unexpected or of another shape.
     """
     if not os.path.isfile(path):
         known = ", ".join("random:" + arch for arch in resnet.ARCHS)
@@ -410,17 +414,10 @@ def read_backbone(path, width=None):
         raise Refused(f"{path}: is being written; wait for it, or evaluate a copy")
     if settings:
         settings = evaluable(settings, path)
-    found = find_resnet(state, path)
+    found = find_resnet(state, path, prefix)
     backbone = untrained(found.arch, width or settings.get("width", found.width), found.cifar_stem)
-    tensors = found.tensors
-    if not any("num_batches_tracked" in name for name in tensors):
-        # The file is older than PyTorch 0.4.1, as some of torchvision's are. The counters play no part in
-        # eval mode.
-        state = backbone.network.state_dict()
-        counters = {name: t for name, t in state.items() if "num_batches_tracked" in name}
-        tensors = {**tensors, **counters}
-    load_strictly(backbone.network, tensors, path)
-    return backbone._replace(left_out=found.left_out, settings=settings, epochs=epochs, sha256=sha256)
+    load_strictly(backbone.network, found.tensors, path)
+    return backbone._replace(found=found, settings=settings, epochs=epochs, sha256=sha256)
 
 
 def evaluable(settings, path):
@@ -454,15 +451,16 @@ def pair(value_range):
     return low, high
 
 
-def export(path, layout, out):
+def export(path, layout, out, prefix=None):
     """Write the network in a file of another layout, for programs that read that.
 
+    prefix  see read_backbone
     layout  "torchvision": conv1.weight, ..., without fc; "released": the authors', with the heads where the
     file has them
     out     the folder; by default that of the file
     Raises Refused where the target exists already.
     """
-    backbone = read_backbone(path)
+    backbone = read_backbone(path, prefix=prefix)
     arch, width, cifar_stem = backbone.shape
     if layout == "torchvision":
         name = f"{arch}-torchvision.pth"
@@ -489,10 +487,9 @@ def export(path, layout, out):
 def released_state(backbone):
     """The backbone, and the heads where the file had them, under the authors' names."""
     state = {f"module.encoder.{name}": t for name, t in backbone.network.state_dict().items()}
-    heads = {name.removeprefix("module."): t for name, t in backbone.left_out.items()}
-    for name, t in heads.items():
-        if name.startswith(("encoder.fc.", "predictor.")):
-            state[f"module.{name}"] = t
+    heads = {name: t for name, t in whole_model(backbone.found, "the heads").items()
+             if name.startswith(("encoder.fc.", "predictor."))}
+    state |= {f"module.{name}": t for name, t in heads.items()}
     projector = [name for name in heads if name.startswith("encoder.fc.")]
     weights = [name for name in projector if heads[name].dim() == 2]
     if weights:  # the last fc layer of theirs has a bias, which the BN behind it voids
@@ -522,6 +519,7 @@ def parse(argv=None):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=", ".join(defaults))
     parser.add_argument("--width", type=number, help="of the network (default: the file's own; random: the "
                                                      "recipe's)")
+    add_prefix(parser, "--ckpt")
     parser.add_argument("--features", metavar="FILE.npz", help="save features, labels and file names of "
                                                                "both splits there")
     for name, kind in (("size", int), ("mean", (number, 3)), ("std", (number, 3))):
@@ -611,7 +609,7 @@ def evaluate(args):
     device, rank, world = join_world(torch.device(args.device))
     if args.export:  # that is another program, which shares the reading
         if rank == 0:
-            export(args.ckpt, args.export, args.out)
+            export(args.ckpt, args.export, args.out, args.prefix)
         return
     backbone, data, recipe = open_all(args)
     s, policy = settings_for(args, backbone, recipe, data, world)
@@ -667,7 +665,7 @@ def open_all(args):
     """
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
-    backbone = None if is_random else read_backbone(args.ckpt, args.width)
+    backbone = None if is_random else read_backbone(args.ckpt, args.width, args.prefix)
     saved = {} if is_random else backbone.settings  # {} too where the file isn't ours
     if backbone and not saved and not args.data:
         raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn "
@@ -823,14 +821,9 @@ def neighbors(train, val, bank, queries, rows=10, columns=8):
 
 def start_block(s, data, backbone, device, out):
     """The lines that an evaluation starts with."""
-    # Where the weights come from, and what of the file was not used: a reader sees whether it was the right
-    # one.
     origin = "untrained, BN calibrated"
     if s["sha256"]:
-        counts = name_groups(backbone.left_out)
-        left_out = ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing"
-        origin = (f"sha256 {s['sha256'][:12]}, {len(backbone.network.state_dict())} tensors matched; "
-                  f"left out: {left_out}")
+        origin = f"sha256 {s['sha256'][:12]}, {describe_found(backbone.found)}"
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
     stem = ", CIFAR stem" if s["cifar_stem"] else ""

@@ -56,13 +56,14 @@ from harness.files import save
 from harness.folder import CHECKPOINTS, folder_name, holds_run
 from harness.loading import index_batches, to_device
 from harness.machine import fastest_layout, hardware, peak_memory
-from harness.options import add_setting, check_amp, check_batch, check_limits, new_parser, number
+from harness.options import add_prefix, add_setting, check_amp, check_batch, check_limits, new_parser, number
 from harness.per_image import PerImageVectors
 from harness.pictures import draw_curves, save_picture
 from harness.processes import all_sum, join_world, mean_over_processes
 from harness.progress import Progress
 from harness.run import Run
-from harness.weights import load_strictly, read_weights
+from harness.weights import describe_found, find_resnet, load_strictly, name_groups, read_weights
+from harness.weights import whole_model
 
 # --- 1. The loss, and one step of Algorithm 1 (Sec. 3) ---------------------------------------------------
 
@@ -871,8 +872,9 @@ def options(script, description, method):
                              "torch.compile, which takes a minute or more at the start and a C++ compiler "
                              "on a CPU (default: no)")
     parser.add_argument("--init", metavar="FILE",
-                        help="start from the weights of a checkpoint.pth of the same method, or of SimSiam's "
-                             "in the released layout")
+                        help="start from the weights in a file: of a whole model, or of a backbone alone, "
+                             "in any layout that lineval.py reads")
+    add_prefix(parser, "--init")
     group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
     for name, (kind, *defaults) in method.SETTINGS.items():
         add_setting(group, name, kind, defaults, method.CHOICES.get(name))
@@ -972,7 +974,7 @@ def pretrain(args):
     method.build()
     model = method.model
     if args.init and not job.resuming:
-        load_init(model, args.init)
+        job = job._replace(rows=job.rows | {"init": load_init(model, s, args.prefix)})
     layout = fastest_layout(model.encoder, job.device)
     model.to(job.device, memory_format=layout)
     network = distribute(model, job.device)
@@ -1017,11 +1019,31 @@ def pretrain(args):
     finish(run, model.encoder, progress)
 
 
-def load_init(model, path):
-    """--init: start from the weights in a file, which must be a whole model of the same method."""
-    state, *_ = read_weights(path)
-    state = {name.removeprefix("module."): t for name, t in state.items()}
-    load_strictly(model, state, f"--init {path}")
+def load_init(model, s, prefix):
+    """--init: start from the weights in a file, of a whole model or of a backbone alone -> what was taken, in
+    words.
+
+    The heads are taken where the file has all of the model's. prefix: see weights.find_resnet. Raises Refused
+    where the file doesn't fit.
+    """
+    path = s["init"]
+    state, _, settings = read_weights(path)
+    found = find_resnet(state, path, prefix)
+    there = {"arch": found.arch, "width": round(64 * found.width), "cifar_stem": found.cifar_stem}
+    here = {"arch": s["arch"], "width": round(64 * s["width"]), "cifar_stem": s["cifar_stem"]}
+    if there != here:
+        shown = ", ".join(f"{key} {there[key]}, not {here[key]}" for key in here if there[key] != here[key])
+        raise Refused(f"--init {path}: another network than the run's: {shown} (a width of 1 is 64); see "
+                      "--arch, --width, --cifar-stem")
+    around = whole_model(found, path)
+    mine = model.state_dict()
+    if mine.keys() <= around.keys() and settings.get("captions") == s.get("captions"):
+        load_strictly(model, {name: around[name] for name in mine}, f"--init {path}")
+        others = [name for name in around if name not in mine]
+        return f"{path}, all of it but {', '.join(name_groups(others))}" if others else f"{path}, all of it"
+    backbone = {name: t for name, t in model.encoder.state_dict().items() if name.startswith("fc.")}
+    load_strictly(model.encoder, backbone | found.tensors, f"--init {path}")
+    return f"{path}, the backbone; the heads are new ({describe_found(found)})"
 
 
 def begin(run, job, progress):

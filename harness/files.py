@@ -7,11 +7,13 @@ reading it raises becomes one line: see read() and refusing().
 import contextlib
 import os
 import pickle
-import re
+import tarfile
+import warnings
 import zipfile
 
 import torch
 
+from . import unpickling
 from .errors import Refused
 
 
@@ -62,30 +64,46 @@ def refusing(path, verdict):
 
 
 def read(path):
-    """A file that torch.save wrote -> the dict in it. No code in the file is run.
+    """A file that torch.save wrote -> the dict in it. No code in the file is run (harness/unpickling.py).
 
     Raises Refused where it is missing, damaged or foreign. Files of torch 1.6 or later have checksums, and
     all of them are verified before anything is read.
     """
     try:
+        if tarfile.is_tarfile(path):
+            raise Refused("a tar archive; unpack it, and name the file of weights")
         if zipfile.is_zipfile(path):
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it fails its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            check_zip(path)
+        with warnings.catch_warnings(action="ignore"):  # the source of a pickled network is not there
+            content = torch.load(path, map_location="cpu", pickle_module=unpickling, weights_only=False)
     except Exception as error:  # a damaged file can raise anything
-        raise Refused(f"{path}: can't be read ({reason_why(error)})") from None
+        raise Refused(f"{path}: can't be read ({reason_why(error, path)})") from None
     if not isinstance(content, dict):
         raise Refused(f"{path}: can't be read (it holds a {type(content).__name__}, not named tensors)")
     return content
 
 
-def reason_why(error):
-    """Our words for what torch.load has raised. Its own would advise to let the code in the file run."""
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if code:
-        return f"it names {code[1]}, code that no file of weights needs"
-    if isinstance(error, pickle.UnpicklingError):
-        return "damaged, or nothing that torch.save wrote"
-    first_line = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"
+def check_zip(path):
+    """Raise Refused, with the reason alone, for a zip archive that is damaged, or none of torch.save's."""
+    archive = zipfile.ZipFile(path)
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise Refused(f"{damaged} in it fails its checksum")
+    names = {os.path.basename(name) for name in archive.namelist()}
+    if "constants.pkl" in names:  # torch.load would run it
+        raise Refused("a TorchScript program, not weights; torch.save(program.state_dict()) where it can "
+                         "be run")
+    if "data.pkl" not in names:
+        raise Refused("a zip archive, not a file that torch.save wrote; unpack it, and name the file of "
+                         "weights")
+
+
+def reason_why(error, path):
+    """Our words for what reading a file of weights has raised."""
+    if isinstance(error, Refused):
+        return str(error)
+    if str(path).endswith(".safetensors"):
+        return "safetensors are not read; load them where that package is, and torch.save them"
+    if isinstance(error, OSError):
+        return error.strerror
+    return "damaged, or nothing that torch.save wrote"

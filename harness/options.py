@@ -157,6 +157,13 @@ def add_range(parser):
                              "sample of the files)")
 
 
+def add_prefix(parser, option):
+    """The option that chooses among several networks in a file of weights, which another option names."""
+    parser.add_argument("--prefix",
+                        help=f"of several networks in the file of {option}, that whose tensors' names begin "
+                             "like this (default: the one that is trained)")
+
+
 def add_setting(parser, name, kind, defaults, choices=None):
     """Add an option for a row of a table of settings.
 

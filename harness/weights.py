@@ -1,12 +1,12 @@
-"""Files of weights: ours (checkpoint.pth, backbone.pth), the authors' released layout, MoCo's, torchvision's.
+"""Files of weights: the ResNet in them, in any nesting of dicts and under any prefix.
 
-    state, epochs, settings = read_weights(path)      all tensors, by the names that the file has for them
-    found = find_resnet(state, path)                  the ResNet among them, which lineval.py builds
+    state, epochs, settings = read_weights(path)      all that is in a file, by name
+    found = find_resnet(state, path)                  the ResNet in it, which lineval.py builds
     load_strictly(module, found.tensors, path)        every tensor must be there, and no other
 
-No code in a file is run. What is in it can be anything all the same, so that each tensor is looked at first.
+No code in a file is run. What is in it can be anything all the same, so that each tensor is looked at before
+it is taken.
 """
-import collections
 import hashlib
 import re
 from typing import NamedTuple
@@ -16,10 +16,8 @@ import torch
 from .checkpoint import check_format
 from .errors import Refused
 from .files import read, refusing
+from .unpickling import Inert
 
-# What stands before conv1.weight in each layout: MoCo's, the released one, ours, torchvision's.
-# Each also without "module.", which a network gets from DistributedDataParallel.
-PREFIXES = ("module.encoder_q.", "module.encoder.", "encoder_q.", "encoder.", "module.", "")
 ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
@@ -27,6 +25,17 @@ ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
+# Words in the names of two networks in one file: of the one that is trained by its gradients, and of the one
+# that follows it. A BYOL, a MoCo or a DINO has both.
+TRAINED = {"student", "query", "q", "online", "base"}
+FOLLOWS = {"teacher", "key", "k", "target", "momentum", "ema", "shadow"}
+# A ResNet's parts, but for fc, and what its tensors are called in them.
+PARTS = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+# The parts of a ResNet that was put into an nn.Sequential, without its fc: lightly's.
+SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# A whole network that was pickled has its tensors in these.
+INSIDE_MODULES = ("_modules", "_parameters", "_buffers")
 
 
 def file_hash(path):
@@ -36,25 +45,35 @@ def file_hash(path):
 
 
 def read_weights(path):
-    """The tensors in a file of weights -> (state_dict, epochs of training or None, settings of the run).
+    """What is in a file of weights -> ({name: value}, epochs of training or None, settings of the run).
 
-    epochs and settings are known where the file tells them; settings are {} in files that aren't ours, and
-    unchecked in ours. Raises Refused where the file is damaged, foreign, or has values that are not finite.
+    The names are the keys of all dicts on the way, with dots between them. epochs and settings are known
+    where the file tells them; settings are {} in files that aren't ours, and unchecked in ours. Raises
+    Refused where the file is damaged.
     """
     content = read(path)
     with refusing(path, "not a file of weights"):
-        tensors = content.get("model", content.get("state_dict", content))
-        for name, t in tensors.items():
-            check_tensor(name, t, path)
-        state = {str(name): t for name, t in tensors.items()}
-        fold_biases(state)
         if "format" not in content:
-            return state, content.get("epoch"), {}
+            state = flatten(content)
+            epochs = content.get("epoch")
+            return fold_biases(state), epochs if isinstance(epochs, int) else None, {}
         check_format(content, path)
         settings = content["settings"]
         steps_per_epoch = int(settings["images"]) // int(settings["batch"])
         epochs = int(content["epoch"]) + int(content["step"]) // steps_per_epoch
-        return state, epochs, settings
+        return fold_biases(flatten(content["model"])), epochs, settings
+
+
+def flatten(content, prefix=""):
+    """Dicts in dicts -> {name: value}, the names with dots between the keys."""
+    flat = {}
+    for key, value in content.items():
+        name = prefix if key in INSIDE_MODULES else f"{prefix}{key}."
+        if isinstance(value, dict) and (value or not isinstance(value, Inert)):
+            flat |= flatten(value, name)
+        else:
+            flat[name.removesuffix(".")] = value
+    return flat
 
 
 def check_tensor(name, t, path):
@@ -65,25 +84,29 @@ def check_tensor(name, t, path):
     """
     is_plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
     if not is_plain or t.untyped_storage().nbytes() < t.nbytes:
-        raise Refused(f"{path}: not a file of weights ({name} in it is a {type(t).__name__}, not a plain "
-                      "tensor)")
+        kind = getattr(t, "name", None) or type(t).__name__
+        raise Refused(f"{path}: not a file of weights ({name} in it is a {kind}, not a plain tensor)")
     if not t.isfinite().all():
         raise Refused(f"{path}: {name} has values that are not finite; the run that wrote it had diverged")
 
 
 def fold_biases(state):
-    """Take out each bias of an fc layer before a BN, and subtract it from the BN's running mean instead.
+    """The same without the bias of each fc layer before a BN, which is subtracted from the BN's running mean
+    instead.
 
     The released projector has such a bias. A BN subtracts it again, so that the network computes the same.
     Ours has none.
     """
+    state = dict(state)
     for name in list(state):
         place = re.fullmatch(r"(.*\bfc)\.(\d+)\.bias", name)
         if not place:
             continue
         mean = f"{place[1]}.{int(place[2]) + 1}.running_mean"
-        if mean in state and state[mean].shape == state[name].shape:
+        both = state[name], state.get(mean)
+        if all(isinstance(t, torch.Tensor) for t in both) and both[0].shape == both[1].shape:
             state[mean] = state[mean] - state.pop(name)
+    return state
 
 
 class FoundResNet(NamedTuple):
@@ -91,25 +114,44 @@ class FoundResNet(NamedTuple):
     arch: str           # resnet18, ...
     width: float        # by the stem's channels; rounding can hide an odd one (1/3)
     cifar_stem: bool
+    prefix: str         # what stands before its names in the file
     tensors: dict       # {torchvision's name: tensor}, without fc
-    left_out: dict      # {name in the file: tensor}: projector, predictor, fc, ...
+    left_out: dict      # {name in the file: value}: projector, predictor, fc, what is no tensor
+    others: list        # prefixes of other ResNets in the file
 
 
-def find_resnet(state, path):
-    """The ResNet among the tensors of a file, by their names and shapes. Raises Refused where there is
-    none."""
-    prefix = next((p for p in PREFIXES if p + "conv1.weight" in state), None)
-    if prefix is None:
-        there = ", ".join(name_groups(state))[:200] or "nothing"
-        raise Refused(f"{path}: no ResNet in it: no tensor is called conv1.weight, with or without "
-                      f"{', '.join(PREFIXES[:-1])}; it has {there}")
+def find_resnet(state, path, prefix=None):
+    """The ResNet in a file, by names and shapes.
+
+    state   {name: value}, as read_weights has it
+    prefix  of the one that is meant, or the end of its prefix; by default the one that is trained
+    Raises Refused where there is none, or several of which none is known to be the trained one.
+    """
+    there = prefixes(state)
+    if not there:
+        shown = ", ".join(name_groups(state))[:200] or "nothing"
+        code = sorted({value.name for value in state.values() if isinstance(value, Inert)})
+        if code:
+            shown += f"; what {', '.join(code)[:200]} would make is not made, because no code is run"
+        raise Refused(f"{path}: no ResNet in it: no tensor is called conv1.weight, under whatever prefix, "
+                      f"with layer1 to layer4 beside it; it has {shown}")
+    chosen = choose(there, state, path, prefix)
     tensors = {}
     left_out = {}
-    for name, t in state.items():
-        if name.startswith(prefix) and not name.startswith(prefix + "fc."):
-            tensors[name.removeprefix(prefix)] = t
-        else:
-            left_out[name] = t
+    for name, value in state.items():
+        plain = plain_name(name, chosen, state)
+        part, *_ = plain.split(".")
+        *_, last = plain.split(".")
+        is_meant = last in TENSORS and value is not None
+        if part in PARTS and (is_meant or isinstance(value, torch.Tensor)):
+            check_tensor(name, value, path)
+            tensors[plain] = value
+        else:  # a pickled network has numbers and words beside its tensors
+            left_out[name] = value
+    if not any("num_batches_tracked" in name for name in tensors):
+        # The file is older than PyTorch 0.4.1, as some of torchvision's are. The counters play no part here.
+        means = [name for name in tensors if name.endswith("running_mean")]
+        tensors |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means}
     stem = tensors["conv1.weight"].shape
     if len(stem) != 4 or min(stem) < 1:
         raise Refused(f"{path}: conv1.weight is {tuple(stem)}, no convolution")
@@ -119,7 +161,98 @@ def find_resnet(state, path):
         raise Refused(f"{path}: its stages have {blocks} blocks, as none of {', '.join(ARCHS.values())} has")
     width = stem[0] / 64       # a stem has 64 channels, times the width
     cifar_stem = stem[-1] == 3  # its kernel is 3 x 3 instead of 7 x 7
-    return FoundResNet(arch, width, cifar_stem, tensors, left_out)
+    others = [p for p in there if p != chosen]
+    return FoundResNet(arch, width, cifar_stem, chosen, tensors, left_out, others)
+
+
+def describe_found(found):
+    """What was taken of a file, and what was left, in words."""
+    where = f" of {found.prefix}*" if found.prefix else ""
+    text = f"{len(found.tensors)} tensors{where} matched"
+    if found.others:
+        shown = ", ".join(f"{prefix}*" for prefix in found.others)
+        text += f", which is taken for the trained network and not {shown} (--prefix)"
+    groups = name_groups(found.left_out).items()
+    left_out = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups)
+    return f"{text}; left out: {left_out or 'nothing'}"
+
+
+def whole_model(found, path):
+    """The SimSiam that a ResNet is the encoder of: {"encoder. ..." or "predictor. ...": tensor}. The ResNet
+    alone where it is no encoder.
+
+    Raises Refused where a tensor in it is no plain one.
+    """
+    model = {f"encoder.{name}": t for name, t in found.tensors.items()}
+    around = found.prefix.removesuffix("encoder.")
+    if around != found.prefix:
+        for name, value in found.left_out.items():
+            if name.startswith(around) and isinstance(value, torch.Tensor):
+                check_tensor(name, value, path)
+                model[name.removeprefix(around)] = value
+    return model
+
+
+def prefixes(state):
+    """What stands before the names of each ResNet among these names -> prefixes, as the file has them."""
+    found = []
+    for name in state:
+        for stem, stage in (("conv1.weight", "layer{}."), ("0.weight", "{}.")):
+            prefix = name.removesuffix(stem)
+            if prefix == name or not (prefix == "" or prefix.endswith(".")):
+                continue
+            numbers = range(1, 5) if stage == "layer{}." else range(4, 8)
+            if all(f"{prefix}{stage.format(k)}0.conv1.weight" in state for k in numbers):
+                found.append(prefix)
+    return found
+
+
+def plain_name(name, prefix, state):
+    """Torchvision's name of a tensor of the ResNet under this prefix; empty for what isn't under it."""
+    if not name.startswith(prefix):
+        return ""
+    plain = name.removeprefix(prefix)
+    if f"{prefix}conv1.weight" in state:
+        return plain
+    number, _, rest = plain.partition(".")
+    return f"{SEQUENTIAL.get(number, number)}.{rest}"
+
+
+def choose(there, state, path, wanted):
+    """The prefix that is meant: the one that was asked for, or else that of the network which is trained.
+
+    Of networks with equal tensors, the first will do: some programs keep one under two names.
+    """
+    shown = ", ".join(f"'{prefix}'" for prefix in there)
+    if wanted is not None:
+        end = f"{wanted.strip('.')}."
+        fitting = [prefix for prefix in there if f".{prefix}".endswith(f".{end}" if wanted else "..")]
+        if not fitting:
+            raise Refused(f"{path}: no ResNet under --prefix {wanted}; there are {shown}")
+    else:
+        best = max(likely(prefix) for prefix in there)
+        fitting = [prefix for prefix in there if likely(prefix) == best]
+    first, *more = fitting
+    different = [prefix for prefix in more if not same_tensors(state, first, prefix)]
+    if different:
+        raise Refused(f"{path}: several networks in it: {shown}; choose one with --prefix")
+    return first
+
+
+def likely(prefix):
+    """Whether a prefix is that of a network which is trained (1), of one that follows it (-1), or does not
+    tell (0)."""
+    words = set(re.split(r"[._]", prefix.lower()))
+    return -1 if words & FOLLOWS else int(bool(words & TRAINED))
+
+
+def same_tensors(state, first, second):
+    """Whether the tensors under two prefixes are the same ones."""
+    one, two = ({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+                for prefix in (first, second))
+    return one.keys() == two.keys() and all(
+        isinstance(t, torch.Tensor) and isinstance(two[name], torch.Tensor) and torch.equal(t, two[name])
+        for name, t in one.items())
 
 
 def blocks_of_stage(tensors, k):
@@ -127,11 +260,20 @@ def blocks_of_stage(tensors, k):
     return {name.split(".")[1] for name in tensors if name.startswith(f"layer{k}.")}
 
 
-def name_groups(names):
-    """Names, and how often each occurs. Those with a common beginning count as one: {"module.predictor.*":
-    8}"""
-    beginning = r"^(.*?\b(fc|predictor|encoder_k|layer\d))\..*"
-    return collections.Counter(re.sub(beginning, r"\1.*", name) for name in names)
+def name_groups(names, prefix=""):
+    """Names in words: {name: 1}, or {beginning.*: how many} of a network's, of numbered parts, and of a part
+    that has nothing but tensors: {"module.predictor.*": 8}"""
+    parts = {}
+    for name in names:
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, []).append(rest)
+    ends = [rests == [""] for rests in parts.values()]
+    if prefix and ("layer1" in parts or any(map(str.isdigit, parts)) or (all(ends) and len(ends) > 1)):
+        return {f"{prefix}*": len(names)}
+    groups = {}
+    for (part, rests), is_end in zip(parts.items(), ends):
+        groups |= {f"{prefix}{part}": 1} if is_end else name_groups(rests, f"{prefix}{part}.")
+    return groups
 
 
 def load_strictly(module, state, path):

@@ -1,8 +1,15 @@
 """harness/weights.py: files of weights in every known layout, and damaged, foreign and crafted ones."""
+import argparse
+import collections
 import contextlib
 import copy
+import io
 import math
 import os
+import pickle
+import tarfile
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import lineval
-from harness import files, weights
+from harness import files, unpickling, weights
 from harness.errors import Refused
 from tests.helpers import Hostile, TINY
 from tests.helpers import change, crafted_checkpoints, equal, filled, flipped, here, prefixed, refusal
@@ -56,17 +63,17 @@ LAYOUTS = {  # the content of a file, and the names in it that are not the backb
     "released": (
         {"epoch": 100, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []},
          "state_dict": prefixed("module.encoder.", BACKBONE) | RELEASED_HEAD},
-        list(RELEASED_HEAD)),
+        ["epoch", "arch", "optimizer.param_groups", *prefixed("state_dict.", RELEASED_HEAD)]),
     "released without module": (
         {"state_dict": prefixed("encoder.", BACKBONE) | {"encoder.fc.6.bias": torch.ones(3)}},
-        ["encoder.fc.6.bias"]),
+        ["state_dict.encoder.fc.6.bias"]),
     "MoCo": (
         {"epoch": 200,
          "state_dict": prefixed("module.encoder_q.", BACKBONE) | MOCO_HEAD | MOCO_QUEUE | MOCO_KEY_NETWORK},
-        [*MOCO_HEAD, *MOCO_QUEUE, *MOCO_KEY_NETWORK]),
+        ["epoch", *prefixed("state_dict.", MOCO_HEAD | MOCO_QUEUE | MOCO_KEY_NETWORK)]),
     "DataParallel": (
         {"state_dict": prefixed("module.", WHOLE)},
-        ["module.fc.weight", "module.fc.bias"]),
+        ["state_dict.module.fc.weight", "state_dict.module.fc.bias"]),
 }
 
 
@@ -82,7 +89,7 @@ def test_every_known_layout_gives_the_same_backbone(tmp_path, layout):
         expected |= dict.fromkeys(counters, torch.tensor(0))
     assert equal(backbone.network.state_dict(), expected)
     assert backbone.shape == ("resnet18", 1 / 8, False)
-    assert list(backbone.left_out) == names_left_out
+    assert list(backbone.found.left_out) == names_left_out
     assert len(backbone.sha256) == 64
 
 
@@ -128,6 +135,207 @@ def test_an_odd_width_can_be_given(tmp_path):
     again = lineval.read_backbone(str(tmp_path / "file.pth"), 1 / 3)
     assert again.shape == ("resnet18", pytest.approx(1 / 3), False)
     assert equal(again.network.state_dict(), network.state_dict())
+
+
+# --- Other people's files -----------------------------------------------------------------------------------
+
+OTHER = filled(RESNET18, seed=2)
+def with_attributes(state):
+    """The same tensors as nn.Parameters to which somebody has added an attribute."""
+    parameters = {}
+    for name, t in state.items():
+        parameters[name] = torch.nn.Parameter(t, requires_grad=t.is_floating_point())
+        parameters[name].sequence_parallel = False
+    return parameters
+
+
+OTHERS_HEAD = {"0.weight": torch.ones(8, 64), "2.weight": torch.ones(4, 8)}
+NUMBERS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+IN_SEQUENTIAL = {f"{NUMBERS[name.partition('.')[0]]}.{name.partition('.')[2]}": t
+                 for name, t in BACKBONE.items()}
+PICKLED = untrained("resnet18", 1 / 8, False)
+PICKLED.load_state_dict(BACKBONE)
+FOREIGN_GOOD = {  # content, and the prefix that is found
+    "under backbone.": (prefixed("backbone.", BACKBONE), "backbone."),
+    "beside a momentum encoder": (
+        {"state_dict": {
+            **prefixed("module.momentum_encoder.", OTHER), **prefixed("module.base_encoder.", WHOLE)}},
+        "state_dict.module.base_encoder."),
+    "compiled": (prefixed("_orig_mod.", BACKBONE), "_orig_mod."),
+    "beside a projection head": (
+        prefixed("module.", BACKBONE) | prefixed("module.projection_head.", OTHERS_HEAD), "module."),
+    "with numpy's number and a Namespace": (
+        {"state_dict": BACKBONE, "best_acc1": np.float64(61.5),
+         "args": argparse.Namespace(lr=0.1, arch="x")},
+        "state_dict."),
+    "teacher and student": (
+        {"teacher": prefixed("backbone.", OTHER), "student": prefixed("module.backbone.", BACKBONE),
+         "epoch": np.int64(3)},
+        "student.module.backbone."),
+    "lightly's, with a momentum network": (
+        {"state_dict": prefixed("backbone_momentum.", OTHER) | prefixed("backbone.", IN_SEQUENTIAL)},
+        "state_dict.backbone."),
+    "five dicts deep": (
+        {"a": {"b": {"base_model": {"model": {"trunk": {"_feature_blocks": BACKBONE}}}}}},
+        "a.b.base_model.model.trunk._feature_blocks."),
+    "twice the same": (
+        prefixed("net.", BACKBONE) | prefixed("online_encoder.net.", BACKBONE)
+        | prefixed("target_encoder.net.", OTHER),
+        "online_encoder.net."),
+    "a follower alone": (prefixed("target_network.", BACKBONE), "target_network."),
+    "with an optimiser": (
+        {"net": BACKBONE, "optimizer": {"state": {0: {"momentum_buffer": torch.full((2,), math.nan)}}}},
+        "net."),
+    "a whole pickled network": ({"model": PICKLED}, "model."),
+    "parameters, with gradients and attributes": (with_attributes(BACKBONE), ""),
+    "a dict of another class": (collections.defaultdict(int, model=collections.Counter(BACKBONE)), "model."),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("content, prefix", FOREIGN_GOOD.values(), ids=FOREIGN_GOOD)
+def test_the_backbone_in_anybodys_file(tmp_path, content, prefix, legacy):
+    """Against the tensors that went in: those of the trained network, under whatever names."""
+    path = str(tmp_path / "file.pth")
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    backbone = lineval.read_backbone(path)
+    assert equal(backbone.network.state_dict(), BACKBONE)
+    assert backbone.found.prefix == prefix
+    names = set(weights.flatten(files.read(path)))
+    assert len(backbone.found.tensors) + len(backbone.found.left_out) == len(names)
+
+
+def test_prefix_chooses_another_network(tmp_path, monkeypatch, ten):
+    """By the end of its names' beginning; both networks are named."""
+    content = {"teacher": prefixed("backbone.", OTHER), "student": prefixed("backbone.", BACKBONE)}
+    path = str(tmp_path / "file.pth")
+    torch.save(content, path)
+    for prefix in ("teacher.backbone", "teacher.backbone.", "teacher"):
+        if prefix == "teacher":
+            with pytest.raises(Refused, match=r"no ResNet under --prefix teacher; there are 'teacher\.back"):
+                lineval.read_backbone(path, prefix=prefix)
+            continue
+        backbone = lineval.read_backbone(path, prefix=prefix)
+        assert equal(backbone.network.state_dict(), without("fc.", OTHER))
+    said = weights.describe_found(lineval.read_backbone(path).found)
+    assert "of student.backbone.* matched" in said
+    assert "not teacher.backbone.* (--prefix)" in said
+
+
+def test_two_networks_of_which_none_is_known_to_be_trained_are_refused(tmp_path):
+    """--prefix decides."""
+    path = str(tmp_path / "file.pth")
+    torch.save({"first": BACKBONE, "second": OTHER}, path)
+    with pytest.raises(Refused, match="in it: 'first.', 'second.'; choose one with --prefix"):
+        lineval.read_backbone(path)
+    assert equal(lineval.read_backbone(path, prefix="first").network.state_dict(), BACKBONE)
+
+
+class Unknown(dict):
+    """A dict of a class that no reader knows."""
+
+
+def test_what_is_taken_and_left_is_said(tmp_path, ten, capsys):
+    """Against what went into the file; the class of a value is not made."""
+    path = tmp_path / "file.pth"
+    content = {"hyper_parameters": Unknown(lr=0.1), "callback": Unknown(), "state_dict": prefixed(
+        "backbone.", BACKBONE) | prefixed("projection_head.", OTHERS_HEAD)}
+    torch.save(content, path)
+    options = ["--ckpt", path, "--knn", "--workers", "0", "--out", tmp_path / "out"]
+    assert here("lineval.py", ten, *options) is None
+    said = capsys.readouterr().out
+    assert f"{len(BACKBONE)} tensors of state_dict.backbone.* matched; " in said
+    assert "left out: hyper_parameters.lr, callback, state_dict.projection_head.* (2)" in said
+
+
+# --- Files that would run something -------------------------------------------------------------------------
+
+def set_attribute(module, name, attribute):
+    """A pickle that takes a name, gives it an attribute, and is a dict then."""
+    build = pickle.GLOBAL + f"{module}\n{name}\n".encode() + pickle.NONE
+    build += pickle.EMPTY_DICT + pickle.UNICODE + f"{attribute}\n".encode() + pickle.INT + b"1\n"
+    build += pickle.SETITEM
+    return pickle.PROTO + b"\x02" + build + pickle.TUPLE2 + pickle.BUILD + pickle.POP + b"}."
+
+
+def zip_with(pickled):
+    """A file as torch.save writes it, with this pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+CALLS = {
+    "os.system": Hostile(os.system, ("touch HACKED",)),
+    "eval": Hostile(eval, ("open('HACKED', 'w')",)),
+    "getattr": Hostile(getattr, ("x", "upper")),
+    "torch.load": Hostile(torch.load, ("HACKED",)),
+    "a class with side effects": Hostile(open, ("HACKED", "w")),
+    "an attribute of ours": Hostile(setattr, ("x", "y", 1)),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, call, legacy):
+    """Beside good weights the call is left out; in their place it is named."""
+    monkeypatch.chdir(tmp_path)
+    form = {"_use_new_zipfile_serialization": not legacy}
+    torch.save({"state_dict": BACKBONE, "more": call}, "beside.pth", **form)
+    torch.save({"state_dict": change(BACKBONE, **{"bn1.weight": call})}, "inside.pth", **form)
+    found = lineval.read_backbone("beside.pth").found
+    assert list(found.left_out) == ["more"]
+    with pytest.raises(Refused, match=r"bn1.weight in it is a [\w.]+, not a plain tensor"):
+        lineval.read_backbone("inside.pth")
+    assert not os.path.exists("HACKED")
+
+
+def test_a_pickle_in_the_place_of_the_old_formats_number_runs_nothing(tmp_path, monkeypatch):
+    """Files of before torch 1.6 begin with pickles of their own."""
+    monkeypatch.chdir(tmp_path)
+    with open("file.pth", "wb") as f:
+        pickle.dump(Hostile(os.system, ("touch HACKED",)), f, protocol=2)
+    with pytest.raises(Refused, match="damaged, or nothing that torch.save wrote"):
+        files.read("file.pth")
+    assert not os.path.exists("HACKED")
+
+
+@pytest.mark.parametrize("name", ["torch.serialization StorageType", "torch._utils _rebuild_parameter",
+                                  "collections OrderedDict", "argparse Namespace"])
+def test_a_pickle_sets_no_attribute_of_what_it_names(tmp_path, name):
+    """Neither of our functions nor of anybody's classes."""
+    module, _, attribute = name.partition(" ")
+    (tmp_path / "file.pth").write_bytes(zip_with(set_attribute(module, attribute, "hacked")))
+    with contextlib.suppress(Refused):
+        files.read(str(tmp_path / "file.pth"))
+    known = unpickling.KNOWN.values()
+    assert not any(hasattr(value, "hacked") for value in (*known, argparse.Namespace, unpickling.Inert))
+
+
+def test_what_is_no_file_of_weights_is_named(tmp_path):
+    """A TorchScript program, archives, safetensors, an empty file: one line each, none of torch's words."""
+    layer = torch.jit.script(torch.nn.Linear(2, 2))
+    torch.jit.save(layer, tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    with tarfile.open(tmp_path / "weights.tar", "w") as archive:
+        archive.add(tmp_path / "photos.zip", "photos.zip")
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    expected = {
+        "script.pt": "a TorchScript program, not weights",
+        "photos.zip": "a zip archive, not a file that torch.save wrote",
+        "weights.tar": "a tar archive; unpack it",
+        "model.safetensors": "safetensors are not read",
+        "empty.pth": "damaged, or nothing that torch.save wrote",
+    }
+    for name, words in expected.items():
+        with pytest.raises(Refused) as refused:
+            files.read(str(tmp_path / name))
+        assert words in str(refused.value)
+        assert "weights_only" not in str(refused.value)
 
 
 # --- Damage -------------------------------------------------------------------------------------------------
@@ -182,10 +390,10 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, monkeypatch, ten, damag
 FOREIGN = {  # what torch.save wrote, and what is said
     "code": (
         {"state_dict": Hostile(os.system, ("touch HACKED",))},
-        "it names posix.system, code that no file of weights needs"),
+        "what posix.system would make is not made, because no code is run"),
     "tensor": (torch.ones(3), "it holds a Tensor, not named tensors"),
-    "words": ({"model": {"conv1.weight": "a word"}}, "conv1.weight in it is a str, not a plain tensor"),
-    "no state_dict": ({"state_dict": 5}, "not a file of weights"),
+    "words": (change(GOOD, **{"bn1.weight": "a word"}), "bn1.weight in it is a str, not a plain tensor"),
+    "no state_dict": ({"state_dict": 5}, "no ResNet in it"),
     "only a projector": ({"state_dict": {"module.encoder.fc.0.weight": torch.ones(2, 2)}}, "no ResNet in it"),
     "deep": (
         change(GOOD, **{"layer3.2.conv1.weight": torch.ones(1)}),
@@ -234,13 +442,14 @@ def crafted_files(tmp_path_factory, finished):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on a tensor where settings should be
 def test_weights_of_a_crafted_checkpoint_are_refused_or_read(crafted_files):
-    """Whatever is read has names that are text, and tensors that are as large as they claim."""
+    """Whatever is taken has names that are text, and tensors that are as large as they claim."""
     read = 0
     for name, path in crafted_files.items():
         with contextlib.suppress(Refused):
             state, _, _ = weights.read_weights(path)
+            found = weights.find_resnet(state, path)
             read += 1
-            for key, t in state.items():
+            for key, t in weights.whole_model(found, path).items():
                 assert isinstance(key, str), name
                 assert t.untyped_storage().nbytes() >= t.nbytes, name
     assert 10 < read < len(crafted_files)
@@ -297,8 +506,7 @@ def test_init_folds_the_released_bias_into_the_running_mean(exported, released_w
     path, theirs = released_with_bias
     model = copy.deepcopy(exported[1])
     state, _, _ = weights.read_weights(str(path))
-    state = {name.removeprefix("module."): t for name, t in state.items()}
-    weights.load_strictly(model, state, "")
+    weights.load_strictly(model, weights.whole_model(weights.find_resnet(state, ""), ""), "")
     model.eval()
     projector = model.encoder.fc
     x = torch.randn(9, 32)
@@ -308,9 +516,46 @@ def test_init_folds_the_released_bias_into_the_running_mean(exported, released_w
     assert torch.allclose(projector(x), F.batch_norm(output, *statistics), atol=1e-5)
 
 
+BACKBONES = {  # of the model's encoder: what is given to --init, and what is said of it
+    "torchvision": (lambda state: state, "left out: nothing"),
+    "MoCo": (lambda state: {"state_dict": prefixed("module.encoder_q.", state) | MOCO_HEAD},
+             "left out: state_dict.module.encoder_q.fc.* (4)"),
+}
+
+
+@pytest.mark.parametrize("content_of, said", BACKBONES.values(), ids=BACKBONES)
+def test_init_takes_a_backbone_alone(tmp_path, exported, small, capsys, content_of, said):
+    """At lr 0 the run ends with the backbone that was loaded, and the heads that its seed makes."""
+    state = without("fc.", exported[1].encoder.state_dict())
+    path = tmp_path / "backbone.pth"
+    torch.save(content_of(state), path)
+    assert here("simsiam.py", small, *INIT, "--init", path, "--out", tmp_path / "run") is None
+    assert here("simsiam.py", small, *INIT, "--out", tmp_path / "new") is None
+    ended = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
+    fresh = torch.load(tmp_path / "new/checkpoint.pth", weights_only=True)["model"]
+    for name, parameter in exported[1].named_parameters():
+        is_head = name.startswith(("encoder.fc.", "predictor."))
+        expected = fresh[name] if is_head else parameter
+        assert torch.equal(ended[name], expected), name
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"init {path}, the backbone; the heads are new" in shown
+    assert said in shown
+
+
+def test_init_takes_all_that_a_model_without_predictor_has(tmp_path, exported, small, capsys):
+    """SimCLR from a SimSiam: backbone and projector are the file's, and the predictor is named."""
+    path = exported[0] / "released.pth.tar"
+    options = [*INIT, "--method", "simclr", *"--bn 1 1 1 1".split(), "--init", path]
+    assert here("related.py", small, *options, "--out", tmp_path / "run") is None
+    after = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
+    for name, t in exported[1].encoder.named_parameters():
+        assert torch.equal(after[f"encoder.{name}"], t), name
+    assert "all of it but predictor.*" in " ".join(capsys.readouterr().out.split())
+
+
 def test_init_refuses_what_does_not_fit(tmp_path, exported, small):
     """The run leaves no folder behind."""
     path = exported[0] / "released.pth.tar"
     message = refusal("simsiam.py", small, *TINY, "--init", path, "--out", tmp_path / "run")
-    assert "doesn't fit the network asked for" in message
+    assert "another network than the run's: arch resnet50, not resnet18" in message
     assert not (tmp_path / "run").exists()
