@@ -30,11 +30,13 @@ from PIL import Image
 
 from harness.data import find_data, open_data
 from harness.draws import uniforms
+from harness.ends import show_any_name
 from harness.errors import Refused, printable
 from harness.images import check_files
 from harness.loading import decode, to_device
 from harness.options import add_range
 from harness.pictures import draw_contact_sheet, save_picture
+from harness.progress import silence
 
 # --- The policy, and the draws of a view -----------------------------------------------------------------
 
@@ -508,6 +510,7 @@ def check(data):
 
 def main():
     args = parse()
+    show_any_name()
     try:
         if args.check:
             check(find_data(args.data, args.range))
@@ -519,6 +522,9 @@ def main():
         if train.pixels is not None:  # as recipe cifar10 has it
             policy = Policy(size=max(train.pixels.shape[2:]), blur=0)
         save_picture(contact_sheet(train, policy, args.seed, args.epoch), args.out)
+    except BrokenPipeError as error:  # of `--check | head`
+        silence(error)
+        sys.exit(1)
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"augment.py: {printable(error)}")
     print(f"{args.out}: some of {len(train)} images, and pairs of {policy.size}-pixel views of each")

@@ -40,7 +40,7 @@ from harness.errors import Refused, printable
 from harness.evaluate import BATCH, accuracy, calibrated, check_frozen, check_same_images
 from harness.evaluate import extract, good_ones, hits, neighbours, tensor_hashes
 from harness.files import refusing, replacing, save
-from harness.folder import CHECKPOINTS, folder_name, holds_run
+from harness.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.loading import index_batches, to_device
 from harness.machine import device_name, fastest_layout, hardware
 from harness.options import add_prefix, add_setting, check_amp, check_batch, check_limits, new_parser, number
@@ -615,7 +615,8 @@ def evaluate(args):
     s, policy = settings_for(args, backbone, recipe, data, world)
     trains = s["protocol"] in OPTIMIZERS
     out = args.out or default_folder(args, s)
-    resuming = holds_run(out, [*CHECKPOINTS, "lineval.json"], args.resume if trains else None, device)
+    names = [*CHECKPOINTS, "lineval.json"]
+    resuming = holds_run(out, names, args.resume if trains else None, device)
     # An evaluation can take hours: a file that is in the way is better met now than at its end.
     if args.features and not resuming and os.path.exists(args.features):
         raise Refused(f"--features {args.features}: exists already; name another file")
@@ -631,11 +632,10 @@ def evaluate(args):
         return
     val, queries, bad_val = job.features_of(data.val)
     job.use(train, val)
+    lock(out, names, resuming, device)
     if trains:
         job.run = new_run(job, out, resuming, args.override)
-        job.run.begin()  # makes the folder too
-    else:
-        os.makedirs(out, exist_ok=True)
+        job.run.begin()
     if rank == 0:
         chosen, nearest = neighbors(train, val, bank, queries)
         draw_neighbors(os.path.join(out, "neighbors.png"), train, val, chosen, nearest)

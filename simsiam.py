@@ -53,7 +53,7 @@ from harness.errors import Refused, printable
 from harness.evaluate import accuracy, calibrated, check_same_images, extract, good_ones, neighbours
 from harness.evaluate import share_bad
 from harness.files import save
-from harness.folder import CHECKPOINTS, folder_name, holds_run
+from harness.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.loading import index_batches, to_device
 from harness.machine import fastest_layout, hardware, peak_memory
 from harness.options import add_prefix, add_setting, check_amp, check_batch, check_limits, new_parser, number
@@ -982,6 +982,7 @@ def pretrain(args):
     autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=s["amp"])
     parts = {"model": model, "optimizer": optimizer, **method.parts(job.device)}
     defaults = recipe(s["recipe"], method.SETTINGS)
+    lock(job.out, CHECKPOINTS, job.resuming, job.device)
     run = Run(job.out, parts, s, method.steps_per_epoch, job.resuming, job.device, args.override, defaults)
 
     # 2. Say what is going to happen, on the screen and in the log

@@ -40,6 +40,8 @@
 The rooms import each other, torch, numpy and Pillow, and nothing from the scripts at the top level. What a
 room needs of them (views, a network, the kNN rule) it gets as an argument.
 """
+import importlib.util
+import signal
 import sys
 
 import torch
@@ -63,4 +65,14 @@ def check_versions(python, torch_version):
         sys.exit(f"torch {torch_version} is too old: use {as_text(OLDEST_TORCH)} or newer")
 
 
+def check_system(modules, signals):
+    """End the program with one line where the system lacks what the rooms need. modules: whether one of this
+    name is there. signals: the names of what there is."""
+    missing = [name for name in ("fcntl", "resource") if not modules(name)]
+    missing += [name for name in ("SIGUSR1",) if name not in signals]
+    if missing:
+        sys.exit(f"this needs Linux or macOS ({', '.join(missing)} missing); on Windows, use WSL")
+
+
 check_versions(sys.version_info, torch.__version__)
+check_system(importlib.util.find_spec, dir(signal))

@@ -16,7 +16,7 @@ import time
 
 import torch.distributed as dist
 
-from . import loading
+from . import folder, loading
 from .errors import STOPPING, Refused, Stopped, printable
 
 WORKER_HINT = ("a process that decodes images was killed, mostly for want of memory or of /dev/shm; "
@@ -36,6 +36,7 @@ def launch(script, run, args):
 
     Returns None where it ends well, else what sys.exit would take: a line of text, or a number.
     """
+    show_any_name()
     try:
         run(args)
         dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
@@ -59,12 +60,21 @@ def launch(script, run, args):
         message = "interrupted; what has a checkpoint goes on from it with --resume"
     finally:
         restore_signals()
+        folder.unlock()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # The first process of a machine mostly meets the same trouble and says it. torchrun then ends this
         # one.
         time.sleep(3)
     start = "\n" if sys.stdout.isatty() else ""  # below the progress line
     return f"{start}{script}: {printable(message)}"
+
+
+def show_any_name():
+    """Print what the terminal can't show as escapes, such as \\xe9 for an e with an accent: a name must not
+    end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a test may have put another thing there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def hint_for(error):

@@ -25,5 +25,12 @@ class Stopped(Exception):
 
 
 def printable(text):
-    """The text without what a terminal would obey: file names can hold escape sequences."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", str(text))
+    """The text without what a terminal would obey: file names can hold escape sequences, and bytes that are no
+    text. Both are written out: \\x1b, caf\\xe9."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", written_out, str(text))
+
+
+def written_out(character):
+    """A match of one character -> its number in letters. A byte that is no text has 0xdc00 added to it."""
+    number = ord(character[0])
+    return f"\\x{number & 0xff:02x}" if number < 0xa0 or 0xdc80 <= number <= 0xdcff else f"\\u{number:04x}"

@@ -40,7 +40,8 @@ def replacing(path, mode="wb", keep=None):
         os.replace(path, keep)
     os.replace(temporary, path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)  # the new name must reach the disk too
+    with contextlib.suppress(OSError):  # some network disks can't do it for a folder: CIFS, FUSE
+        os.fsync(folder)  # the new name must reach the disk too
     os.close(folder)
 
 

@@ -1,17 +1,27 @@
-"""Which folder a run has, and whether there is a run in it.
+"""Which folder a run has, whether there is a run in it, and that nobody else writes there.
 
 A run never starts in a folder that holds another one, and never goes on where there is none, unless it was
-told so: --resume auto is for job scripts, which give the same command again and again.
+told so: --resume auto is for job scripts, which give the same command again and again. A scheduler can start
+a job again while the old one still lives. So a run locks its folder; the system unlocks it when the process
+has ended, however it ends. All processes of a run count as one, which is process 0.
 """
+import fcntl
 import os
+import socket
+import time
 
 import torch
+import torch.distributed as dist
 
 from .checkpoint import NEWEST, PREVIOUS
 from .errors import Refused
 from .processes import all_sum, same_everywhere
+from .progress import warn
 
 CHECKPOINTS = (NEWEST, PREVIOUS)
+LOCK = ".writer"   # a hidden file, so that it is nobody's data
+PATIENCE = 60      # seconds that a start waits for the lock: the old process may be about to end
+locked = []        # the files that this process has locked
 
 
 def folder_name(data):
@@ -45,3 +55,56 @@ def holds_run(out, names, resume, device):
         raise Refused(f"{out}: nothing to resume; leave --resume out to start, or name the run's folder "
                       "with --out")
     return found
+
+
+def lock(out, names, resuming, device):
+    """Make the folder, and lock it for this run, until unlock().
+
+    resuming: what holds_run has said of these names. Raises Refused where another process has the lock, and
+    where it has begun a run there since. Where the file system knows no locks, a line says so.
+    """
+    holder = take(os.path.join(out, LOCK), out) if dist.get_rank() == 0 else None
+    if all_sum(torch.tensor(int(holder is not None), device=device)) > 0:
+        unlock()
+        raise Refused(f"{out}: another process ({holder or 'see ' + LOCK + ' there'}) writes there; wait for "
+                      "its end, or give another folder with --out")
+    if any(os.path.exists(os.path.join(out, name)) for name in names) != resuming:
+        unlock()
+        raise Refused(f"{out}: another process has begun a run there just now; the same command with "
+                      "--resume auto goes on from it")
+
+
+def take(path, out):
+    """Lock a file, and write into it who has it -> None, or who has it instead."""
+    os.makedirs(out, exist_ok=True)
+    file = open(path, "a+")
+    locked.append(file)
+    deadline = time.monotonic() + PATIENCE
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "unknown"
+            if time.monotonic() > deadline:
+                return holder
+            if not waiting:
+                waiting = True
+                warn(f"{out}: another process ({holder}) writes there; waiting up to {PATIENCE} s for its "
+                     "end")
+            time.sleep(0.1)
+        except OSError as error:
+            warn(f"{out}: can't be locked ({error.strerror}): see to it that no other process writes there")
+            break
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return None
+
+
+def unlock():
+    """Let go of the folder. harness/ends.py does it when the program ends."""
+    while locked:
+        locked.pop().close()

@@ -10,6 +10,7 @@ user meets; combinations of settings are checked by the script that knows what t
 """
 import argparse
 import math
+import re
 import sys
 
 import numpy as np
@@ -135,7 +136,7 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--seed", type=int, default=0,
                         help="of weights, views and order (default: %(default)s)")
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=fastest,
+    parser.add_argument("--device", type=device_name, default=fastest, metavar="cuda|cpu",
                         help="default: cuda where there is one")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         help=f"bf16 autocast (default: {amp})")
@@ -148,6 +149,16 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--save-minutes", type=float, default=10,
                         help="a checkpoint this often within an epoch (default: %(default)s)")
     return parser
+
+
+def device_name(text):
+    """--device: cuda or cpu. Raises ArgumentTypeError, with what to do instead."""
+    if text in ("cuda", "cpu"):
+        return text
+    if re.fullmatch(r"cuda:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text}: a process takes the first GPU that it sees; choose which "
+                                         f"with CUDA_VISIBLE_DEVICES={text[5:]}, and --device cuda")
+    raise argparse.ArgumentTypeError(f"{text}: only cuda and cpu; on a Mac, cpu")
 
 
 def add_range(parser):

@@ -4,6 +4,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from .errors import printable
 from .files import replacing
 
 GREEN = "#2a9d3a"
@@ -181,7 +182,7 @@ def draw_neighbors(path, train, val, chosen, nearest, tile=96, gap=6):
         picture = Image.fromarray(source.image(i).numpy())
         picture = ImageOps.pad(picture, (tile, tile), color="white")
         sheet.paste(picture, (x, y))
-        name = source.classes[source.labels[i]]
+        name = printable(source.classes[source.labels[i]])
         while pen.textlength(name, font) > tile:  # a long name loses its end
             name = name[:-1]
         pen.text((x, y + tile + 4), name, colour, font)

@@ -24,6 +24,7 @@ def join_world(device):
 
     Raises Refused where there are too few GPUs, and where the processes don't find each other.
     """
+    check_environment(os.environ)
     if device.type == "cuda":
         device = own_gpu()
         backend = "nccl"
@@ -42,6 +43,30 @@ def join_world(device):
                       "--nnodes and --rdzv-endpoint on all machines? Its port open? As many machines "
                       "started as --nnodes says?") from None
     return device, rank, world
+
+
+def check_environment(environ):
+    """Raise Refused where what torchrun sets is there in part, and where a scheduler has started several
+    tasks that would know nothing of each other."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in environ]
+    if "RANK" not in environ:
+        # Of the job step that this process is in, or else of the whole job.
+        tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+        if tasks.isdigit() and int(tasks) > 1:
+            raise Refused(f"SLURM started {tasks} tasks, and none knows of the others, because torchrun is "
+                          "missing: srun --ntasks-per-node 1 torchrun --nproc-per-node GPUS ... (or unset "
+                          "SLURM_NTASKS for a run in one process)")
+        return
+    if missing:
+        raise Refused(f"{', '.join(missing)} not set, but RANK is: torchrun sets them all; unset RANK for a "
+                      "run in one process")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not environ[name].isdigit():
+            raise Refused(f"{name} is '{environ[name]}', no number; torchrun sets it")
+    if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
+        raise Refused(f"RANK is {environ['RANK']}, but WORLD_SIZE {environ['WORLD_SIZE']}: ranks go from 0 "
+                      "to one less; torchrun sets both")
 
 
 def own_gpu():

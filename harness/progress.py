@@ -1,13 +1,17 @@
-"""The line with the time left.
+"""The line with the time left, and lines on stderr.
 
 On a terminal one line is redrawn every second. Elsewhere, in a log file for instance, a line is printed
 every half minute. Only one process of a run speaks.
 """
+import contextlib
 import datetime
 import math
+import os
 import shutil
 import sys
 import time
+
+from .errors import printable
 
 
 class Progress:
@@ -46,9 +50,35 @@ class Progress:
             self.line(text)
 
     def line(self, text, end="\n"):
-        """Print a line. It stays, unless step() redraws it."""
+        """Print a line. It stays, unless step() redraws it.
+
+        Nothing depends on the screen: where it takes no more lines, because `head` has ended or a disk is
+        full, the run goes on without it.
+        """
         if self.quiet:
             return
+        text = "\n".join(printable(line) for line in text.split("\n"))
         if self.live:
             text = f"\r\033[K{text}"
-        print(text, end=end, flush=True)
+        try:
+            print(text, end=end, flush=True)
+        except OSError as error:
+            self.quiet = True
+            self.pause = math.inf
+            silence(error)
+            warn("the run goes on, and its folder has what it finds")
+
+
+def silence(error):
+    """Let what is printed from now on go nowhere, and say so where that can be said."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    why = "nobody reads this output any more" if isinstance(error, BrokenPipeError) else f"no output: {error}"
+    warn(why)
+
+
+def warn(text):
+    """A line on stderr. Where nobody reads that either, there is none."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

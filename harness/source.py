@@ -1,7 +1,6 @@
 """A split of a data set: its images, in memory or as files, and their labels where they are known."""
 import hashlib
 import os
-import sys
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 
 from .errors import BadImage, printable
 from .images import read_or_replace
+from .progress import warn
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Source:
         Raises BadImage where they are too many.
         """
         for i in bad.keys() - self.bad.keys():
-            problem = printable(bad[i])
-            print(f"bad image, replaced by the next good one: {problem}", file=sys.stderr, flush=True)
+            warn(f"bad image, replaced by the next good one: {printable(bad[i])}")
         self.bad.update(bad)
         self.check_bad()
 
