@@ -37,6 +37,7 @@ from harness.loading import decode, to_device
 from harness.options import add_range
 from harness.pictures import draw_contact_sheet, save_picture
 from harness.progress import silence
+from harness.tars import Joined
 
 # --- The policy, and the draws of a view -----------------------------------------------------------------
 
@@ -501,7 +502,7 @@ def check(data):
     if not files:
         print("no image files: all pixels are in memory, and good")
         return
-    files = np.concatenate(files)
+    files = Joined(files)
     bad = check_files(files, data.train.value_range)
     if bad:
         raise Refused(f"{bad} of {len(files)} image files are bad")
@@ -513,11 +514,11 @@ def main():
     show_any_name()
     try:
         if args.check:
-            check(find_data(args.data, args.range))
+            check(find_data(args.data, args.range, keep="runs"))
             return
         if not args.out.lower().endswith(".png"):
             raise Refused(f"--out {args.out}: name a .png")
-        train, *_ = open_data(args.data, args.range)
+        train, *_ = open_data(args.data, args.range, keep="runs")
         policy = Policy()
         if train.pixels is not None:  # as recipe cifar10 has it
             policy = Policy(size=max(train.pixels.shape[2:]), blur=0)

@@ -48,6 +48,7 @@ from harness.pictures import draw_neighbors
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.progress import Progress
 from harness.run import Run
+from harness.tars import names_of
 from harness.weights import describe_found, file_hash, find_resnet, load_strictly, read_weights, whole_model
 from simsiam import cosine, initial_lr, knn_accuracy, l2_normalize, recipe_for
 
@@ -671,7 +672,8 @@ def open_all(args):
         raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn "
                       "ones)")
     args.data = None if args.data == "shapes" else args.data or saved.get("data")
-    data = open_data(args.data, args.range or saved.get("range"))
+    run = args.out or os.path.dirname(args.ckpt)  # the indexes of tar files lie beside it
+    data = open_data(args.data, args.range or saved.get("range"), os.path.dirname(run) or ".")
     if not data.can_judge() and not args.features:
         why = "".join(f"; {note}" for note in data.found.notes)
         raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
@@ -873,7 +875,7 @@ def save_features(path, train, bank, val=None, queries=None):
             arrays["classes"] = np.array(source.classes)
             arrays[f"{split}_labels"] = source.labels
         if source.files is not None:
-            arrays[f"{split}_files"] = source.files
+            arrays[f"{split}_files"] = names_of(source.files)
     # Through an open file: given a name, numpy would put .npz behind it.
     with replacing(path) as f:
         np.savez(f, **arrays)

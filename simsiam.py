@@ -941,17 +941,17 @@ def prepare(args):
     """Join the processes, open the data, settle the settings -> Job. Raises Refused; nothing is written
     yet."""
     device, _, world = join_world(torch.device(args.device))
-    data = args.method.open(args.data, args.range)
+    name = folder_name(args.data)
+    if args.experiment != "simsiam":
+        name = f"{name}-{args.experiment}"
+    out = args.out or os.path.join("runs", name)
+    data = args.method.open(args.data, args.range, os.path.dirname(out) or ".")
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()
     method = args.method(s, data)
     same = s["content"], val.fingerprint() if val else 0, s.get("captions", 0)
     check_same_images(same, args.data, device)
-    name = folder_name(args.data)
-    if args.experiment != "simsiam":
-        name = f"{name}-{args.experiment}"
-    out = args.out or os.path.join("runs", name)
     return Job(
         settings=s,
         method=method,

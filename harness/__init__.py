@@ -13,6 +13,7 @@
     labels      labels of a flat validation folder, from a text file
     captions    words for what was drawn, lists of images with captions, and words as numbers
     cifar       CIFAR-10 and CIFAR-100 as they are downloaded
+    tars        uncompressed tar files in the place of folders
     shapes      the drawn data set, for which nothing is downloaded
     images      reading one image file, good or bad
     values      pixels of more than 8 bits
@@ -24,16 +25,17 @@
 
     run         how far a run is, when it saves, and what ends it
     checkpoint  which of a folder's two checkpoints is read, and whether it fits a run
-    folder      which folder a run has, and whether there is a run in it
+    folder      which folder a run has, whether there is a run in it, and that nobody else writes there
     log         log.jsonl: a record a line
     late        numbers that are read a step late, so that no step waits for the GPU
     files       files that are whole at every instant, and reading them with suspicion
-    weights     files of weights: ours, the authors', MoCo's, torchvision's
+    unpickling  what torch.load needs of pickle, without running a file's code
+    weights     the ResNet in a file of weights, wherever it lies there
     evaluate    features of many images, counting hits, the images that count, whether a network is frozen
     pictures    curves, contact sheets, nearest neighbours
 
     options     the command line that the scripts share, and its limits
-    progress    the line with the time left
+    progress    the line with the time left, and lines on stderr
     ends        how a program ends, and hints at why
     machine     the device's name, its memory, its fastest memory layout
 

@@ -5,6 +5,7 @@
     train/<class>/..., val/<class>/...      an image folder with labels; val/ is optional
     train/ without class folders            all images below train/, at any depth, without labels
     any other folder                        all images below it, at any depth, without labels
+    an uncompressed tar file                the folder in whose place it is, as a tar file below DATA is too
     an image file                           itself
     any other file                          a list: a path on each line, relative to the list
 
@@ -28,6 +29,7 @@ from .images import header, range_of_files
 from .layouts import look
 from .shapes import draw_data_set
 from .source import Source
+from .tars import Joined, locate
 from .walk import as_files
 
 SMALL = 64  # pixels a side, up to which images of one size are held in memory
@@ -58,18 +60,18 @@ class Data(NamedTuple):
         return {heading: text for heading, text in rows.items() if text}
 
 
-def open_data(path, value_range=None):
+def open_data(path, value_range=None, keep=None):
     """DATA as given by the user -> Data, small images in memory. None: the drawn shapes.
 
-    value_range: see find_data. Raises Refused where there is nothing that can be used.
+    value_range, keep: see find_data. Raises Refused where there is nothing that can be used.
     """
-    data = find_data(path, value_range)
+    data = find_data(path, value_range, keep)
     return data._replace(train=in_memory(data.train), val=data.val and in_memory(data.val))
 
 
-def open_captions(path, value_range=None):
+def open_captions(path, value_range=None, keep=None):
     """The same of a list of images with captions (harness/captions.py), or of the drawn shapes. Sources have
-    captions."""
+    captions. Nothing is kept."""
     value_range = checked_range(value_range)
     if path is None:
         return open_data(None)
@@ -81,23 +83,25 @@ def open_captions(path, value_range=None):
     return Data(in_memory(train), None, found)
 
 
-def find_data(path, value_range=None):
+def find_data(path, value_range=None, keep=None):
     """The same, image files not read yet, but for a sample of those of more than 8 bits.
 
-    value_range: two numbers, which become 0 to 255 where values have more than 8 bits. By default the sample
-    decides, which is of both splits.
+    value_range     two numbers, which become 0 to 255 where values have more than 8 bits. By default the
+                    sample decides, which is of both splits
+    keep            the folder in which the indexes of tar files are kept, or None
     """
     value_range = checked_range(value_range)
     if path is None:
         return Data(*draw_data_set(), Found("the drawn shapes", Split("this program"), Split("this program")))
-    found = look(path)
+    found = look(path, keep)
     if found.train.layout:
         return Data(cifar.read_split(found.train), cifar.read_split(found.val), found)
     splits = [split for split in (found.train, found.val) if split]
-    value_range = value_range or range_of_files(np.concatenate([split.files for split in splits]))
-    sources = [Source(files=split.files, labels=split.labels, classes=split.classes, value_range=value_range)
-               for split in splits]
-    return Data(sources[0], sources[1] if found.val else None, found)
+    files = [locate(split.files, found.tars) for split in splits]
+    value_range = value_range or range_of_files(Joined(files))
+    sources = [Source(files=its_files, labels=split.labels, classes=split.classes, value_range=value_range)
+               for its_files, split in zip(files, splits)]
+    return Data(sources[0], sources[1] if found.val else None, found._replace(tars=()))  # they are large
 
 
 def checked_range(value_range):

@@ -25,8 +25,8 @@ class Stopped(Exception):
 
 
 def printable(text):
-    """The text without what a terminal would obey: file names can hold escape sequences, and bytes that are no
-    text. Both are written out: \\x1b, caf\\xe9."""
+    """The text without what a terminal would obey: file names can hold escape sequences, and bytes that are
+    no text. Both are written out: \\x1b, caf\\xe9."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", written_out, str(text))
 
 

@@ -26,6 +26,7 @@ class Found(NamedTuple):
     val: object = None      # Split, or None
     left_out: dict = {}     # {reason: how many files}
     notes: tuple = ()       # what else has to be said: of val/, of classes, of where the images were found
+    tars: tuple = ()        # tars.Index of each tar file that images lie in
 
 
 def describe(left_out):

@@ -5,6 +5,7 @@ What Pillow opens becomes RGB: the first frame, without transparency; EXIF turns
 decode whole is bad. A bad file never ends a run by itself: the next good one takes its place
 (read_or_replace), and the Source that the file belongs to counts it (harness/source.py).
 """
+import io
 import logging
 import multiprocessing
 import os
@@ -14,9 +15,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from .errors import BadImage, printable
+from .errors import BadImage, Refused, printable
+from .tars import Member
 from .values import BITS, HEADERS, SAMPLE, deep_values, is_deep, range_of, to_levels, whole_range
 
 # Pillow knows more formats. Of those left out, some are no pictures, some need another program, which a file
@@ -44,7 +46,13 @@ def is_image(path):
 
 def open_image(path):
     """A file -> a PIL image, its header read, its pixels not yet. Raises whatever Pillow raises."""
-    return Image.open(os.fsdecode(path), formats=FORMATS)
+    source = open_bytes(path) if isinstance(path, Member) else os.fsdecode(path)
+    return Image.open(source, formats=FORMATS)
+
+
+def open_bytes(path):
+    """A file, or a member of a tar file -> an open file; of a member, one in memory."""
+    return io.BytesIO(path.content()) if isinstance(path, Member) else open(path, "rb")
 
 
 def read_rgb(path, value_range=None):
@@ -60,6 +68,8 @@ def read_rgb(path, value_range=None):
         values = deep_values(partial(open_image, path))
         levels = to_levels(values, value_range or whole_range(values))
         return Image.fromarray(levels).convert("RGB")
+    except Refused:  # a tar file has changed
+        raise
     except Exception as error:  # a damaged file can raise anything
         problem = what_is_wrong(path, error)
     raise BadImage(f"{os.fsdecode(path)}: can't be read as an image: {problem}")
@@ -113,7 +123,8 @@ def range_of_files(files):
 def header(path, property_of):
     """What property_of says of a file's opened image, or None where it is bad: whoever reads it says what is
     wrong."""
-    if not os.path.isfile(path):  # a link to a pipe, for one, into which nobody writes
+    # A link to a pipe, for one, into which nobody writes.
+    if not isinstance(path, Member) and not os.path.isfile(path):
         return None
     try:
         with open_image(path) as image:
@@ -149,7 +160,7 @@ def what_is_wrong(path, error):
         largest = 2 * Image.MAX_IMAGE_PIXELS
         return f"larger than {largest} pixels: cut it into tiles, or make it smaller"
     try:
-        with open(path, "rb") as f:
+        with open_bytes(path) as f:
             beginning = f.read(64)
     except OSError as error:
         return f"{type(error).__name__}: {error.strerror}; {MEND}"
@@ -162,6 +173,8 @@ def what_is_wrong(path, error):
         problem = wrong_with_tiff(path)
         if problem:
             return problem
+    if isinstance(error, UnidentifiedImageError):  # whose text has the path once more
+        return f"nothing in it that an image begins with; {MEND}"
     return f"{type(error).__name__}: {error}; {MEND}"
 
 
@@ -175,7 +188,7 @@ def wrong_with_tiff(path):
     Satellites have 13 bands, and floating point in three; Pillow only says that it knows no such mode.
     """
     try:
-        with open(path, "rb") as f:
+        with open_bytes(path) as f:
             beginning = f.read(8)
             if beginning[2] == 43 or beginning[3] == 43:  # BigTIFF has a longer header
                 beginning += f.read(8)

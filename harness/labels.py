@@ -6,6 +6,7 @@ of the training folders, or its number as sorted, from 0 on. Whatever could be m
 guessed: a wrong label would only show as a low accuracy.
 """
 import os
+import re
 
 from .lists import read_lines
 
@@ -18,7 +19,7 @@ def labels_beside(parent, folder, split, images, classes):
     split       the split's name, by which the file is called: val.txt, test.txt
     """
     names = [split + b".txt", split + b"_annotations.txt", b"val_annotations.txt"]
-    if split.lower().startswith(b"val"):
+    if re.search(b"^(ilsvrc.*_)?val", split.lower()):
         names.append(b"val.txt")
     places = dict.fromkeys([folder, os.path.dirname(folder), parent])
     paths = [os.path.join(place, name) for place in places for name in names]

@@ -4,6 +4,7 @@ Each row of LAYOUTS is one way in which images come: how it is recognised, and w
 row that fits counts. A new way is a new row. Every file below DATA is used, or is counted in Found.left_out
 with the reason.
 """
+import collections
 import os
 from typing import NamedTuple
 
@@ -13,26 +14,30 @@ from .found import Found, Split, describe
 from .images import is_image
 from .lists import KINDS, looks_like, read_list
 from .splits import folder_with_splits, with_splits, without_splits
-from .walk import as_files, entries, walk
+from .tars import as_folder, is_tar
+from .walk import Listing, as_files, entries, look_into, walk
 
 
 class Layout(NamedTuple):
     """A row of LAYOUTS."""
     name: str     # in words, for people
     fits: object  # (path, names of what lies in it; none of a file) -> whether it is this layout
-    look: object  # path -> Found, without the layout's name. Raises Refused
+    look: object  # (path, keep) -> Found, without the layout's name; see look. Raises Refused
 
 
-def look(path):
-    """What lies at a path (text or bytes) -> Found. Raises Refused where there is nothing that can be
-    used."""
+def look(path, keep=None):
+    """What lies at a path (text or bytes) -> Found
+
+    keep    the folder in which the indexes of tar files are kept, or None
+    Raises Refused where there is nothing that can be used.
+    """
     path = os.fsencode(path)
     if not os.path.exists(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
     names = {entry.name for entry in entries(path)} if os.path.isdir(path) else set()
     row = next(row for row in LAYOUTS if row.fits(path, names))
-    found = row.look(path)
+    found = row.look(path, keep)
     return found._replace(layout=found.layout or row.name)
 
 
@@ -43,7 +48,7 @@ def look_at_cifar(layout):
 
     Of what else lies there, images are counted; the archive's own files are not.
     """
-    def look_closer(root):
+    def look_closer(root, keep):
         where = os.fsdecode(root)
         train, val = (Split(where, batches=batches, layout=layout) for batches in layout.batches)
         beside = len(walk(root).images)
@@ -64,48 +69,72 @@ def holds_cifar(path, names):
     return bool(names & {*cifar.FOLDERS}) and bool(cifars_in(path)) and not walk(path).images
 
 
-def look_inside(root):
+def look_inside(root, keep):
     """The one CIFAR folder in it. Raises Refused where there are two: which is meant, only the user
     knows."""
     there = cifars_in(root)
     if len(there) != 1:
         shown = ", ".join(os.fsdecode(os.path.basename(folder)) for folder in there)
         raise Refused(f"{os.fsdecode(root)}: holds {len(there)} data sets, {shown}; name one of them")
-    return look(there[0])
+    return look(there[0], keep)
 
 
 # --- Files ----------------------------------------------------------------------------------------------
 
-def look_at_image(path):
+def look_at_image(path, keep):
     """One picture is a data set too: to look at its views."""
     return Found("", Split(os.fsdecode(path), as_files([path])))
 
 
-def look_at_list(path):
+def look_at_list(path, keep):
     """A path on each line."""
     return Found("", Split(os.fsdecode(path), as_files(read_list(path))))
 
 
-def refuse_file(path):
+def refuse_file(path, keep):
     """Say what it is instead."""
     raise Refused(f"{os.fsdecode(path)}: {looks_like(path)}")
 
 
 # --- Folders of images ----------------------------------------------------------------------------------
 
-def look_at_folder(root):
+def look_at_folder(root, keep):
+    """A folder of images, with tar files perhaps."""
+    return look_at_listing(root, walk(root, keep))
+
+
+def look_at_tar(path, keep):
+    """A tar file, as the folder in whose place it is."""
+    index = look_into(path, keep)
+    listing = Listing(index.names.tolist(), collections.Counter(index.left_out), [index])
+    return look_at_listing(as_folder(path), listing)
+
+
+def look_at_listing(root, listing):
     """A folder of images: with splits and classes, or without (harness/splits.py)."""
-    listing = walk(root)
     if not listing.images:
         raise Refused(nothing_there(root, listing.left_out))
     folder = folder_with_splits(root, listing.images)
     if folder is None:
-        return without_splits(root, listing)
-    found = with_splits(root, folder, listing)
-    if folder != root:
-        inside = os.fsdecode(os.path.relpath(folder, root))
-        found = found._replace(notes=(f"the splits were found in {inside}/", *found.notes))
-    return found
+        found = without_splits(root, listing)
+    else:
+        found = with_splits(root, folder, listing)
+        if folder != root:
+            inside = os.fsdecode(os.path.relpath(folder, root))
+            found = found._replace(notes=(f"the splits were found in {inside}/", *found.notes))
+    train, val = (split and split._replace(where=place_shown(split.where, listing.tars))
+                  for split in (found.train, found.val))
+    return found._replace(train=train, val=val, tars=listing.tars)
+
+
+def place_shown(where, tars):
+    """The folder that a split comes from, with .tar where it is a tar file."""
+    for index in tars:
+        path = os.fsdecode(index.archive.path)
+        folder = os.fsdecode(as_folder(index.archive.path))
+        if where == folder or where.startswith(folder + "/"):
+            return path + where.removeprefix(folder)
+    return where
 
 
 def nothing_there(root, left_out):
@@ -127,6 +156,7 @@ LAYOUTS = [
     *(Layout(f"{row.name} ({row.form})", row.fits, look_at_cifar(row)) for row in cifar.LAYOUTS),
     Layout("a folder around CIFAR's", holds_cifar, look_inside),
     Layout("an image folder", lambda path, names: os.path.isdir(path), look_at_folder),
+    Layout("a tar file", lambda path, names: os.path.isfile(path) and is_tar(path), look_at_tar),
     Layout("one image", lambda path, names: is_image(path), look_at_image),
     Layout("a file that holds no list", lambda path, names: looks_like(path), refuse_file),
     Layout("a list of images", lambda path, names: True, look_at_list),

@@ -18,7 +18,7 @@ SHARDS = "a container of records; write its images as files, in train/<class>/..
 WEIGHTS = "weights, not images; lineval.py --ckpt takes those"
 DOCUMENT = "no image format that is read; convert it to PNG or JPEG"
 KINDS = {  # by suffix, in lower case
-    ".zip": ARCHIVE, ".tar": ARCHIVE, ".gz": ARCHIVE, ".tgz": ARCHIVE, ".bz2": ARCHIVE, ".xz": ARCHIVE,
+    ".zip": ARCHIVE, ".gz": ARCHIVE, ".tgz": ARCHIVE, ".bz2": ARCHIVE, ".xz": ARCHIVE,
     ".7z": ARCHIVE, ".rar": ARCHIVE, ".zst": ARCHIVE,
     ".npy": ARRAYS, ".npz": ARRAYS, ".mat": ARRAYS, ".h5": ARRAYS, ".hdf5": ARRAYS, ".hdf": ARRAYS,
     ".csv": TABLE, ".tsv": TABLE, ".json": TABLE, ".jsonl": TABLE, ".xlsx": TABLE,

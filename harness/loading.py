@@ -9,7 +9,7 @@ import signal
 import torch
 
 from .draws import permutation
-from .errors import STOPPING, BadImage
+from .errors import STOPPING, Refused
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
@@ -58,7 +58,7 @@ def decode(source, cut, batches, device, workers):
         Decoder(source, cut), batch_sampler=batches, collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
     for epoch, index, views, bad in loader:
-        if isinstance(bad, BadImage):
+        if isinstance(bad, Refused):
             raise bad
         source.note(bad)
         yield epoch, index, [x.to(device, non_blocking=True) for x in views]
@@ -76,8 +76,8 @@ class Decoder(torch.utils.data.Dataset):
     def __getitems__(self, batch):
         """-> epoch, indices, [(N, 3, S, S) uint8, one per view], {index: what is wrong} of the bad files.
 
-        Where too many files are bad, the last is a BadImage, and the main process raises it. Raised here,
-        it would arrive there wrapped in a traceback.
+        Where too many files are bad, or a tar file has changed, the last is a Refused, and the main process
+        raises it. Raised here, it would arrive there wrapped in a traceback.
         """
         epoch, index = batch
         cuts = []
@@ -87,7 +87,7 @@ class Decoder(torch.utils.data.Dataset):
                 image, met = read_or_replace(self.files, i, self.value_range)
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
-        except BadImage as error:
+        except Refused as error:
             return epoch, index, None, error
         return epoch, index, torch.utils.data.default_collate(cuts), bad
 

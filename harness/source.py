@@ -9,6 +9,7 @@ import torch
 from .errors import BadImage, printable
 from .images import read_or_replace
 from .progress import warn
+from .tars import names_of
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Source:
     they are known.
 
     pixels      (N, 3, H, W) uint8 tensor, where the images are held in memory; else None
-    files       (N,) array of byte strings, or None. It is one buffer, which worker processes share. The
-                reference counts of a list of Python strings would make each worker copy it
+    files       (N,) array of byte strings, or tars.Files, or None. It is one buffer, which worker processes
+                share. The reference counts of a list of Python strings would make each worker copy it
     labels      (N,) int64 array, or None
     classes     list of names, or None
     captions    list of texts, one an image, or None
@@ -79,8 +80,9 @@ class Source:
         if self.pixels is not None:
             parts = [self.pixels.numpy()]
         else:
-            above = len(os.path.commonprefix([min(self.files), max(self.files)]))
-            parts = [b"\n".join(name[above:] for name in self.files)]
+            names = names_of(self.files)
+            above = len(os.path.commonprefix([min(names), max(names)]))
+            parts = [b"\n".join(name[above:] for name in names)]
         if self.labels is not None:
             parts.append(np.ascontiguousarray(self.labels, np.int64))
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)

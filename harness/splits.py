@@ -19,8 +19,9 @@ from .walk import as_files, suffix_of
 # Names of splits, in lower case, with what people put behind them: train2017, training_set, val_images. A
 # folder called test/ stands in where there is no val/.
 BEHIND = r"([-_ ]?(set|data|split|images))?[-_]?\d*"
-TRAIN = re.compile(r"(train|training)" + BEHIND)
-VAL = [re.compile(names + BEHIND) for names in ("val", "(valid|validation)", "(test|testing)")]
+BEFORE = r"(ilsvrc\d+_img_)?"  # ImageNet's tar files as they are downloaded
+TRAIN = re.compile(BEFORE + "(train|training)" + BEHIND)
+VAL = [re.compile(BEFORE + names + BEHIND) for names in ("val", "(valid|validation)", "(test|testing)")]
 # A folder of the first names holds the images of the folder that it is in, alone or beside one of the second.
 IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
 BESIDE = {"labels", "masks", "mask", "annotations", "segmentation", "segmentations", "segmentationclass",

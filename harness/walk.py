@@ -12,6 +12,7 @@ import numpy as np
 from .errors import Refused
 from .images import is_image
 from .pictures import OURS, has_mark, is_ours
+from .tars import as_folder, index_of, is_tar
 
 # Beside all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
 # into folders, in lower case.
@@ -28,6 +29,7 @@ class Listing(NamedTuple):
     """The files below a folder: those that are used, and how many are not."""
     images: list   # paths (bytes), sorted
     left_out: collections.Counter  # {reason: files}
+    tars: list     # tars.Index of each tar file, whose images are among `images`
 
 
 def is_left_behind(name):
@@ -55,14 +57,18 @@ def is_folder(entry):
         return False
 
 
-def walk(root):
-    """All files below a folder, at any depth -> Listing
+def walk(root, keep=None):
+    """All files below a folder, at any depth, and in tar files there -> Listing
 
+    keep    the folder in which the indexes of tar files are kept, or None
     Links to folders are followed, but never into a folder that they lie in, nor from one link into another:
     links across class folders could lead round in any order. Of a hidden folder nothing is looked at: it
     counts as one file. Raises Refused where a folder can't be listed.
     """
+    if is_within(keep, root):
+        keep = None  # nothing is ever written below DATA
     images = []
+    tars = []
     at_the_top = []  # pictures in the root itself, any of which may be a contact sheet of ours
     left_out = collections.Counter()
     waiting = [(root, frozenset(), False)]  # folder, identities of those above it, whether a link led there
@@ -82,6 +88,14 @@ def walk(root):
                     waiting.append((entry.path, above, linked or link))
             elif not entry.is_symlink() and not entry.is_file():
                 left_out["pipes, sockets or devices"] += 1  # to open a pipe can take for ever
+            elif is_tar(entry.name):
+                unpacked = as_folder(entry.path)
+                if os.path.isdir(unpacked):
+                    raise Refused(f"{os.fsdecode(entry.path)}: {os.fsdecode(unpacked)}/ is there too, perhaps "
+                                  "unpacked from it; move one of them away")
+                tars.append(look_into(entry.path, keep))
+                images += tars[-1].names.tolist()
+                left_out.update(tars[-1].left_out)
             elif not is_image(entry.name):
                 left_out[suffix_of(entry.name)] += 1
             elif entry.name in OURS and is_ours(entry.path):
@@ -96,7 +110,27 @@ def walk(root):
             left_out["pictures that our programs drew"] += 1
         else:
             images.append(path)
-    return Listing(sorted(images), left_out)
+    return Listing(sorted(images), left_out, tars)
+
+
+def is_within(folder, root):
+    """Whether a folder, if any, is another one or lies in it."""
+    if folder is None:
+        return False
+    root = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(os.fsencode(folder)), root]) == root
+
+
+def look_into(path, keep):
+    """A tar file -> tars.Index. Raises Refused where it is damaged or compressed."""
+    return index_of(path, keep, why_no_image)
+
+
+def why_no_image(name):
+    """Why a member of a tar file (its path there) is no image; None where it is one."""
+    if any(map(is_left_behind, name.split(b"/"))):
+        return "hidden or a system's"
+    return None if is_image(name) else suffix_of(name)
 
 
 def suffix_of(name):

@@ -213,7 +213,8 @@ def test_every_killed_run_ended_with_the_uninterrupted_weights():
 def test_no_damaged_file_was_more_than_read_or_refused():
     """The outcomes in results/drills/fuzz.json."""
     fuzz = read_json("drills/fuzz.json")
-    assert fuzz["images"].keys() == fuzz["checkpoints"].keys() == {"read", "refused"}
+    for kind in ("images", "tar files", "checkpoints"):
+        assert fuzz[kind].keys() == {"read", "refused"}
     assert fuzz["whole program"].keys() == {"went on"}
 
 
@@ -227,7 +228,8 @@ def test_reliability_figures_are_those_in_results():
             f"{kills['hits']['in a step']} in a step",
             f"{sum(fuzz['images'].values()):,} damaged images",
             f"{sum(fuzz['checkpoints'].values()):,} damaged checkpoints",
-            f"{fuzz['checkpoints']['read']} of them unharmed"):
+            f"{fuzz['checkpoints']['read']} of them unharmed",
+            f"{sum(fuzz['tar files'].values()):,} damaged tar files"):
         assert figure in words_of("results/operations.md")
 
 
@@ -263,6 +265,18 @@ def test_steps_speeds_are_those_in_results():
     assert f"{gains['imagenet']} with ResNet-50" in readme()
     for speeds in steps.values():
         assert 0.9 < speeds["ours, compiled"] / speeds["ours"] < 1.1
+
+
+def test_figures_of_tar_files_are_those_in_results():
+    """results/operations.md's against drills/tar.json."""
+    found = read_json("drills/tar.json")
+    _, (worker, _) = found["memory after 200 steps, MiB: main, worker; and shared"]
+    for figure in (
+            f"with {found['images']:,} images in all",
+            f"the first start takes {found['first start, s']:.0f} s, the next {found['second start, s']:.0f} s",
+            f"a worker has {worker} MiB",
+            f"makes {found['ratio, tar to folder']:.2f} times as many"):
+        assert figure in words_of("results/operations.md")
 
 
 def test_start_up_figures_are_those_in_results():

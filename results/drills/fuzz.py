@@ -1,16 +1,18 @@
-"""Damaged files: what do the readers of images and checkpoints make of them?
+"""Damaged files: what do the readers of images, checkpoints and tar files make of them?
 
     python results/drills/fuzz.py --count 1000 --seed 0
 
 Start it from the repository's root; it takes some minutes on one CPU core. It flips, cuts off, zeroes,
 doubles, inserts or drops bytes anywhere in a file. The reader must refuse a damaged image or read it as an
-image. It must refuse a damaged checkpoint, or read it tensor for tensor as it was. Anything else is a
-failure, and so are more than ten seconds, or a change to the file itself.
+image. It must refuse a damaged checkpoint, or read it tensor for tensor as it was. Of a damaged tar file it
+must refuse the whole, or read as an image, or refuse, each member that it finds; nothing may be unpacked.
+Anything else is a failure, and so are more than ten seconds, or a change to the file itself.
 
 Every 50th checkpoint goes to the whole program too, which must continue from the older of the two.
 """
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -18,6 +20,7 @@ import random
 import shlex
 import signal
 import sys
+import tarfile
 import tempfile
 
 sys.path.insert(0, os.getcwd())
@@ -26,9 +29,10 @@ import torch
 from PIL import Image
 
 import simsiam
-from harness import files
+from harness import files, tars
+from harness.data import find_data
 from harness.ends import launch
-from harness.errors import Refused
+from harness.errors import BadImage, Refused
 from harness.images import read_image
 from harness.shapes import draw_shapes
 
@@ -147,6 +151,50 @@ def is_image(image):
     return image.dtype == torch.uint8 and image.dim() == 3 and image.shape[2] == 3
 
 
+# --- Tar files ------------------------------------------------------------------------------------
+
+def tar_files(pictures):
+    """These pictures in tar files of each format, in class folders; and in one of one tar file a class."""
+    out = []
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        classes = {}
+        for kind in ("a", "b"):
+            long = kind * 120 if form != tarfile.USTAR_FORMAT else kind  # which needs an extended header
+            named = {f"{k:03}-{long}.png": picture for k, picture in enumerate(pictures)}
+            classes[kind] = tar_of(named, form)
+            out.append(tar_of({f"{kind}/{k:03}.png": picture for k, picture in enumerate(pictures)}, form))
+        out.append(tar_of({f"{kind}.tar": content for kind, content in classes.items()}, form))
+    return out
+
+
+def tar_of(members, form):
+    """{name: content} -> the bytes of a tar file"""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def read_tar(path):
+    """All images of a tar file that can be read, and what else its folder holds then."""
+    tars.descriptors.clear()  # the file of this name was another one
+    data = find_data(path)
+    read = []
+    for i in range(len(data.train)):
+        with contextlib.suppress(BadImage):
+            read.append(read_image(data.train.files[i]))
+    return read, sorted(os.listdir(os.path.dirname(path)))
+
+
+def are_images(found):
+    """Whether all is an image that was read, and nothing was unpacked."""
+    read, names = found
+    return all(map(is_image, read)) and names == [b"photos.tar"]
+
+
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 class SmallRun:
@@ -230,6 +278,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = os.fsencode(os.path.join(folder, "image"))
         result["images"] = fuzz("image", path, images(), read_image, is_image, args.count, rng)
+        tar_folder = os.path.join(folder, "tars")
+        os.mkdir(tar_folder)
+        path = os.fsencode(os.path.join(tar_folder, "photos.tar"))
+        result["tar files"] = fuzz("tar file", path, tar_files(images()[:6]), read_tar, are_images,
+                                   args.count // 2, rng)
         result["checkpoints"], result["whole program"] = fuzz_checkpoints(folder, args.count, rng)
     text = json.dumps(result, indent=1)
     with open("results/drills/fuzz.json", "w") as f:
