@@ -5,7 +5,7 @@
 
 Start it from the repository's root, on Linux. Without CIFAR it makes the runs on drawn shapes alone. A run
 whose results lie in results/related is not made again; one that was interrupted goes on. Each has a core of
-its own. What they gave becomes two tables in results/related.md, and a picture.
+its own. What they gave becomes two tables and a picture in results/related.md, and a column in the README.
 
 What a method needs beside SimSiam's settings (temperature, tau, queue, prototypes) was chosen for shapes on
 seeds 7 to 9; nothing was chosen on CIFAR-10, nor on seeds 0 to 4.
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import statistics
@@ -41,6 +42,7 @@ from results.pages import Panel, draw_rows, write_tables
 KEPT = "results/related"
 RUNS = "runs/neighbours"
 PAGE = pathlib.Path("results/related.md")
+README = pathlib.Path("README.md")
 PICTURE = "results/related.png"
 SPEED = f"{KEPT}/speed.json"
 TITLES = {"shapes": "drawn shapes, 6 epochs (seeds)", "cifar10": "CIFAR-10, 10,000 images, 40 epochs (seeds)"}
@@ -161,6 +163,18 @@ def memory(found):
     return f"{max(r['memory_mb'] for r in found)}"
 
 
+def in_readme(text):
+    """The README, with each method's kNN accuracy in its table; of CLIP, zero-shot accuracy too."""
+    for method in related.METHODS:
+        found = list(found_of("shapes", method).values())
+        shown = f"{cell([r['knn'] for r in found])}"
+        if method == "clip":
+            shown += f"; zero-shot {cell([r['zero_shot'] for r in found])}"
+        row = rf"(\| `--method {method}` \|[^|]*\|)[^|]*\|"
+        text = re.sub(row, rf"\1 {shown} |", text)
+    return text
+
+
 # --- Sec. 6.2 -------------------------------------------------------------------------------------
 
 CLAIMS = {  # row: the row that it is compared with, and what the paper's figures say of it
@@ -212,11 +226,16 @@ def picture():
                 measured = [[r[key] for r in found] for key in ("knn", "linear")]
                 shown.append((f"{row} ({len(found)})", measured))
         if shown:
-            every = [value for _, measured in shown for values in measured for value in values]
-            low = 10 * math.floor(min(every) / 10)
-            high = 10 * math.ceil(max(every) / 10)
-            panels.append(Panel(TITLES[data], shown, low, high))
+            ends = [end for _, measured in shown for values in measured for end in ends_of(values)]
+            low = 20 * math.floor(min(ends) / 20)
+            panels.append(Panel(TITLES[data], shown, low, high=20 * math.ceil(max(ends) / 20)))
     draw_rows(PICTURE, panels, {"kNN": BLUE, "cached linear": RED})
+
+
+def ends_of(values):
+    """The least and the most of some accuracies, and the lower end of their bar of a standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0
+    return min(min(values), statistics.mean(values) - spread), max(values)
 
 
 # --- Seconds a step -------------------------------------------------------------------------------
@@ -310,6 +329,7 @@ def main():
     finally:
         write_tables(PAGE, [table(), comparison()])
         picture()
+        README.write_text(in_readme(README.read_text()))
     print(state)
 
 

@@ -24,8 +24,8 @@ class Panel(NamedTuple):
     """A part of a picture, with a horizontal axis of its own."""
     title: str
     rows: list   # of (label, [values of the first measure, of the second, ...]), the values one a seed
-    low: float   # the axis, from
-    high: float  # to
+    low: int     # the axis, from
+    high: int    # to
 
 
 ROW = 34      # pixels from row to row
@@ -64,8 +64,8 @@ def draw_panel(pen, top, panel, measures):
     for name, colour in measures.items():
         pen.text((x, top + 36), name, colour, font)
         x += pen.textlength(name, font) + 20
-    for k in range(6):
-        value = panel.low + k * (panel.high - panel.low) / 5
+    every = 20 if panel.high - panel.low > 50 else 10
+    for value in range(panel.low, panel.high + 1, every):
         pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], GREY)
         pen.text((at(value), bottom + 4), f"{value:g}", "black", font, anchor="mt")
     for number, (label, measured) in enumerate(panel.rows):

@@ -7,6 +7,8 @@ import runpy
 import numpy as np
 import pytest
 
+import related
+import simsiam
 from tests.helpers import ROOT, log_of
 
 RESULTS = ROOT / "results"
@@ -182,21 +184,71 @@ def test_the_page_on_ones_own_data_is_made_of_its_lines(monkeypatch):
 def test_the_page_on_the_neighbours_has_the_table_of_their_logs(monkeypatch):
     """results/related.md against what results/neighbours.py makes of results/related."""
     monkeypatch.chdir(ROOT)
-    assert runpy.run_path("results/neighbours.py")["table"]() in (RESULTS / "related.md").read_text()
+    page = (RESULTS / "related.md").read_text()
+    made = runpy.run_path("results/neighbours.py")
+    assert made["table"]() in page
+    assert made["comparison"]() in page
 
 
-@pytest.mark.parametrize("method", ["simclr", "mocov2", "byol", "swav", "clip"])
-def test_readme_has_the_last_knn_of_each_neighbour(method):
-    """Seed 0's, and CLIP's zero-shot accuracy, against their logs."""
-    lines = (RESULTS / f"related/shapes-{method}-0.jsonl").read_text().splitlines()
-    log = [json.loads(line) for line in lines]
-    *_, last, end = log
-    assert end["event"] == "end"
-    row = re.search(rf"^\| `--method {method}` \|.*\|$", (ROOT / "README.md").read_text(), re.M)[0]
-    assert f"{last['knn']:.1f}%" in row
-    assert last["knn"] >= 20 + max(log[0]["knn_pixels"], log[1]["knn"])
-    if method == "clip":
-        assert f"zero-shot {last['zero_shot']:.1f}%" in row
+SAME = ("arch", "width", "cifar_stem", "batch", "epochs", "size", "area", "jitter", "strength", "gray", "blur",
+        "flip", "weight_decay", "momentum", "images")
+
+
+@pytest.mark.parametrize("data", ["shapes", "cifar10"])
+def test_the_neighbours_that_were_measured_had_the_same_network_views_and_epochs(data):
+    """Settings in the logs against those of the first."""
+    logs = sorted((RESULTS / "related").glob(f"{data}-*.jsonl"))
+    settings = [json.loads(log.read_text().splitlines()[0])["settings"] for log in logs]
+    for log, its in zip(logs, settings):
+        assert {name: its[name] for name in SAME} == {name: settings[0][name] for name in SAME}, log.name
+        assert its["seed"] == int(log.stem.rpartition("-")[2])
+
+
+def test_on_cifar10_the_neighbours_have_what_was_chosen_on_shapes(monkeypatch):
+    """The options of results/neighbours.py against the recipe for shapes; BYOL's and SwAV's lr is half of
+    SimSiam's in both."""
+    monkeypatch.chdir(ROOT)
+    made = runpy.run_path("results/neighbours.py")
+    for name, method in related.METHODS.items():
+        if name == "clip":
+            continue
+        _, *options = made["command_of"]("cifar10", "CIFAR", name)
+        args = vars(related.parse(options))
+        chosen = simsiam.recipe("shapes", method.SETTINGS)
+        for setting in ("temperature", "queue", "tau", "prototypes", "eps"):
+            if setting in chosen:
+                assert args[setting] == chosen[setting], (name, setting)
+        share = chosen["base_lr"] / simsiam.recipe("shapes")["base_lr"]
+        assert args["base_lr"] == pytest.approx(0.4 * share)
+
+
+VERDICTS = [  # a claim, an interval of differences, and what it says of the claim
+    ("no better", -3, -1, "holds"), ("no better", -0.5, 0.9, "holds"), ("no better", 0.2, 3, "does not hold"),
+    ("no better", -2, 2, "can't be told here"), ("worse: it diverges", -9, -1, "holds"),
+    ("worse: it diverges", -9, 1, "can't be told here"), ("worse: it diverges", -0.5, 0.5, "does not hold"),
+]
+
+
+def test_a_verdict_on_section_62_is_what_the_interval_bears_out(monkeypatch):
+    """Against cases that were decided by hand."""
+    monkeypatch.chdir(ROOT)
+    verdict = runpy.run_path("results/neighbours.py")["verdict"]
+    assert [verdict(claim, low, high) for claim, low, high, _ in VERDICTS] == [said for *_, said in VERDICTS]
+
+
+def test_readme_has_the_knn_accuracy_of_each_neighbour(monkeypatch):
+    """Against what results/neighbours.py makes of the logs. All learned, by seed 0's, far more than raw pixels
+    tell."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text()
+    assert runpy.run_path("results/neighbours.py")["in_readme"](text) == text
+    for method in related.METHODS:
+        assert re.search(rf"`--method {method}` \|[^|]*\| \d\d\.\d", text), method
+        lines = (RESULTS / f"related/shapes-{method}-0.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
+        *_, last, end = log
+        assert end["event"] == "end"
+        assert last["knn"] >= 20 + max(log[0]["knn_pixels"], log[1]["knn"])
 
 
 # --- Reliability and speed ----------------------------------------------------------------------------------
