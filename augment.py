@@ -404,7 +404,9 @@ def load_views(source, policy, seed, batches, device, workers, views=2):
         crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
     for epoch, index, x in crops:
         colours = [draw_colour(policy, seed, epoch, index, v) for v in range(views)]
-        yield index, [photometric(x[v], colours[v], policy) for v in range(views)]
+        # All views at once: half the operations, each on twice as many images.
+        colour = Colour(*map(np.concatenate, zip(*colours)))
+        yield index, photometric(torch.cat(x), colour, policy).chunk(views)
 
 
 def load_centres(source, policy, batches, device, workers):
