@@ -43,7 +43,7 @@ from harness.files import refusing, replacing, save
 from harness.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.loading import index_batches, to_device
 from harness.machine import device_name, fastest_layout, hardware
-from harness.options import add_prefix, add_setting, check_amp, check_batch, check_limits, new_parser, number
+from harness.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
 from harness.pictures import draw_neighbors
 from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.progress import Progress
@@ -735,7 +735,6 @@ def settings_for(args, backbone, recipe, data, world):
         "save_minutes": args.save_minutes,
         "keep_every": args.keep_every,
     }
-    check_amp(s)
     if protocol in OPTIMIZERS and data.can_judge():  # the training view plays a part
         s["area"] = policy.area
         s["aspect"] = policy.aspect

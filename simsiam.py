@@ -55,11 +55,11 @@ from harness.evaluate import share_bad
 from harness.files import save
 from harness.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.loading import index_batches, to_device
-from harness.machine import fastest_layout, hardware, peak_memory
-from harness.options import add_prefix, add_setting, check_amp, check_batch, check_limits, new_parser, number
+from harness.machine import bf16_pays, fastest_layout, hardware, peak_memory
+from harness.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
 from harness.per_image import PerImageVectors
 from harness.pictures import draw_curves, save_picture
-from harness.processes import all_sum, join_world, mean_over_processes
+from harness.processes import all_sum, check_same_precision, join_world, mean_over_processes
 from harness.progress import Progress
 from harness.run import Run
 from harness.weights import describe_found, find_resnet, load_strictly, name_groups, read_weights
@@ -693,7 +693,7 @@ def settings_for(args, train, world):
     settings["images"] = len(train)
     settings["range"] = train.value_range
     settings["device"] = args.device
-    settings["amp"] = args.device == "cuda" if args.amp is None else args.amp
+    settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
     settings["compile"] = args.compile
     settings["world"] = world
     settings["workers"] = args.workers
@@ -720,7 +720,6 @@ def check_together(s):
     check_batch(s)
     if s["batch"] < 2:
         raise Refused("--batch 1: BN needs at least 2 images")
-    check_amp(s)
     for name in ("area", "aspect", "sigma"):
         low, high = s[name]
         if low > high:
@@ -859,7 +858,8 @@ def options(script, description, method):
     """The parser of a program that trains this method (a class)."""
     parser = new_parser(
         script, description, data="drawn shapes",
-        out="runs/<name of the data>, and -<method> or -<experiment>", amp="on cuda")
+        out="runs/<name of the data>, and -<method> or -<experiment>",
+        amp="on cuda, and on a CPU with instructions for bf16 from --width 1/4 up")
     parser.set_defaults(method=method)
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: shapes without DATA, cifar10 for images of one size up to "
@@ -952,6 +952,7 @@ def prepare(args):
     method = args.method(s, data)
     same = s["content"], val.fingerprint() if val else 0, s.get("captions", 0)
     check_same_images(same, args.data, device)
+    check_same_precision(s["amp"], device)
     return Job(
         settings=s,
         method=method,
@@ -979,11 +980,13 @@ def pretrain(args):
     model.to(job.device, memory_format=layout)
     network = distribute(model, job.device)
     optimizer = method.optimizer()
-    autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=s["amp"])
     parts = {"model": model, "optimizer": optimizer, **method.parts(job.device)}
     defaults = recipe(s["recipe"], method.SETTINGS)
     lock(job.out, CHECKPOINTS, job.resuming, job.device)
-    run = Run(job.out, parts, s, method.steps_per_epoch, job.resuming, job.device, args.override, defaults)
+    follow = ["amp"] if args.amp is None else []  # a run that goes on keeps its precision
+    run = Run(job.out, parts, s, method.steps_per_epoch, job.resuming, job.device, args.override, defaults,
+              follow)
+    autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=s["amp"])
 
     # 2. Say what is going to happen, on the screen and in the log
     step = run.epoch * method.steps_per_epoch + run.step

@@ -36,13 +36,15 @@ class AllSum(torch.autograd.Function):
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BN over the global batch, for CPUs. Inputs (N, C) or (N, C, H, W); the same statistics as one process
-    has."""
+    has, in float32 at least. The output has the input's type."""
 
     _check_input_dim = staticmethod(lambda x: None)  # any number of dimensions
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        of_input = x.dtype
+        x = x.to(torch.promote_types(of_input, torch.float32))
         dims = [0, *range(2, x.dim())]         # all but the channels
         shape = [1, -1] + [1] * (x.dim() - 2)  # of a vector of channels, to be broadcast against x
         n = x.numel() // x.shape[1] * dist.get_world_size()
@@ -51,9 +53,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = AllSum.apply((centred ** 2).sum(dims)) / n              # (C,)
         self.update_running(mean, var, n)
         x = centred * (var + self.eps).rsqrt().view(shape)
-        if self.weight is None:
-            return x
-        return x * self.weight.view(shape) + self.bias.view(shape)
+        if self.weight is not None:
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return x.to(of_input)
 
     @torch.no_grad()
     def update_running(self, mean, var, n):

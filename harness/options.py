@@ -98,15 +98,6 @@ def check_batch(settings):
         raise Refused(f"--batch {batch}: the data has only {settings['images']} images, less than one batch")
 
 
-def check_amp(settings):
-    """Raise Refused for bf16 autocast on a CPU.
-
-    The runs of this program on CPUs are of small networks, in float32.
-    """
-    if settings["amp"] and settings["device"] != "cuda":
-        raise Refused("--amp: bf16 autocast is for GPUs")
-
-
 def number(text):
     """A number of the command line: 0.125 and 1/8 alike. Raises ValueError for other text."""
     numerator, _, denominator = text.partition("/")

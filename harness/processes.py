@@ -156,6 +156,13 @@ def my_share(n):
     return np.array_split(np.arange(n), dist.get_world_size())[dist.get_rank()]
 
 
+def check_same_precision(amp, device):
+    """Raise Refused where the processes have chosen different precisions, by their CPUs."""
+    if not same_everywhere(int(amp), device):
+        raise Refused("some machines have CPUs with instructions for bf16, and some don't: give --amp or "
+                      "--no-amp to all")
+
+
 def same_everywhere(number, device):
     """Whether all processes have the same number: then its maximum is its minimum."""
     both = torch.tensor([number, -number], dtype=torch.float64, device=device)

@@ -38,6 +38,7 @@ class Run:
     steps_per_epoch     as many as loading.index_batches yields an epoch: images // batch
     resuming    go on from the folder's checkpoint
     override    names of settings that may differ from the checkpoint's
+    follow      names of settings that become the checkpoint's
     defaults    {name: value} of settings that a checkpoint may lack, because it was made by an older version
 
     Raises Refused where the checkpoint is foreign or of other settings, and where both of the two are
@@ -46,7 +47,8 @@ class Run:
     MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile",
                   "keep_every"}
 
-    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), defaults=None):
+    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), defaults=None,
+                 follow=()):
         self.out = out
         self.parts = parts
         self.settings = settings
@@ -71,7 +73,7 @@ class Run:
         self.notes = []                    # lines to be said at the start
         self.log = Log(self.path("log.jsonl"), self.first)
         if resuming:
-            self.resume(override, defaults or {})
+            self.resume(override, defaults or {}, follow)
 
     def path(self, name):
         """A file in the run's folder."""
@@ -79,7 +81,7 @@ class Run:
 
     # --- Going on from a checkpoint ----------------------------------------------------------------------
 
-    def resume(self, override, defaults):
+    def resume(self, override, defaults, follow):
         """Take position and parts from the newest checkpoint that can be read, and the log up to there."""
         checkpoint, path, problem = newest_checkpoint(self.out)
         if problem:
@@ -88,6 +90,7 @@ class Run:
         with refusing(path, "doesn't fit this run"):
             check_format(checkpoint, path)
             then = {**defaults, **checkpoint["settings"]}
+            self.settings.update((name, then[name]) for name in follow)
             changed = compare_settings(then, self.settings, self.MAY_CHANGE, override, path)
             if changed:
                 self.notes.append(f"other settings than so far: {changed}")

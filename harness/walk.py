@@ -91,8 +91,8 @@ def walk(root, keep=None):
             elif is_tar(entry.name):
                 unpacked = as_folder(entry.path)
                 if os.path.isdir(unpacked):
-                    raise Refused(f"{os.fsdecode(entry.path)}: {os.fsdecode(unpacked)}/ is there too, perhaps "
-                                  "unpacked from it; move one of them away")
+                    raise Refused(f"{os.fsdecode(entry.path)}: {os.fsdecode(unpacked)}/ is there too, "
+                                  "perhaps unpacked from it; move one of them away")
                 tars.append(look_into(entry.path, keep))
                 images += tars[-1].names.tolist()
                 left_out.update(tars[-1].left_out)

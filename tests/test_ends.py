@@ -278,7 +278,6 @@ REFUSALS = {  # id: (arguments, what the one line says)
     "a negative momentum": ("{small} --momentum -1", "--momentum"),
     "no number": ("{small} --momentum x", "--momentum"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
-    "bf16 on a CPU": ("{small} --device cpu --amp", "--amp"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "goes with --objective symmetric"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
     "a run is there": ("{small} --out {whole}", "holds a run already"),
