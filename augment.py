@@ -20,6 +20,7 @@ Shapes in comments: N images or views, H x W pixels as stored, S pixels a side a
 import argparse
 import sys
 from collections import namedtuple
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -528,6 +529,10 @@ def main():
     except BrokenPipeError as error:  # of `--check | head`
         silence(error)
         sys.exit(1)
+    except BrokenProcessPool:
+        sys.exit("augment.py: a process that reads images was killed, mostly for want of memory")
+    except KeyboardInterrupt:
+        sys.exit("augment.py: interrupted")
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"augment.py: {printable(error)}")
     print(f"{args.out}: some of {len(train)} images, and pairs of {policy.size}-pixel views of each")

@@ -672,8 +672,7 @@ def open_all(args):
         raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn "
                       "ones)")
     args.data = None if args.data == "shapes" else args.data or saved.get("data")
-    run = args.out or os.path.dirname(args.ckpt)  # the indexes of tar files lie beside it
-    data = open_data(args.data, args.range or saved.get("range"), os.path.dirname(run) or ".")
+    data = open_data(args.data, args.range or saved.get("range"), keep=beside_the_run(args, saved))
     if not data.can_judge() and not args.features:
         why = "".join(f"; {note}" for note in data.found.notes)
         raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
@@ -686,6 +685,17 @@ def open_all(args):
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
         backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
     return backbone, data, recipe
+
+
+def beside_the_run(args, saved):
+    """The folder in which pre-training has kept the indexes of tar files: the run folder's parent. saved: the
+    settings in a checkpoint of ours, else empty."""
+    if args.out:
+        return os.path.dirname(os.path.normpath(args.out)) or "."
+    if args.ckpt.startswith("random:"):
+        return "runs"
+    folder = os.path.dirname(args.ckpt)
+    return os.path.dirname(folder) or "." if saved else folder or "."
 
 
 def settings_for(args, backbone, recipe, data, world):

@@ -945,7 +945,7 @@ def prepare(args):
     if args.experiment != "simsiam":
         name = f"{name}-{args.experiment}"
     out = args.out or os.path.join("runs", name)
-    data = args.method.open(args.data, args.range, os.path.dirname(out) or ".")
+    data = args.method.open(args.data, args.range, keep=os.path.dirname(os.path.normpath(out)) or ".")
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()

@@ -7,6 +7,7 @@ Exit status: 0 at the end; 1 with one line of text where the input can't be used
 + the signal's number where a signal has ended the run, everything saved. Other exceptions are bugs, and
 leave with their traceback.
 """
+import contextlib
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from . import folder, loading
 from .errors import STOPPING, Refused, Stopped, printable
+from .progress import warn
 
 WORKER_HINT = ("a process that decodes images was killed, mostly for want of memory or of /dev/shm; "
                "use fewer --workers")
@@ -44,7 +46,7 @@ def launch(script, run, args):
     except Stopped as stopped:
         number, message = stopped.args
         if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: {message}", file=sys.stderr)
+            warn(f"{script}: {message}")
         return 128 + number
     except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
         message = f"{error!r}: {WORKER_HINT}"
@@ -71,8 +73,11 @@ def launch(script, run, args):
 
 def show_any_name():
     """Print what the terminal can't show as escapes, such as \\xe9 for an e with an accent: a name must not
-    end a run."""
-    for stream in (sys.stdout, sys.stderr):
+    end a run. Where there is no stdout or stderr at all, print nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whatever has started us
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):  # a test may have put another thing there
             stream.reconfigure(errors="backslashreplace")
 
@@ -99,8 +104,10 @@ def leave(status):
     for worker in multiprocessing.active_children():
         worker.kill()
     if isinstance(status, str):
-        print(status, file=sys.stderr)
+        with contextlib.suppress(OSError):  # warn() would write out the line break before it
+            print(status, file=sys.stderr)
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status or 0)

@@ -21,6 +21,7 @@ from .progress import warn
 CHECKPOINTS = (NEWEST, PREVIOUS)
 LOCK = ".writer"   # a hidden file, so that it is nobody's data
 PATIENCE = 60      # seconds that a start waits for the lock: the old process may be about to end
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 locked = []        # the files that this process has locked
 
 
@@ -63,12 +64,18 @@ def lock(out, names, resuming, device):
     resuming: what holds_run has said of these names. Raises Refused where another process has the lock, and
     where it has begun a run there since. Where the file system knows no locks, a line says so.
     """
-    holder = take(os.path.join(out, LOCK), out) if dist.get_rank() == 0 else None
-    if all_sum(torch.tensor(int(holder is not None), device=device)) > 0:
+    holder = None
+    answer = torch.zeros(2, device=device)  # whether another process has the lock, or has begun a run
+    if dist.get_rank() == 0:
+        holder = take(os.path.join(out, LOCK), out)
+        answer[0] = holder is not None
+        answer[1] = any(os.path.exists(os.path.join(out, name)) for name in names) != resuming
+    is_taken, has_begun = all_sum(answer).tolist()
+    if is_taken:
         unlock()
         raise Refused(f"{out}: another process ({holder or 'see ' + LOCK + ' there'}) writes there; wait for "
                       "its end, or give another folder with --out")
-    if any(os.path.exists(os.path.join(out, name)) for name in names) != resuming:
+    if has_begun:
         unlock()
         raise Refused(f"{out}: another process has begun a run there just now; the same command with "
                       "--resume auto goes on from it")
@@ -77,7 +84,8 @@ def lock(out, names, resuming, device):
 def take(path, out):
     """Lock a file, and write into it who has it -> None, or who has it instead."""
     os.makedirs(out, exist_ok=True)
-    file = open(path, "a+")
+    # A link there would lead to somebody's file.
+    file = open(path, "r+", opener=lambda name, _: os.open(name, FLAGS, 0o666))
     locked.append(file)
     deadline = time.monotonic() + PATIENCE
     waiting = False
@@ -98,7 +106,8 @@ def take(path, out):
         except OSError as error:
             warn(f"{out}: can't be locked ({error.strerror}): see to it that no other process writes there")
             break
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return None
@@ -108,3 +117,7 @@ def unlock():
     """Let go of the folder. harness/ends.py does it when the program ends."""
     while locked:
         locked.pop().close()
+
+
+# A worker process gets a copy of the open file, and would keep the lock of a run that was killed.
+os.register_at_fork(after_in_child=unlock)

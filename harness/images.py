@@ -5,9 +5,9 @@ What Pillow opens becomes RGB: the first frame, without transparency; EXIF turns
 decode whole is bad. A bad file never ends a run by itself: the next good one takes its place
 (read_or_replace), and the Source that the file belongs to counts it (harness/source.py).
 """
+import concurrent.futures
 import io
 import logging
-import multiprocessing
 import os
 import sys
 import warnings
@@ -226,8 +226,9 @@ def check_files(files, value_range=None):
     """
     bad = 0
     counting = sys.stderr.isatty()
-    with multiprocessing.Pool() as pool:
-        problems = pool.imap(partial(line_about, value_range), files, chunksize=16)
+    # Of a Pool, whose process was killed, one would wait for ever.
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        problems = pool.map(partial(line_about, value_range), files, chunksize=16)
         for n, problem in enumerate(problems, 1):
             if problem:
                 bad += 1

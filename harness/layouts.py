@@ -8,6 +8,8 @@ import collections
 import os
 from typing import NamedTuple
 
+import numpy as np
+
 from . import cifar
 from .errors import Refused
 from .found import Found, Split, describe
@@ -32,6 +34,7 @@ def look(path, keep=None):
     Raises Refused where there is nothing that can be used.
     """
     path = os.fsencode(path)
+    path = path.rstrip(b"/") or b"/"  # completion puts one behind a folder
     if not os.path.exists(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
@@ -122,9 +125,25 @@ def look_at_listing(root, listing):
         if folder != root:
             inside = os.fsdecode(os.path.relpath(folder, root))
             found = found._replace(notes=(f"the splits were found in {inside}/", *found.notes))
-    train, val = (split and split._replace(where=place_shown(split.where, listing.tars))
-                  for split in (found.train, found.val))
-    return found._replace(train=train, val=val, tars=listing.tars)
+    splits = [split for split in (found.train, found.val) if split]
+    train, *val = (split._replace(where=place_shown(split.where, listing.tars)) for split in splits)
+    notes = found.notes + about_tars(listing, splits)
+    return found._replace(train=train, val=val[0] if val else None, tars=listing.tars, notes=notes)
+
+
+def about_tars(listing, splits):
+    """What has to be said of the tar files: which of the images are theirs, if not all, and that labels in
+    them are not read. -> notes"""
+    notes = []
+    used = sum(len(split.files) for split in splits)
+    theirs = sum(np.isin(split.files, index.names).sum() for split in splits for index in listing.tars)
+    if 0 < theirs < used:
+        shown = ", ".join(os.fsdecode(os.path.basename(index.archive.path)) for index in listing.tars[:3])
+        more = f" and {len(listing.tars) - 3} more" if len(listing.tars) > 3 else ""
+        notes.append(f"{theirs} of the images lie in tar files ({shown}{more})")
+    if any(".txt" in index.left_out for index in listing.tars):
+        notes.append("text files in a tar file are not read: labels must lie beside it")
+    return tuple(notes)
 
 
 def place_shown(where, tars):

@@ -54,16 +54,19 @@ def check_environment(environ):
         # Of the job step that this process is in, or else of the whole job.
         tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
         if tasks.isdigit() and int(tasks) > 1:
-            raise Refused(f"SLURM started {tasks} tasks, and none knows of the others, because torchrun is "
+            raise Refused(f"SLURM has {tasks} tasks for this, and none knows of the others: torchrun is "
                           "missing: srun --ntasks-per-node 1 torchrun --nproc-per-node GPUS ... (or unset "
                           "SLURM_NTASKS for a run in one process)")
         return
     if missing:
         raise Refused(f"{', '.join(missing)} not set, but RANK is: torchrun sets them all; unset RANK for a "
                       "run in one process")
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not environ[name].isdigit():
-            raise Refused(f"{name} is '{environ[name]}', no number; torchrun sets it")
+    for name in (*needed, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        given = environ.get(name, "1")
+        if name != "MASTER_ADDR" and not given.isdigit():
+            raise Refused(f"{name} is '{given}', no number; torchrun sets it")
+    if not 0 < int(environ["MASTER_PORT"]) < 2 ** 16:
+        raise Refused(f"MASTER_PORT is {environ['MASTER_PORT']}: a port is a number from 1 to 65535")
     if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
         raise Refused(f"RANK is {environ['RANK']}, but WORLD_SIZE {environ['WORLD_SIZE']}: ranks go from 0 "
                       "to one less; torchrun sets both")
@@ -122,7 +125,8 @@ def new_store_for_this_start():
 def cores():
     """This process's share of the machine's cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, usable // max(1, int(processes) if processes.isdigit() else 1))
 
 
 # --- Sums over the processes ----------------------------------------------------------------------------

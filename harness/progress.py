@@ -81,4 +81,4 @@ def silence(error):
 def warn(text):
     """A line on stderr. Where nobody reads that either, there is none."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

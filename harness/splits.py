@@ -37,7 +37,8 @@ def matching(pattern, names):
 
 def below(images, folder):
     """Those images that lie in a folder, at any depth. images: paths (bytes)."""
-    return [image for image in images if image.startswith(folder + b"/")]
+    inside = os.path.join(folder, b"")  # "/" stays one slash
+    return [image for image in images if image.startswith(inside)]
 
 
 def place_of(image, root):
@@ -166,7 +167,7 @@ def classes_in(folder, images):
     folders in it that have images; the images that lie in it directly."""
     by_class, direct = {}, []
     for image in below(images, folder):
-        name, slash, _ = image[len(folder) + 1:].partition(b"/")
+        name, slash, _ = image[len(os.path.join(folder, b"")):].partition(b"/")
         if slash:
             by_class.setdefault(name, []).append(image)
         else:

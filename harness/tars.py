@@ -26,6 +26,7 @@ BLOCK = 512       # bytes, of which a tar file is made up
 DEPTH = 3         # so many tar files in each other are looked into
 VERSION = 1       # of the files with an index
 LINES = 10        # seconds between two lines of progress
+LONGEST = 4096    # letters of a path
 COMPRESSED = {  # by the first bytes
     b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 
@@ -50,8 +51,15 @@ class Member(bytes):
     """An image in a tar file. The bytes are its path, as if the tar file were a folder."""
 
     def content(self):
-        """All bytes of it. Raises Refused where the tar file has changed."""
-        return os.pread(opened(self.archive), self.size, self.offset)
+        """All bytes of it. Raises Refused where the tar file has changed, or can't be read."""
+        shown = os.fsdecode(self.archive.path)
+        try:
+            descriptor = opened(self.archive.path)
+            if of_now(self.archive.path, os.fstat(descriptor)) != self.archive:
+                raise Refused(f"{shown}: has changed since its index was made; start again")
+            return os.pread(descriptor, self.size, self.offset)
+        except OSError as error:  # it is not this image that is bad
+            raise Refused(f"{shown}: can't be read ({error.strerror})") from None
 
 
 class Files:
@@ -127,18 +135,20 @@ def locate(names, indexes):
 
 # --- Reading --------------------------------------------------------------------------------------------
 
-descriptors = {}  # of the tar files that this process has open. To read by offset needs no position
+MOST_OPEN = 64  # tar files at a time; systems allow a process some thousand descriptors, or 256
+descriptors = collections.OrderedDict()  # {path: descriptor}, the one that was used last at the end
 
 
-def opened(archive):
-    """The descriptor of a tar file. Raises Refused where it isn't the one that its index is of."""
-    key = archive, os.getpid()
-    if key not in descriptors:
-        descriptor = os.open(archive.path, os.O_RDONLY)
-        if of_now(archive.path, os.fstat(descriptor)) != archive:
-            raise Refused(f"{os.fsdecode(archive.path)}: has changed since its index was made; start again")
-        descriptors[key] = descriptor
-    return descriptors[key]
+def opened(path):
+    """The descriptor of a tar file. To read by offset needs no position, so that processes may share it."""
+    if path in descriptors:
+        descriptors.move_to_end(path)
+        return descriptors[path]
+    descriptors[path] = os.open(path, os.O_RDONLY)
+    if len(descriptors) > MOST_OPEN:
+        _, oldest = descriptors.popitem(last=False)
+        os.close(oldest)
+    return descriptors[path]
 
 
 def of_now(path, status):
@@ -149,8 +159,9 @@ def of_now(path, status):
 # --- The index ------------------------------------------------------------------------------------------
 
 def is_tar(name):
-    """Whether a name (bytes) is that of a tar file."""
-    return name.lower().endswith(SUFFIX) and len(name) > len(SUFFIX)
+    """Whether a name (bytes) is that of a tar file; checkpoint.pth.tar is none, by an old custom."""
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix == SUFFIX and bool(stem) and not stem.endswith((b".pth", b".pt", b".ckpt"))
 
 
 def as_folder(path):
@@ -158,22 +169,30 @@ def as_folder(path):
     return path[:-len(SUFFIX)]
 
 
-def index_of(path, keep, is_wanted):
+def index_of(path, keep, is_wanted, rules=""):
     """The index of a tar file, from the folder `keep` if it lies there, else made and kept there -> Index
 
     keep        a folder, or None
     is_wanted   (path in the tar file) -> None for an image, else the reason why it is none
-    Raises Refused where it is no tar file, compressed, or damaged.
+    rules       what is_wanted goes by, in words: a kept index of other rules is made again
+    Raises Refused where it can't be read, is no tar file, compressed, or damaged.
     """
-    archive = of_now(path, os.stat(path))
-    kept = keep and os.path.join(keep, name_of_index(path))
-    index = kept and read_index(kept, archive)
-    if not index:
-        index = scan(archive, is_wanted)
-        # Of several processes only one writes; a folder that can't be written to is no reason to end.
-        if kept and os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(Refused, OSError):
-                write_index(kept, index)
+    shown = os.fsdecode(path)
+    try:
+        status = os.stat(path)
+        archive = of_now(path, status)
+        sign = hashlib.sha256(repr((VERSION, rules, archive[1:], status.st_ctime_ns)).encode()).hexdigest()
+        kept = keep and os.path.join(keep, name_of_index(path))
+        index = kept and read_index(kept, archive, sign)
+        if not index:
+            with open(path, "rb") as f:
+                index = Scan(f, archive, is_wanted).index()
+            # Of several processes only one writes; a folder that can't be written to is no reason to end.
+            if kept and os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(Refused, OSError):
+                    write_index(kept, index, sign)
+    except OSError as error:
+        raise Refused(f"{shown}: can't be read ({error.strerror})") from None
     folder = as_folder(path) + b"/"
     return index._replace(names=np.char.add(folder, index.names) if len(index.names) else index.names)
 
@@ -184,21 +203,20 @@ def name_of_index(path):
     return f"index-of-{os.path.basename(os.fsdecode(path))}-{place}.npz"
 
 
-def write_index(kept, index):
+def write_index(kept, index, sign):
     """The index into a file; names without the folder."""
     os.makedirs(os.path.dirname(kept) or ".", exist_ok=True)
     reasons = list(index.left_out)
     with replacing(kept) as f:
-        np.savez(f, version=VERSION, archive=[index.archive.size, index.archive.modified],
-                 names=index.names, offset=index.offset, size=index.size,
+        np.savez(f, sign=sign, names=index.names, offset=index.offset, size=index.size,
                  reasons=np.array(reasons, str), counts=np.array([index.left_out[r] for r in reasons], int))
 
 
-def read_index(kept, archive):
+def read_index(kept, archive, sign):
     """The index in a file -> Index; None where there is none, or it is another tar file's, or damaged."""
     try:
         with np.load(kept) as found:
-            if found["version"] != VERSION or tuple(found["archive"]) != archive[1:]:
+            if found["sign"] != sign:
                 return None
             left_out = dict(zip(found["reasons"].tolist(), found["counts"].tolist()))
             names, offset, size = found["names"], found["offset"], found["size"]
@@ -208,62 +226,106 @@ def read_index(kept, archive):
     return Index(archive, names, offset, size, left_out) if sound else None
 
 
-def scan(archive, is_wanted):
-    """Read all headers of a tar file -> Index, the names without the folder. Says how far it is."""
-    shown = os.fsdecode(archive.path)
-    found = {}
-    left_out = collections.Counter()
-    with open(archive.path, "rb") as f:
-        beginning = f.read(8)
+class Scan:
+    """The reading of all headers of a tar file, which is open. It says how far it is."""
+
+    def __init__(self, f, archive, is_wanted):
+        self.f = f
+        self.archive = archive
+        self.is_wanted = is_wanted
+        self.shown = os.fsdecode(archive.path)
+        self.left_out = collections.Counter()
+        self.members = 0
+        self.told = time.monotonic()
+
+    def index(self):
+        """-> Index, the names without the folder. Raises Refused."""
+        beginning = self.f.read(8)
         for signature, what in COMPRESSED.items():
             if beginning.startswith(signature):
-                raise Refused(f"{shown}: compressed ({what}), so that no image can be read by its place; "
-                              "decompress it, or unpack it")
-        told = time.monotonic()
-        for members, (name, offset, size, reason) in enumerate(walk_tar(f, 0, archive.size, b"", shown), 1):
-            reason = reason or is_wanted(name)
-            if reason:
-                left_out[reason] += 1
-            else:
-                found[name] = offset, size  # of two members of a name, the last counts
-            if members % 1000 == 0 and time.monotonic() - told > LINES:
-                told = time.monotonic()
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    warn(f"{shown}: index of {members:,} members, {offset / archive.size:.0%} of the file")
-    names = sorted(found)
-    places = np.array([found[name] for name in names], np.int64).reshape(-1, 2)
-    return Index(archive, np.array(names, bytes), places[:, 0].copy(), places[:, 1].copy(), dict(left_out))
+                raise Refused(f"{self.shown}: compressed ({what}), so that no image can be read by its "
+                              "place; decompress it, or unpack it")
+        stem = os.path.basename(as_folder(self.archive.path))
+        images = dict(self.images(0, self.archive.size, b"", stem))  # of two of a name, the last counts
+        names = sorted(images)
+        places = np.array([images[name] for name in names], np.int64).reshape(-1, 2)
+        return Index(self.archive, np.array(names, bytes), places[:, 0].copy(), places[:, 1].copy(),
+                     dict(self.left_out))
 
+    def images(self, start, end, folder, stem, depth=0):
+        """The images of the tar file that lies from start to end: a list of (name, (offset, bytes)).
 
-def walk_tar(f, start, end, folder, shown, depth=0):
-    """Yield (name, offset, bytes, reason) of each member of a tar file which lies in f from start to end.
+        folder, stem    the folder in whose place it is, and that folder's own name
+        Names are in `folder`. Members that are tar files are looked into. Raises Refused where one is
+        damaged: where it doesn't end with a block of zeros, for one.
+        """
+        where = f"{self.shown}, {os.fsdecode(folder)}.tar in it" if folder else self.shown
+        images = []
+        try:
+            for member in self.headers(start, end):
+                name = os.path.join(folder, clean(member.name))
+                place = member.offset_data, member.size
+                inner = as_folder(name)
+                reason = reason_of(member) or (None if is_tar(name) else self.is_wanted(name))
+                if reason:
+                    self.left_out[reason] += 1
+                elif not is_tar(name):
+                    images.append((name, place))
+                elif depth + 1 < DEPTH:
+                    images += self.images(place[0], sum(place), inner, os.path.basename(inner), depth + 1)
+                else:
+                    self.left_out["tar files deep in others"] += 1
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            problem = f"{where}: no whole tar file ({error})"
+            raise Refused(f"{problem}: damaged, or cut off; copy it again") from None
+        return lifted(images, folder, stem)
 
-    reason: why it can't be an image, or None. Names are in `folder`. Members that are tar files are looked
-    into. Raises Refused where it is damaged: where it doesn't end with a block of zeros, for one.
-    """
-    where = f"{shown}, {os.fsdecode(folder[:-1])}.tar in it" if folder else shown
-    f.seek(start)
-    try:
-        tar = tarfile.open(fileobj=f, mode="r:")
+    def headers(self, start, end):
+        """Yield the members of the tar file that lies from start to end, but for folders. Raises
+        tarfile.ReadError, and ValueError for headers that nobody writes."""
+        self.f.seek(start)
+        tar = tarfile.open(fileobj=self.f, mode="r:")
+        before = start
         while True:
             member = tar.next()
             if member is None:
                 break
             tar.members.clear()  # it would keep them all
-            offset = member.offset_data
-            name = os.path.join(folder, clean(member.name))
-            if member.isdir():
-                continue
-            if member.isreg() and is_tar(name) and depth + 1 < DEPTH and not member.issparse():
-                inner = as_folder(name) + b"/"
-                yield from walk_tar(f, offset, offset + member.size, inner, shown, depth + 1)
-            else:
-                yield name, offset, member.size, reason_of(member)
-        f.seek(tar.offset)
-        if f.read(BLOCK) != bytes(BLOCK) or tar.offset + BLOCK > end:
+            if member.size < 0 or not before <= member.offset_data <= tar.offset <= end:
+                place = member.offset_data - start
+                raise tarfile.ReadError(f"a member at byte {place} goes on behind its end")
+            before = tar.offset
+            self.members += 1
+            self.tell(tar.offset)
+            if not member.isdir():
+                yield member
+        self.f.seek(tar.offset)
+        if self.f.read(BLOCK) != bytes(BLOCK) or tar.offset + BLOCK > end:
             raise tarfile.ReadError(f"no end mark at byte {tar.offset - start} of {end - start}")
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise Refused(f"{where}: no whole tar file ({error}): damaged, or cut off; copy it again") from None
+        left = end - tar.offset - BLOCK
+        while left > 0:
+            block = self.f.read(min(left, 2 ** 20))
+            if not block or block.strip(b"\0"):
+                raise tarfile.ReadError("something behind its end mark, perhaps another tar file: tar -A "
+                                        "joins them, cat does not")
+            left -= len(block)
+
+    def tell(self, position):
+        """A line, every so many seconds, from one process of a machine."""
+        if self.members % 1000 == 0 and time.monotonic() - self.told > LINES:
+            self.told = time.monotonic()
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                share = position / self.archive.size
+                warn(f"{self.shown}: index of {self.members:,} members, {share:.0%} of the file")
+
+
+def lifted(images, folder, stem):
+    """The images without a folder of the tar file's own name, if all are in it: `tar cf train.tar train`
+    makes one."""
+    around = os.path.join(folder, stem, b"")
+    if not all(name.startswith(around) for name, _ in images):
+        return images
+    return [(os.path.join(folder, name[len(around):]), place) for name, place in images]
 
 
 def clean(name):
@@ -277,6 +339,6 @@ def reason_of(member):
         return "links in a tar file"
     if not member.isreg() or member.issparse():
         return "members of a tar file that are no plain files"
-    if ".." in member.name.split("/"):
-        return "members whose names lead out of the tar file"
+    if ".." in member.name.split("/") or len(member.name) > LONGEST:
+        return "members of a tar file whose names no folder can have"
     return None

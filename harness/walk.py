@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import Refused
-from .images import is_image
+from .images import SUFFIXES, is_image
 from .pictures import OURS, has_mark, is_ours
 from .tars import as_folder, index_of, is_tar
 
@@ -88,11 +88,8 @@ def walk(root, keep=None):
                     waiting.append((entry.path, above, linked or link))
             elif not entry.is_symlink() and not entry.is_file():
                 left_out["pipes, sockets or devices"] += 1  # to open a pipe can take for ever
-            elif is_tar(entry.name):
-                unpacked = as_folder(entry.path)
-                if os.path.isdir(unpacked):
-                    raise Refused(f"{os.fsdecode(entry.path)}: {os.fsdecode(unpacked)}/ is there too, "
-                                  "perhaps unpacked from it; move one of them away")
+            elif is_tar(entry.name) and os.path.isfile(entry.path):
+                check_alone(entry.path, tars)
                 tars.append(look_into(entry.path, keep))
                 images += tars[-1].names.tolist()
                 left_out.update(tars[-1].left_out)
@@ -121,9 +118,21 @@ def is_within(folder, root):
     return os.path.commonpath([os.path.realpath(os.fsencode(folder)), root]) == root
 
 
+def check_alone(path, tars):
+    """Raise Refused where a folder of a tar file's name is there too, or another tar file of it: a path would
+    have two meanings."""
+    folder = as_folder(path)
+    if os.path.isdir(folder):
+        raise Refused(f"{os.fsdecode(path)}: {os.fsdecode(folder)}/ is there too, perhaps unpacked from it; "
+                      "move one of them away")
+    for index in tars:
+        if as_folder(index.archive.path) == folder:
+            raise Refused(f"{os.fsdecode(path)}: {os.fsdecode(index.archive.path)} is there too; rename one")
+
+
 def look_into(path, keep):
     """A tar file -> tars.Index. Raises Refused where it is damaged or compressed."""
-    return index_of(path, keep, why_no_image)
+    return index_of(path, keep, why_no_image, rules=repr((SUFFIXES, sorted(SYSTEMS))))
 
 
 def why_no_image(name):

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from harness import data, found, layouts, pictures
+from harness.data import find_data
 from harness.errors import Refused
-from tests.helpers import ROOT, TINY, here, log_of, obey_permissions, python, refusal, slow
+from tests.helpers import ROOT, TINY, here, log_of, obey_permissions, python, refusal, slow, write_folder
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -463,3 +464,14 @@ def test_a_mirror_of_a_tree_by_links_is_the_tree(tmp_path):
     one, other = layouts.look(tmp_path / "disk"), layouts.look(mirror)
     assert one.train.labels.tolist() == other.train.labels.tolist()
     assert len(one.val.files) == len(other.val.files)
+
+
+@pytest.mark.parametrize("name", ["{}/", "{}//", "{}/./"])
+def test_a_slash_behind_data_makes_no_difference(tmp_path, name):
+    """As completion puts it there: with labels, and without."""
+    folder = write_folder(tmp_path / "data", "train", 12, (70, 90))
+    for place in (folder, folder / "train" / "a"):
+        with_slash = find_data(name.format(place)).train
+        plain = find_data(str(place)).train
+        assert with_slash.fingerprint() == plain.fingerprint()
+        assert with_slash.classes == plain.classes

@@ -132,16 +132,23 @@ def test_two_processes_of_one_run_are_one_writer(tmp_path, small):
 # --- What a scheduler starts by mistake ---------------------------------------------------------------------
 
 ENVIRONMENTS = {  # what is set, and what is said
-    "srun without torchrun": ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM started 2 tasks, and none"),
+    "srun without torchrun": (
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM has 2 tasks for this, and none"),
     "its second task": ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "torchrun is missing: srun --ntasks-per"),
     "a step of four in a job of eight": (
-        {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM started 4 tasks"),
+        {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM has 4 tasks"),
     "half an environment": (
         {"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR, MASTER_PORT not set, but RANK is"),
     "a rank alone": ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set, but RANK is"),
     "a word for a number": (
         {"RANK": "zero", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
         "RANK is 'zero', no number"),
+    "a port that is none": (
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
+        "MASTER_PORT is 99999: a port is a number from 1 to 65535"),
+    "a word for the local rank": (
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "x"},
+        "LOCAL_RANK is 'x', no number"),
     "a rank too many": (
         {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
         "RANK is 1, but WORLD_SIZE 1: ranks go from 0"),
@@ -175,7 +182,7 @@ def test_srun_without_torchrun_trains_nothing(tmp_path, small):
         environ = os.environ | {"SLURM_NTASKS": "2", "SLURM_PROCID": number}
         done = program(small, *TINY, "--out", tmp_path / "run", env=environ)
         assert done.returncode == 1
-        assert "SLURM started 2 tasks" in done.stderr
+        assert "SLURM has 2 tasks" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -192,6 +199,37 @@ def test_a_lock_holds_against_a_copy_of_the_process(tmp_path, small):
     epoch = max(losses_of(out))
     with start(*command[1:], "--resume", "auto") as second:
         wait_for_epoch(second, out, epoch=epoch + 1)
+
+
+@slow
+def test_a_worker_that_hangs_does_not_keep_the_lock_of_a_killed_run(tmp_path, large):
+    """Stopped, as on a dead network disk: it has no part in the lock."""
+    out = tmp_path / "run"
+    command = [ROOT / "simsiam.py", large, *TINY, "--batch", "4", "--epochs", "400", "--knn-every", "0"]
+    with start(*command, "--recipe", "imagenet", "--size", "32", "--workers", "1", "--out", out) as first:
+        wait_for_epoch(first, out)
+        with open(f"/proc/{first.pid}/task/{first.pid}/children") as f:
+            workers = [int(pid) for pid in f.read().split()]
+        assert workers
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        first.kill()
+        first.wait()
+        began = time.monotonic()
+        assert folder.take(str(out / folder.LOCK), str(out)) is None
+        assert time.monotonic() - began < 2
+        folder.unlock()
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, small):
+    """It would lead to somebody's file."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    os.symlink(tmp_path / "precious", tmp_path / "run" / folder.LOCK)
+    assert folder.LOCK in refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_the_lock_is_let_go_when_a_program_ends(tmp_path, small):

@@ -239,8 +239,8 @@ def test_a_verdict_on_section_62_is_what_the_interval_bears_out(monkeypatch):
 
 
 def test_readme_has_the_knn_accuracy_of_each_neighbour(monkeypatch):
-    """Against what results/neighbours.py makes of the logs. All learned, by seed 0's, far more than raw pixels
-    tell."""
+    """Against what results/neighbours.py makes of the logs. All learned, by seed 0's, far more than raw
+    pixels tell."""
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text()
     assert runpy.run_path("results/neighbours.py")["in_readme"](text) == text
@@ -327,7 +327,8 @@ def test_figures_of_tar_files_are_those_in_results():
     _, (worker, _) = found["memory after 200 steps, MiB: main, worker; and shared"]
     for figure in (
             f"with {found['images']:,} images in all",
-            f"the first start takes {found['first start, s']:.0f} s, the next {found['second start, s']:.0f} s",
+            f"the first start takes {found['first start, s']:.0f} s",
+            f"the next {found['second start, s']:.0f} s",
             f"a worker has {worker} MiB",
             f"makes {found['ratio, tar to folder']:.2f} times as many"):
         assert figure in words_of("results/operations.md")

@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ import torch
 import harness
 from harness import files
 from harness.errors import Refused, printable
-from tests.helpers import ROOT, TINY, here, log_of, program, python, refusal, slow, write_folder
+from tests.helpers import ROOT, TINY, here, log_of, program, python, refusal, slow, wait_for_epoch
+from tests.helpers import write_folder
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -53,6 +55,28 @@ def test_a_check_ends_when_nobody_reads_its_list(tmp_path):
     assert "it is empty" in shown
     assert status == 1
     assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_a_signal_after_the_reader_has_gone_still_ends_with_its_number(tmp_path, small):
+    """`2>&1 | head -1`, then SIGTERM: a scheduler goes by the exit status."""
+    out = tmp_path / "run"
+    words = [sys.executable, ROOT / "simsiam.py", small, *TINY, "--epochs", "400", "--knn-every", "0"]
+    words = list(map(str, [*words, "--workers", "0", "--out", out]))
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    wait_for_epoch(process, out)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_a_run_without_stdout_and_stderr_goes_on(tmp_path, small):
+    """`>&- 2>&-`, as some daemons start programs."""
+    out = tmp_path / "run"
+    words = [sys.executable, ROOT / "simsiam.py", small, *TINY, "--workers", "0", "--out", out]
+    done = subprocess.run(" ".join(map(str, words)) + " >&- 2>&-", shell=True, timeout=300)
+    assert done.returncode == 0
+    assert log_of(out)[-1]["event"] == "end"
 
 
 @slow

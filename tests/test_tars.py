@@ -155,8 +155,9 @@ def test_members_that_are_no_images_are_counted(tmp_path):
     assert len(data.train) == 12
     assert data.found.left_out == {
         "links in a tar file": 2, "hidden or a system's": 2, ".txt": 1,
-        "members whose names lead out of the tar file": 1,
+        "members of a tar file whose names no folder can have": 1,
         "members of a tar file that are no plain files": 1}
+    assert data.found.notes[-1] == "text files in a tar file are not read: labels must lie beside it"
     assert torch.equal(data.train.image(0), images.read_image(folder / "train" / "b" / "001.png"))
 
 
@@ -165,7 +166,8 @@ def test_a_bad_image_in_a_tar_file_is_named_with_what_it_is(tmp_path):
     odd_files(tmp_path / "odd")
     os.remove(tmp_path / "odd" / "loop.png")  # a link is no image in a tar file
     pack(tmp_path / "odd", tmp_path / "odd.tar")
-    listed = [python(ROOT / "augment.py", tmp_path / name, "--check") for name in ("odd", "odd.tar")]
+    listed = [python(ROOT / "augment.py", tmp_path / name, "--check", cwd=tmp_path)
+              for name in ("odd", "odd.tar")]
     assert listed[0].stdout.count("\n") == 6
     assert listed[1].stdout == listed[0].stdout
     assert "6 of 17 image files are bad" in listed[1].stderr
@@ -236,23 +238,137 @@ def test_a_tar_file_that_changes_ends_the_run_in_one_line(tmp_path, packed, work
     """After its index was made: a process that opens it then finds another one."""
     data = open_data(packed.parent)
     os.utime(packed, ns=(1, 1))
-    tars.descriptors.clear()
     with pytest.raises(Refused, match="has changed since its index was made; start again"):
         data.train.image(0)
     message = None
     if workers:
-        scan = tars.scan
+        scan = tars.Scan.index
 
-        def changes(archive, is_wanted):
-            index = scan(archive, is_wanted)
-            os.utime(archive.path, ns=(2, 2))
+        def changes(self):
+            index = scan(self)
+            os.utime(self.archive.path, ns=(2, 2))
             return index
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tars, "scan", changes)
+            patch.setattr(tars.Scan, "index", changes)
             options = [*TINY, "--batch", "4", "--workers", workers, "--out", tmp_path / "run"]
             message = refusal("simsiam.py", packed.parent, *options)
         assert "has changed since its index was made" in message
+
+
+def test_two_tar_files_joined_by_cat_are_refused(packed):
+    """Readers of tar files stop at the first end mark, and would lose the rest."""
+    packed.write_bytes(packed.read_bytes() * 2)
+    with pytest.raises(Refused, match="something behind its end mark, perhaps another tar file"):
+        find_data(packed.parent)
+
+
+def header(name, size):
+    """A header that claims this size, by the base-256 form of GNU's."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+HOSTILE = {  # what a header claims
+    "a negative size that leads back": header("a/x.png", -1024),
+    "a negative size": header("a/x.png", -100),
+    "more than any file has": header("a/x.png", 2 ** 62),
+}
+
+
+@pytest.mark.parametrize("claims", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_header_is_refused(packed, claims):
+    """At the end, behind good members; nothing loops, and nothing is unpacked."""
+    whole = packed.read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    packed.write_bytes(whole + claims + bytes(1024))
+    with pytest.raises(Refused, match="no whole tar file"):
+        find_data(packed.parent)
+    assert [path.name for path in packed.parent.iterdir()] == ["train.tar"]
+
+
+def test_endless_extended_headers_are_refused(packed):
+    """3,000 of them, each of which announces another."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    info.size = 10
+    packed.write_bytes((info.tobuf(tarfile.GNU_FORMAT) + bytes(512)) * 3000 + bytes(1024))
+    with pytest.raises(Refused, match="no whole tar file"):
+        find_data(packed.parent)
+
+
+# --- What else is called .tar -------------------------------------------------------------------------------
+
+def test_a_checkpoint_and_a_pipe_are_no_tar_files(tmp_path, packed):
+    """Both are counted: the authors' file is called checkpoint_0099.pth.tar; a pipe would block."""
+    torch.save({}, packed.parent / "model_best.pth.tar")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "pipe", packed.parent / "pipe.tar")
+    os.symlink(tmp_path / "gone", packed.parent / "gone.tar")
+    data = find_data(packed.parent)
+    assert len(data.train) == 12
+    assert data.found.left_out == {".tar": 3}
+
+
+def test_a_tar_file_that_cannot_be_read_is_refused_by_name(tmp_path, packed, monkeypatch):
+    """Not as a bad image, of which the next one would take the place; also when it has vanished meanwhile."""
+    data = find_data(packed.parent)
+    data.train.image(0)
+    packed.rename(tmp_path / "elsewhere")
+    while tars.descriptors:
+        os.close(tars.descriptors.popitem()[1])
+    with pytest.raises(Refused, match=r"train.tar: can't be read \(No such file or directory\)"):
+        data.train.image(0)
+
+
+def test_two_tar_files_of_one_folder_are_refused(packed):
+    """x.tar and x.TAR: a path would have two meanings."""
+    shutil.copy(packed, packed.with_suffix(".TAR"))
+    with pytest.raises(Refused, match="is there too; rename one"):
+        find_data(packed.parent)
+
+
+def test_tar_files_beside_files_are_said(tmp_path, packed):
+    """Images that lie in both would count twice."""
+    shutil.copytree(tmp_path / "folder" / "train" / "a", packed.parent / "photos")
+    packed.rename(packed.parent / "photos-2012.tar")
+    data = find_data(packed.parent)
+    assert len(data.train) == 12 + 4
+    assert "12 of the images lie in tar files (photos-2012.tar)" in data.found.notes
+
+
+def test_a_folder_of_its_own_name_in_a_tar_file_is_no_level(tmp_path, packed):
+    """As `tar cf train.tar train` makes it; in a tar file of a class too."""
+    folder = tmp_path / "folder" / "train"
+    expected = find_data(packed.parent).train
+    for name in "abc":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.add(folder / name, name)
+    nested, plain = tmp_path / "nested", tmp_path / "plain"
+    nested.mkdir()
+    plain.mkdir()
+    with tarfile.open(plain / "train.tar", "w") as archive:
+        archive.add(folder, "train")
+    with tarfile.open(nested / "train.tar", "w") as archive:
+        for name in "abc":
+            archive.add(tmp_path / f"{name}.tar", f"train/{name}.tar")
+    for way in (plain, nested):
+        train = find_data(way).train
+        assert train.fingerprint() == expected.fingerprint()
+        assert torch.equal(train.image(7), expected.image(7))
+
+
+def test_many_tar_files_need_few_descriptors(tmp_path, packed):
+    """A class each, a hundred; systems allow a process 256, or 1024."""
+    for k in range(100):
+        shutil.copy(packed, packed.parent / f"n{k:03}.tar")
+    packed.unlink()
+    train = find_data(packed.parent).train
+    assert len(train) == 1200
+    for i in range(0, 1200, 12):
+        train.image(i)
+    assert len(tars.descriptors) <= tars.MOST_OPEN
 
 
 # --- The index ----------------------------------------------------------------------------------------------
@@ -260,13 +376,13 @@ def test_a_tar_file_that_changes_ends_the_run_in_one_line(tmp_path, packed, work
 def scans(monkeypatch):
     """A list that grows whenever an index is made."""
     made = []
-    scan = tars.scan
+    scan = tars.Scan.index
 
-    def counting(archive, is_wanted):
-        made.append(archive.path)
-        return scan(archive, is_wanted)
+    def counting(self):
+        made.append(self.archive.path)
+        return scan(self)
 
-    monkeypatch.setattr(tars, "scan", counting)
+    monkeypatch.setattr(tars.Scan, "index", counting)
     return made
 
 
@@ -284,6 +400,9 @@ def test_an_index_is_made_once_and_again_when_the_file_has_changed(tmp_path, pac
     os.utime(packed, ns=(5, 5))
     find_data(packed.parent, None, keep)
     assert len(made) == 3
+    monkeypatch.setattr(walk, "SUFFIXES", (*walk.SUFFIXES, ".new"))  # another Pillow reads more formats
+    find_data(packed.parent, None, keep)
+    assert len(made) == 4
     kept, = keep.iterdir()
     whole = kept.read_bytes()
     for place in range(0, len(whole), 97):

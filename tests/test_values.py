@@ -551,7 +551,8 @@ def test_other_depths_keep_the_order_of_values(tmp_path, case):
 
 
 OWN_BAD = {
-    "kind 8: a sound file": (".jpg", content(b"RIFF\x24\0\0\0WAVEfmt "), "nothing in it that an image begins with"),
+    "kind 8: a sound file": (
+        ".jpg", content(b"RIFF\x24\0\0\0WAVEfmt "), "nothing in it that an image begins with"),
     "kind 8: half a GIF": (".gif", lambda path: half(path, "GIF"), "can't be read as an image"),
     "kind 8: 32 bits in three bands": (
         ".tif", lambda path: write_tiff(path, np.zeros((8, 8, 3), np.uint32)), "3 bands of 32 bits"),
