@@ -1,0 +1,105 @@
+"""bf16 against float32 on a CPU: the accuracy of the same CIFAR-10 runs, at a quarter of the width.
+
+    python results/bf16.py CIFAR [--minutes 60]      again until it says that all is done
+
+Start it from the repository's root, on Linux, on a CPU with instructions for bf16: on another the runs take
+much longer. Each has a core of its own. A run whose results lie in results/bf16 is not made again; one that
+was interrupted goes on. What they gave becomes a table in results/bf16.md.
+"""
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+import time
+
+sys.path.insert(0, os.getcwd())
+
+from harness.errors import Refused
+from results.cifar10 import Interrupted, cell, do, open_cifar10, records
+from results.cores import results_of
+from results.pages import write_tables
+
+KEPT = "results/bf16"
+RUNS = "runs/bf16"
+PAGE = pathlib.Path("results/bf16.md")
+OPTIONS = ("--width 1/4 --proj-hidden 512 --dim 512 --pred-dim 128 --batch 64 --base-lr 0.4 --epochs 4 "
+           "--knn-every 2 --workers 0")
+PRECISIONS = {"float32": "--no-amp", "bf16": "--amp"}
+SEEDS = 2
+
+
+def run(data, precision, seed, deadline):
+    """A run and two linear evaluations, with features in float32 and in bf16, to KEPT -> its name. Raises
+    Interrupted at the deadline."""
+    name = f"{precision}-{seed}"
+    out = f"{RUNS}/{name}"
+    if not os.path.exists(f"{out}/backbone.pth"):
+        options = shlex.split(f"{OPTIONS} {PRECISIONS[precision]} --seed {seed} --out {out} --resume auto")
+        do(["simsiam.py", data, *options], deadline)
+    os.makedirs(KEPT, exist_ok=True)
+    for features, option in PRECISIONS.items():
+        options = f"--ckpt {out}/checkpoint.pth --cached {option} --workers 0 --out {out}-{features}"
+        do(["lineval.py", data, *shlex.split(options)], deadline)
+        shutil.copy(f"{out}-{features}/lineval.json", f"{KEPT}/{name}-{features}-features.json")
+    shutil.copy(f"{out}/log.jsonl", f"{KEPT}/{name}.jsonl")
+    return name
+
+
+def kept(name):
+    """Whether the results of a run are there."""
+    return os.path.exists(f"{KEPT}/{name}.jsonl")
+
+
+def table():
+    """A line for each precision of pre-training, from the files in KEPT alone."""
+    lines = [
+        "| pre-training | seeds | loss | std x sqrt(d) | kNN | cached linear: float32 features | bf16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for precision in PRECISIONS:
+        names = [f"{precision}-{seed}" for seed in range(SEEDS) if kept(f"{precision}-{seed}")]
+        if not names:
+            continue
+        last = [[r for r in records(f"{KEPT}/{name}.jsonl") if r["event"] == "epoch"][-1] for name in names]
+        linear = [[top1_of(f"{name}-{features}-features") for name in names] for features in PRECISIONS]
+        loss, std = (f"{sum(r[key] for r in last) / len(last):.3f}" for key in ("loss", "std"))
+        cells = [precision, f"{len(names)}", loss, std, cell([r["knn"] for r in last])]
+        cells += [cell(values) for values in linear]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def top1_of(name):
+    """The accuracy of a kept evaluation."""
+    with open(f"{KEPT}/{name}.json") as f:
+        return json.load(f)["top1"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", metavar="CIFAR", help="a CIFAR-10 folder")
+    parser.add_argument("--minutes", type=float, default=1e4,
+                        help="stop after so many, everything saved; the same command goes on")
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    state = "all is done"
+    try:
+        open_cifar10(args.data)
+        todo = [(args.data, precision, seed, deadline) for seed in range(SEEDS) for precision in PRECISIONS
+                if not kept(f"{precision}-{seed}")]
+        for name in results_of(run, todo):
+            print(f"done: {name}", flush=True)
+    except Interrupted:
+        state = "time is up; the same command goes on"
+    except (Refused, OSError, RuntimeError) as error:
+        sys.exit(f"bf16.py: {error}")
+    finally:
+        write_tables(PAGE, [table()])
+    print(state)
+
+
+if __name__ == "__main__":
+    main()
