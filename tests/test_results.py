@@ -334,6 +334,25 @@ def test_figures_of_tar_files_are_those_in_results():
         assert figure in words_of("results/operations.md")
 
 
+def test_the_page_beside_other_libraries_is_made_of_its_measurements(monkeypatch):
+    """results/peers.md against results/peers.json; and the README's figures."""
+    monkeypatch.chdir(ROOT)
+    found = read_json("peers.json")
+    page = (RESULTS / "peers.md").read_text()
+    for table in runpy.run_path("results/peers.py")["tables"](found):
+        assert table in page
+    step = found["steps"]["ResNet-18, 32 pixels, batch 64"]
+    large, small = found["views of 224 pixels"], found["views of 32 pixels"]
+    of_a_worker = large["ours: a worker's part"]
+    for figure in (
+            f"ResNet-18 takes {step['lightly']['seconds']:.2f} s there",
+            f"{step['ours, float32']['seconds']:.2f} s here",
+            f"and {step['ours, bf16']['seconds']:.2f} s in bf16",
+            f"a worker makes {of_a_worker / large['lightly']:.2f} times",
+            f"and {small['ours'] / small['lightly']:.2f} times for CIFAR-10"):
+        assert figure in readme()
+
+
 def test_start_up_figures_are_those_in_results():
     """The time to list and the size of the names in results/operations.md, against drills/start_up.json."""
     found = read_json("drills/start_up.json")

@@ -1,0 +1,312 @@
+"""Views and steps beside other libraries', where these are installed: torchvision, lightly, kornia.
+
+    python results/peers.py --photos PHOTOS --cifar CIFAR
+
+Start it from the repository's root, on a CPU that does nothing else. None of the libraries is needed for
+anything else here: what is not installed is skipped, and said. Everything runs in one process with one torch,
+on one thread unless it says two, the variants in turn; figures are medians. It writes results/peers.json, and
+the tables in results/peers.md.
+
+A "view" is one of the paper's: crop, flip, jitter, grayscale, blur at 224 pixels. Ours comes in two parts:
+what a worker process does (decode, crop, resize), which is to be compared with what a worker does elsewhere,
+and all of it on the CPU. Steps are SimSiam's on the same network: forward of two views, loss, backward, SGD.
+"""
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.getcwd())
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import augment
+import resnet
+import simsiam
+from harness.data import open_data
+from harness.images import read_image
+from harness.machine import cpu_has_bf16, fastest_layout
+from harness.processes import join_world
+from results.pages import write_tables
+
+RESULT = "results/peers.json"
+PAGE = pathlib.Path("results/peers.md")
+LIBRARIES = ("torchvision", "lightly", "kornia")
+PHOTOS = 24
+SMALL = 256  # images of 32 pixels a batch
+MEAN, STD = augment.Policy().mean, augment.Policy().std
+
+
+def imported(name):
+    """A library, or None where it is not installed."""
+    try:
+        if name == "torchvision":
+            name_what_is_missing()
+        return __import__(name)
+    except ImportError:
+        return None
+
+
+def name_what_is_missing():
+    """Torchvision of a GPU's torch, beside a torch for CPUs, can't load its compiled part, and then fails for
+    want of two operators' names. Nothing here calls them."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    name_what_is_missing.keeps = library  # else the names go with it
+
+
+# --- Timing ---------------------------------------------------------------------------------------
+
+def in_turn(variants, rounds):
+    """{name: function} -> {name: median seconds of a call}, the variants in turn, after a round that counts
+    not."""
+    times = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, function in variants.items():
+            began = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(its[1:]) for name, its in times.items()}
+
+
+def rates(seconds, images):
+    """Images a second of each variant."""
+    return {name: round(images / value, 1) for name, value in seconds.items()}
+
+
+# --- Views at 224 pixels --------------------------------------------------------------------------
+
+def released_transforms(size, blur):
+    """The released code's, by torchvision, and its own blur."""
+    from torchvision import transforms
+    parts = [
+        transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        *([transforms.RandomApply([pillow_blur], p=0.5)] if blur else []),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
+    return transforms.Compose(parts)
+
+
+def pillow_blur(image):
+    """Gaussian blur with a std between 0.1 and 2, by Pillow, as in the released code."""
+    from PIL import ImageFilter
+    return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
+
+
+def decoded(path):
+    """A file as a PIL image."""
+    with Image.open(os.fsdecode(path)) as image:
+        return image.convert("RGB")
+
+
+def views_of_photos(photos):
+    """Two views of each of some photographs, from their files."""
+    files = open_data(photos).train.files
+    files = files[np.linspace(0, len(files) - 1, PHOTOS).astype(int)]
+    policy = augment.Policy()
+
+    def cut(f, i):
+        return augment.cut_views(policy, 0, 2, read_image(f), 0, i)
+
+    def whole():
+        cuts = [cut(f, i) for i, f in enumerate(files)]
+        x = torch.cat([torch.stack([views[v] for views in cuts]) for v in range(2)])
+        colours = [augment.draw_colour(policy, 0, 0, np.arange(PHOTOS), v) for v in range(2)]
+        return augment.photometric(x, augment.Colour(*map(np.concatenate, zip(*colours))), policy)
+
+    variants = {
+        "ours: a worker's part": lambda: [cut(f, i) for i, f in enumerate(files)],
+        "ours: all on the CPU": whole,
+        "decoding alone": lambda: [decoded(f).load() for f in files],
+    }
+    if imported("torchvision"):
+        released = released_transforms(224, blur=True)
+        variants["the released transforms, by torchvision"] = lambda: [
+            [released(image), released(image)] for image in map(decoded, files)]
+    if imported("torchvision") and imported("lightly"):
+        from lightly.transforms import SimSiamTransform
+        lightlys = SimSiamTransform(input_size=224)
+        variants["lightly"] = lambda: [lightlys(decoded(f)) for f in files]
+    return rates(in_turn(variants, 7), PHOTOS)
+
+
+# --- Views at 32 pixels ---------------------------------------------------------------------------
+
+def views_of_small_images(cifar):
+    """Two views of each image of a batch in memory, without blur."""
+    train = open_data(cifar).train
+    index = np.arange(SMALL)
+    pixels = train.pixels[:SMALL]
+    policy = augment.Policy(size=32, blur=0)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    cpu = torch.device("cpu")
+    variants = {"ours": lambda: next(augment.load_views(train, policy, 0, [(0, index)], cpu, 0))}
+    if imported("torchvision"):
+        released = released_transforms(32, blur=False)
+        variants["the released transforms, by torchvision"] = lambda: [
+            [released(image), released(image)] for image in pictures]
+    if imported("torchvision") and imported("lightly"):
+        from lightly.transforms import SimSiamTransform
+        lightlys = SimSiamTransform(input_size=32, gaussian_blur=0.0)
+        variants["lightly"] = lambda: [lightlys(image) for image in pictures]
+    if imported("kornia"):
+        import kornia.augmentation as K
+        kornias = nn.Sequential(
+            K.RandomResizedCrop((32, 32), scale=(0.2, 1.0)),
+            K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=0.8),
+            K.RandomGrayscale(p=0.2),
+            K.RandomHorizontalFlip(),
+            K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))
+        variants["kornia, in batches"] = lambda: [kornias(pixels.float() / 255) for _ in range(2)]
+    return rates(in_turn(variants, 7), SMALL)
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+STEPS = {  # arch, CIFAR stem, pixels, batch
+    "ResNet-18, 32 pixels, batch 64": ("resnet18", True, 32, 64),
+    "ResNet-50, 224 pixels, batch 8": ("resnet50", False, 224, 8),
+}
+
+
+def our_step(arch, cifar_stem, batch, size, amp):
+    """A function that makes a step of ours."""
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    layers = 2 if cifar_stem else 3
+    model = simsiam.SimSiam(arch=arch, cifar_stem=cifar_stem, proj_layers=layers)
+    layout = fastest_layout(model.encoder, device)
+    model.to(memory_format=layout)
+    optimizer = simsiam.sgd(model, 0.9, 1e-4)
+    views = [torch.randn(batch, 3, size, size).contiguous(memory_format=layout) for _ in range(2)]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
+    return lambda: simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
+
+
+def lightlys_step(arch, cifar_stem, batch, size):
+    """A function that makes a step of lightly's parts on our ResNet, as its example for SimSiam does."""
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+    torch.manual_seed(0)
+    backbone = resnet.ARCHS[arch](width=1, cifar_stem=cifar_stem)
+    features = backbone.num_features
+    backbone.fc = nn.Identity()
+    projection = SimSiamProjectionHead(features, 2048, 2048)
+    prediction = SimSiamPredictionHead(2048, 512, 2048)
+    if cifar_stem:  # two layers, as ours
+        projection.layers = nn.Sequential(*list(projection.layers)[:3], *list(projection.layers)[-2:])
+    parameters = [w for module in (backbone, projection, prediction) for w in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4)
+    criterion = NegativeCosineSimilarity()
+    views = [torch.randn(batch, 3, size, size) for _ in range(2)]
+
+    def step():
+        z = [projection(backbone(x).flatten(1)) for x in views]
+        p = [prediction(each) for each in z]
+        L = 0.5 * (criterion(p[0], z[1].detach()) + criterion(p[1], z[0].detach()))
+        optimizer.zero_grad()
+        L.backward()
+        optimizer.step()
+
+    return step
+
+
+def steps(threads):
+    """{case: {variant: seconds, and the share of what a large product reaches}}"""
+    torch.set_num_threads(threads)
+    peak = {amp: matmul_rate(torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
+    out = {"a large product, GFLOP/s": {"float32": round(peak[False]), "bf16": round(peak[True])}}
+    for case, (arch, cifar_stem, size, batch) in STEPS.items():
+        variants = {"ours, float32": our_step(arch, cifar_stem, batch, size, False)}
+        if cpu_has_bf16():
+            variants["ours, bf16"] = our_step(arch, cifar_stem, batch, size, True)
+        if imported("torchvision") and imported("lightly"):
+            variants["lightly"] = lightlys_step(arch, cifar_stem, batch, size)
+        with FlopCounterMode(display=False) as counter:
+            variants["ours, float32"]()
+        flops = counter.get_total_flops()
+        seconds = in_turn(variants, 5)
+        out[case] = {name: {"seconds": round(value, 3),
+                            "share": round(flops / value / 1e9 / peak["bf16" in name], 2)}
+                     for name, value in seconds.items()}
+    return out
+
+
+def matmul_rate(dtype):
+    """GFLOP/s of a product of two matrices of 2048 x 2048."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    seconds = in_turn({"product": lambda: a @ b}, 5)["product"]
+    return 2 * 2048 ** 3 / seconds / 1e9
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+def table_of_views(title, found):
+    """Images a second, and how many times each of the others ours makes."""
+    ours = next(iter(found.values()))
+    lines = [f"| {title} | images/s | ours is |", "|---|---|---|"]
+    lines += [f"| {name} | {value:,.0f} | {ours / value:.2f} |" for name, value in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def table_of_steps(found):
+    """Seconds a step, the share of a large product's rate, and times lightly's speed."""
+    lines = [
+        "| step | variant | s | share of a large product | times lightly's speed |",
+        "|---|---|---|---|---|",
+    ]
+    for case in STEPS:
+        theirs = found[case].get("lightly", {}).get("seconds")
+        for name, row in found[case].items():
+            times = f"{theirs / row['seconds']:.2f}" if theirs else "not installed"
+            lines.append(f"| {case} | {name} | {row['seconds']:.3f} | {row['share']:.0%} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
+def tables(result):
+    """All tables of the page."""
+    return [table_of_views("224 pixels, from files", result["views of 224 pixels"]),
+            table_of_views("32 pixels, in memory", result["views of 32 pixels"]),
+            table_of_steps(result["steps"])]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", required=True, help="a folder of photographs")
+    parser.add_argument("--cifar", required=True, help="a CIFAR-10 folder")
+    parser.add_argument("--threads", type=int, default=2, help="of the steps (default: %(default)s)")
+    args = parser.parse_args()
+    join_world(torch.device("cpu"))
+    versions = {name: getattr(imported(name), "__version__", None) for name in LIBRARIES}
+    for name, version in versions.items():
+        if version is None:
+            print(f"{name} is not installed: left out")
+    torch.set_num_threads(1)
+    command = f"python results/peers.py --photos PHOTOS --cifar CIFAR --threads {args.threads}"
+    result = {"command": command, "torch": torch.__version__, **versions,
+              "cores": len(os.sched_getaffinity(0)), "threads of a step": args.threads}
+    result["views of 224 pixels"] = views_of_photos(args.photos)
+    result["views of 32 pixels"] = views_of_small_images(args.cifar)
+    result["steps"] = steps(args.threads)
+    with open(RESULT, "w") as f:
+        f.write(json.dumps(result, indent=1) + "\n")
+    write_tables(PAGE, tables(result))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
