@@ -34,6 +34,8 @@ PARTS = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 # The parts of a ResNet that was put into an nn.Sequential, without its fc: lightly's.
 SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+MOST_NAMES = 10 ** 6  # in a file
+DEEPEST = 100         # dicts in each other
 # A whole network that was pickled has its tensors in these.
 INSIDE_MODULES = ("_modules", "_parameters", "_buffers")
 
@@ -64,16 +66,34 @@ def read_weights(path):
         return fold_biases(flatten(content["model"])), epochs, settings
 
 
-def flatten(content, prefix=""):
-    """Dicts in dicts -> {name: value}, the names with dots between the keys."""
+def flatten(content):
+    """Dicts in dicts -> {name: value}, the names with dots between the keys.
+
+    Raises ValueError where that would be more, or deeper, than anybody's network: a few dicts, each twice in
+    the next, hold any number of names, and a dict in itself has no end.
+    """
     flat = {}
-    for key, value in content.items():
-        name = prefix if key in INSIDE_MODULES else f"{prefix}{key}."
-        if isinstance(value, dict) and (value or not isinstance(value, Inert)):
-            flat |= flatten(value, name)
+    waiting = [iter([("", content)])]
+    for _ in range(MOST_NAMES):
+        if len(waiting) > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} dicts in each other")
+        name, value = next(waiting[-1], (None, None))
+        if name is None:
+            waiting.pop()
+            if not waiting:
+                return flat
+        elif isinstance(value, dict) and (value or not isinstance(value, Inert)):
+            waiting.append(iter([(name_of(name, key), inner) for key, inner in value.items()]))
         else:
-            flat[name.removesuffix(".")] = value
-    return flat
+            flat[name] = value
+    raise ValueError(f"more than {MOST_NAMES:,} names")
+
+
+def name_of(above, key):
+    """The name of what lies under a key, in a dict of the name `above`."""
+    if key in INSIDE_MODULES:
+        return above
+    return f"{above}.{key}" if above else f"{key}"
 
 
 def check_tensor(name, t, path):

@@ -292,6 +292,19 @@ def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, call, legacy):
     assert not os.path.exists("HACKED")
 
 
+def test_a_few_dicts_with_any_number_of_names_are_refused(tmp_path):
+    """Each lies twice in the next: 2^60 names in a file of two kilobytes. And one that lies in itself."""
+    content = {"conv1.weight": torch.ones(1)}
+    for _ in range(60):
+        content = {"a": content, "b": content}
+    itself = {"a": {}}
+    itself["a"]["b"] = itself
+    for number, odd in enumerate((content, itself)):
+        torch.save(odd, tmp_path / f"{number}.pth")
+        with pytest.raises(Refused, match="not a file of weights"):
+            weights.read_weights(str(tmp_path / f"{number}.pth"))
+
+
 def test_a_pickle_in_the_place_of_the_old_formats_number_runs_nothing(tmp_path, monkeypatch):
     """Files of before torch 1.6 begin with pickles of their own."""
     monkeypatch.chdir(tmp_path)
