@@ -28,7 +28,10 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "DataLoader worker": WORKER_HINT,
     "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton":
         "--compile needs one; leave it out",
-    "out of memory": "use a smaller --batch, or more GPUs",
+    # Of CUDA, cuBLAS and cuDNN: the last says it in many ways.
+    "out of memory|ALLOC_FAILED|[Uu]nable to find an engine": "use a smaller --batch, or more GPUs",
+    "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
+                  "more",
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
 }
 

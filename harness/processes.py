@@ -103,6 +103,8 @@ def new_store_for_this_start():
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     name = uuid.uuid4().hex
+    if rank == 0:
+        forget_failure(store)
     if rank > 0:
         store.set(f"hello {rank}", name)
         part = store.get(f"welcome {name}").decode()
@@ -120,6 +122,14 @@ def new_store_for_this_start():
         time.sleep(0.02)
         joined = store.add(f"joined {name}", 0)
     return dist.PrefixStore(name, store), rank, world
+
+
+def forget_failure(store):
+    """Take away the key by which NCCL's watchdogs tell each other that one has failed. It lies in the store
+    that outlives restarts, without any prefix, and would end the restarted processes minutes later."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    store.delete_key("exception_dump")
 
 
 def cores():

@@ -117,8 +117,13 @@ class Run:
                 state = {"state": state["state"], "param_groups": groups}
             part.load_state_dict(state)
         for w, kept in self.parts["optimizer"].state.items():
-            if any(t.shape != w.shape for name, t in kept.items() if name != "step"):  # AdamW counts them
-                raise ValueError("momentum of other shapes")
+            for name, t in kept.items():
+                if name == "step":  # AdamW counts them
+                    continue
+                if t.shape != w.shape:
+                    raise ValueError("momentum of other shapes")
+                # In the weight's layout, which is this device's: fused SGD reads both in one order.
+                kept[name] = torch.empty_like(w).copy_(t)
 
     def load_position(self, checkpoint, path):
         """Take the position in the run. Raises Refused where it lies beyond the run's end."""
@@ -242,8 +247,9 @@ class Run:
             if stop:
                 self.seconds = time.monotonic() - self.began
                 self.save()
-                # Nobody leaves before the checkpoint is written: torchrun would end the others.
-                all_sum(torch.zeros(1, device=self.device))
+                # Nobody leaves before the checkpoint is written: torchrun would end the others. (On a GPU
+                # nothing waits for a sum until it is read.)
+                all_sum(torch.zeros(1, device=self.device)).item()
                 raise Stopped(self.signal or signal.SIGTERM, f"stopped by a signal after epoch {self.epoch}, "
                               f"step {self.step}; the same command with --resume goes on")
             if save_now and self.step < self.steps_per_epoch:  # at its end an epoch is saved anyway

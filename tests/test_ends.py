@@ -338,10 +338,13 @@ TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; what has a checkpoint goes on"),
     "a worker's pipe": (EOFError(), "a process that decodes images was killed"),
     "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
+    "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
+    "no memory for cuDNN": (RuntimeError("GET was unable to find an engine to run"), "use a smaller --batch"),
+    "NCCL's network": (RuntimeError("NCCL error in: x.cpp:1, unhandled"), "NCCL_DEBUG=INFO says more"),
     "no memory on the GPU": (RuntimeError("CUDA out of memory. Tried\nx"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
     "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
-    "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a?[2J.png: no image"),
+    "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a\\x1b[2J.png: no image"),
 }
 
 

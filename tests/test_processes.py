@@ -1,6 +1,7 @@
 """harness/processes.py, batchnorm.py, per_image.py: several processes do what one does, or say why not."""
 import datetime
 import re
+import types
 
 import numpy as np
 import pytest
@@ -87,6 +88,19 @@ def test_a_process_that_is_left_alone_ends_by_itself(tmp_path, small, monkeypatc
     monkeypatch.setattr(processes, "PATIENCE", datetime.timedelta(seconds=1))
     said = refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
     assert "the processes did not find each other within 0:00:01" in said
+
+
+@pytest.mark.parametrize("rank, there", [(0, False), (1, True)])
+def test_a_restart_forgets_that_nccl_had_failed(monkeypatch, rank, there):
+    """The key lies below all prefixes, in the store that torchrun hands to every start. Process 0 clears it."""
+    store = torch.distributed.HashStore()
+    store.set("exception_dump", "1")
+    prefixed = torch.distributed.PrefixStore("attempt", torch.distributed.PrefixStore("worker", store))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(prefixed, rank, 1)]))
+    monkeypatch.setattr(processes.uuid, "uuid4", lambda: types.SimpleNamespace(hex="start"))
+    prefixed.set("welcome start", "part")
+    processes.new_store_for_this_start()
+    assert store.check(["exception_dump"]) == there
 
 
 def test_a_batch_that_processes_do_not_divide_has_no_settings(small):

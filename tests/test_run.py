@@ -1,5 +1,6 @@
 """harness/run.py and files.py: what a run leaves in its folder, and how it goes on from there."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import resource
 import shlex
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -625,3 +627,36 @@ def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys):
         assert untrained["knn"] is None
         assert (two["rank"] < 0.4 * untrained["rank"]) == bool(alarms)
         assert one["std"] > 0.8
+
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("saved", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("loaded", LAYOUTS.values(), ids=LAYOUTS)
+def test_momentum_takes_the_layout_of_the_weights(saved, loaded):
+    """A checkpoint of another device has another one. Against the next step of the run that was saved: fused
+    SGD reads weights and momentum in one order."""
+    def trained(layout, steps, state=None):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 8, 3).to(memory_format=layout)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
+        if state:
+            layer.load_state_dict(state["model"])
+            run = types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer})
+            Run.load_parts(run, state)
+        for step in range(steps):
+            torch.manual_seed(step + (state is not None))
+            optimizer.zero_grad()
+            layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+        return {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+
+    after_one = trained(saved, 1)
+    kept = io.BytesIO()
+    torch.save(after_one, kept)
+    kept.seek(0)
+    again = trained(loaded, 1, torch.load(kept, weights_only=True))
+    expected = trained(saved, 2)
+    for name, w in expected["model"].items():
+        assert torch.allclose(again["model"][name], w, atol=1e-6), name

@@ -327,6 +327,7 @@ def test_a_pickle_sets_no_attribute_of_what_it_names(tmp_path, name):
     assert not any(hasattr(value, "hacked") for value in (*known, argparse.Namespace, unpickling.Inert))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_is_no_file_of_weights_is_named(tmp_path):
     """A TorchScript program, archives, safetensors, an empty file: one line each, none of torch's words."""
     layer = torch.jit.script(torch.nn.Linear(2, 2))
