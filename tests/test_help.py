@@ -30,7 +30,7 @@ SHARED_OPTIONS = {  # option: what its help says of the default, "" where it has
 }
 RUN_OPTIONS = {
     "--out": "(default: runs/<name of the data>, and -<method> or -<experiment>)",
-    "--amp": "(default: on cuda)",
+    "--amp": "(default: on cuda, and on a CPU with instructions for bf16",
     "--recipe": "default: shapes without DATA, cifar10 for images of one size up to 64 pixels a side, else "
                 "imagenet",
     "--experiment": "(default: simsiam)",

@@ -169,7 +169,8 @@ def test_evaluation_writes_what_it_says(judged, ten):
     """The result names everything that it depends on, and which protocol it is not."""
     path, _ = judged
     out = path.parent / "lineval-cached"
-    assert sorted(p.name for p in out.iterdir()) == ["classifier.pth", "lineval.json", "neighbors.png"]
+    written = ["classifier.pth", "lineval.json", "neighbors.png"]
+    assert sorted(p.name for p in out.iterdir()) == [".writer", *written]
     result = result_of(out)
     expected = {
         "backbone": str(path),

@@ -36,6 +36,7 @@ def test_run_folder_holds_what_the_readme_promises(finished):
     """The files, against the README's list."""
     out, _ = finished
     assert sorted(path.name for path in out.iterdir()) == [
+        ".writer",
         "backbone.pth",
         "checkpoint-previous.pth",
         "checkpoint.pth",
