@@ -8,15 +8,13 @@ import collections
 import os
 from typing import NamedTuple
 
-import numpy as np
-
 from . import cifar
 from .errors import Refused
 from .found import Found, Split, describe
 from .images import is_image
 from .lists import KINDS, looks_like, read_list
 from .splits import folder_with_splits, with_splits, without_splits
-from .tars import as_folder, is_tar
+from .tars import as_folder, is_tar, locate
 from .walk import Listing, as_files, entries, look_into, walk
 
 
@@ -135,9 +133,10 @@ def about_tars(listing, splits):
     """What has to be said of the tar files: which of the images are theirs, if not all, and that labels in
     them are not read. -> notes"""
     notes = []
-    used = sum(len(split.files) for split in splits)
-    theirs = sum(np.isin(split.files, index.names).sum() for split in splits for index in listing.tars)
-    if 0 < theirs < used:
+    theirs = sum(len(index.names) for index in listing.tars)
+    if 0 < theirs < len(listing.images):  # else all are: no need to look at a million names
+        theirs = sum((locate(split.files, listing.tars).archive >= 0).sum() for split in splits)
+    if 0 < theirs < sum(len(split.files) for split in splits):
         shown = ", ".join(os.fsdecode(os.path.basename(index.archive.path)) for index in listing.tars[:3])
         more = f" and {len(listing.tars) - 3} more" if len(listing.tars) > 3 else ""
         notes.append(f"{theirs} of the images lie in tar files ({shown}{more})")

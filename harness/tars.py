@@ -7,6 +7,7 @@ tar file is a folder too, as in ILSVRC2012_img_train.tar, which has one for each
 To know where the members lie, all of a tar file's headers are read once. This index is kept in a file, and is
 good for as long as the tar file's size and time stay as they were.
 """
+import array
 import collections
 import contextlib
 import hashlib
@@ -246,39 +247,46 @@ class Scan:
                 raise Refused(f"{self.shown}: compressed ({what}), so that no image can be read by its "
                               "place; decompress it, or unpack it")
         stem = os.path.basename(as_folder(self.archive.path))
-        images = dict(self.images(0, self.archive.size, b"", stem))  # of two of a name, the last counts
-        names = sorted(images)
-        places = np.array([images[name] for name in names], np.int64).reshape(-1, 2)
-        return Index(self.archive, np.array(names, bytes), places[:, 0].copy(), places[:, 1].copy(),
-                     dict(self.left_out))
+        found, places = self.images(0, self.archive.size, b"", stem)
+        names = np.array(found, bytes)
+        order = np.argsort(names, kind="stable")
+        names = names[order]
+        counts = np.append(names[1:] != names[:-1], True)[:len(names)]  # of two of a name, the last
+        offset, size = np.array(places, np.int64).reshape(-1, 2)[order][counts].T
+        return Index(self.archive, names[counts], offset.copy(), size.copy(), dict(self.left_out))
 
     def images(self, start, end, folder, stem, depth=0):
-        """The images of the tar file that lies from start to end: a list of (name, (offset, bytes)).
+        """The images of the tar file that lies from start to end: a list of names, and an array of offset and
+        size of each in turn. (A million tuples would take half a gigabyte, in the worker processes too.)
 
         folder, stem    the folder in whose place it is, and that folder's own name
         Names are in `folder`. Members that are tar files are looked into. Raises Refused where one is
         damaged: where it doesn't end with a block of zeros, for one.
         """
         where = f"{self.shown}, {os.fsdecode(folder)}.tar in it" if folder else self.shown
-        images = []
+        names = []
+        places = array.array("q")
         try:
             for member in self.headers(start, end):
                 name = os.path.join(folder, clean(member.name))
-                place = member.offset_data, member.size
                 inner = as_folder(name)
                 reason = reason_of(member) or (None if is_tar(name) else self.is_wanted(name))
                 if reason:
                     self.left_out[reason] += 1
                 elif not is_tar(name):
-                    images.append((name, place))
+                    names.append(name)
+                    places.extend((member.offset_data, member.size))
                 elif depth + 1 < DEPTH:
-                    images += self.images(place[0], sum(place), inner, os.path.basename(inner), depth + 1)
+                    first, end_of_it = member.offset_data, member.offset_data + member.size
+                    theirs = self.images(first, end_of_it, inner, os.path.basename(inner), depth + 1)
+                    names += theirs[0]
+                    places += theirs[1]
                 else:
                     self.left_out["tar files deep in others"] += 1
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             problem = f"{where}: no whole tar file ({error})"
             raise Refused(f"{problem}: damaged, or cut off; copy it again") from None
-        return lifted(images, folder, stem)
+        return lifted(names, folder, stem), places
 
     def headers(self, start, end):
         """Yield the members of the tar file that lies from start to end, but for folders. Raises
@@ -319,13 +327,13 @@ class Scan:
                 warn(f"{self.shown}: index of {self.members:,} members, {share:.0%} of the file")
 
 
-def lifted(images, folder, stem):
-    """The images without a folder of the tar file's own name, if all are in it: `tar cf train.tar train`
+def lifted(names, folder, stem):
+    """The names without a folder of the tar file's own name, if all are in it: `tar cf train.tar train`
     makes one."""
     around = os.path.join(folder, stem, b"")
-    if not all(name.startswith(around) for name, _ in images):
-        return images
-    return [(os.path.join(folder, name[len(around):]), place) for name, place in images]
+    if not all(name.startswith(around) for name in names):
+        return names
+    return [os.path.join(folder, name[len(around):]) for name in names]
 
 
 def clean(name):

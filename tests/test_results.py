@@ -334,6 +334,20 @@ def test_figures_of_tar_files_are_those_in_results():
         assert figure in words_of("results/operations.md")
 
 
+def test_the_page_on_bf16_has_the_table_of_its_logs(monkeypatch):
+    """results/bf16.md against what results/bf16.py makes of results/bf16; and the differences by seed."""
+    monkeypatch.chdir(ROOT)
+    page = (RESULTS / "bf16.md").read_text()
+    assert runpy.run_path("results/bf16.py")["table"]() in page
+    knn = {}
+    for precision in ("float32", "bf16"):
+        for seed in range(2):
+            *_, last = map(json.loads, (RESULTS / f"bf16/{precision}-{seed}.jsonl").read_text().splitlines())
+            knn[precision, seed] = last["knn"]
+    lower = sorted(knn["float32", seed] - knn["bf16", seed] for seed in range(2))
+    assert f"kNN is {lower[0]:.1f} and {lower[1]:.1f} points lower" in page
+
+
 def test_the_page_beside_other_libraries_is_made_of_its_measurements(monkeypatch):
     """results/peers.md against results/peers.json; and the README's figures."""
     monkeypatch.chdir(ROOT)
