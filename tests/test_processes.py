@@ -92,7 +92,8 @@ def test_a_process_that_is_left_alone_ends_by_itself(tmp_path, small, monkeypatc
 
 @pytest.mark.parametrize("rank, there", [(0, False), (1, True)])
 def test_a_restart_forgets_that_nccl_had_failed(monkeypatch, rank, there):
-    """The key lies below all prefixes, in the store that torchrun hands to every start. Process 0 clears it."""
+    """The key lies below all prefixes, in the store that torchrun hands to every start. Process 0 clears
+    it."""
     store = torch.distributed.HashStore()
     store.set("exception_dump", "1")
     prefixed = torch.distributed.PrefixStore("attempt", torch.distributed.PrefixStore("worker", store))
