@@ -1041,7 +1041,10 @@ def load_init(model, s, prefix):
                       "--arch, --width, --cifar-stem")
     around = whole_model(found, path)
     mine = model.state_dict()
-    if mine.keys() <= around.keys() and settings.get("captions") == s.get("captions"):
+    # A projector of more layers has all the names of a shorter one.
+    same_encoder = ({name for name in mine if name.startswith("encoder.")}
+                    == {name for name in around if name.startswith("encoder.")})
+    if same_encoder and mine.keys() <= around.keys() and settings.get("captions") == s.get("captions"):
         load_strictly(model, {name: around[name] for name in mine}, f"--init {path}")
         others = [name for name in around if name not in mine]
         return f"{path}, all of it but {', '.join(name_groups(others))}" if others else f"{path}, all of it"

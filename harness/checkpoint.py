@@ -7,7 +7,7 @@ the epoch that it is in ("sums", "seconds", "waited"), and "settings".
 import os
 
 from .errors import Refused, printable
-from .files import read
+from .files import has_checksums, read
 
 FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
 NEWEST = "checkpoint.pth"
@@ -23,12 +23,20 @@ def newest_checkpoint(folder):
     newest = os.path.join(folder, NEWEST)
     previous = os.path.join(folder, PREVIOUS)
     try:
-        return read(newest), newest, None
+        return read_checked(newest), newest, None
     except (Refused, OSError) as error:
         if not os.path.exists(previous):
             raise
         problem = printable(error)
-    return read(previous), previous, problem
+    return read_checked(previous), previous, problem
+
+
+def read_checked(path):
+    """A checkpoint -> its content. Raises Refused for the form without checksums too: no run has written
+    it."""
+    if os.path.exists(path) and not has_checksums(path):
+        raise Refused(f"{path}: can't be read (damaged, or nothing that a run has written)")
+    return read(path)
 
 
 def check_format(content, path):

@@ -6,7 +6,7 @@ reading it raises becomes one line: see read() and refusing().
 """
 import contextlib
 import os
-import pickle
+import struct
 import tarfile
 import warnings
 import zipfile
@@ -71,10 +71,12 @@ def read(path):
     all of them are verified before anything is read.
     """
     try:
-        if tarfile.is_tarfile(path):
-            raise Refused("a tar archive; unpack it, and name the file of weights")
-        if zipfile.is_zipfile(path):
+        if has_checksums(path):
             check_zip(path)
+        elif is_tar(path):
+            raise Refused("a tar archive; unpack it, and name the file of weights")
+        elif zipfile.is_zipfile(path):
+            check_names(zipfile.ZipFile(path))
         with warnings.catch_warnings(action="ignore"):  # the source of a pickled network is not there
             content = torch.load(path, map_location="cpu", pickle_module=unpickling, weights_only=False)
     except Exception as error:  # a damaged file can raise anything
@@ -84,12 +86,54 @@ def read(path):
     return content
 
 
+def has_checksums(path):
+    """Whether torch takes a file for a zip archive, the form since torch 1.6: by its first four bytes."""
+    with open(path, "rb") as f:
+        return f.read(4) == b"PK\x03\x04"
+
+
+def is_tar(path):
+    """Whether a file is an uncompressed tar file."""
+    with contextlib.suppress(tarfile.TarError, OSError):
+        tarfile.open(path, "r:").close()
+        return True
+    return False
+
+
 def check_zip(path):
-    """Raise Refused, with the reason alone, for a zip archive that is damaged, or none of torch.save's."""
+    """Raise Refused, with the reason alone, for a zip archive that is damaged, or none of torch.save's.
+
+    Python's reader and torch's can be made to find different things in one file, or Python's none at all:
+    then what was checked is not what is read, and torch runs a TorchScript program without asking. So both
+    must find the same members at the same places, uncompressed, as torch.save writes them.
+    """
+    if not zipfile.is_zipfile(path):
+        raise Refused("damaged: cut off, or with something behind its end")
     archive = zipfile.ZipFile(path)
+    check_names(archive)
+    found = {}
+    with open(path, "rb") as f:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise Refused(f"damaged: {member.filename} in it is compressed, which torch.save never does")
+            f.seek(member.header_offset + 26)
+            name, extra = struct.unpack("<HH", f.read(4))
+            _, _, inside = member.filename.partition("/")  # without the folder that all are in
+            found[inside] = member.header_offset + 30 + name + extra
+        f.seek(0)  # where torch's reader begins
+        reader = torch._C.PyTorchFileReader(f)
+        places = {name: reader.get_record_offset(name) for name in reader.get_all_records()}
+    if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+        raise Refused("damaged: its members are larger than itself")
+    if places != found:
+        raise Refused("damaged: it has two tables of contents, which differ")
     damaged = archive.testzip()
     if damaged is not None:
         raise Refused(f"{damaged} in it fails its checksum")
+
+
+def check_names(archive):
+    """Raise Refused for a zip archive that is no file of weights, by the names in it."""
     names = {os.path.basename(name) for name in archive.namelist()}
     if "constants.pkl" in names:  # torch.load would run it
         raise Refused("a TorchScript program, not weights; torch.save(program.state_dict()) where it can "

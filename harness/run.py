@@ -115,6 +115,9 @@ class Run:
                 for ours, theirs in zip(mine, state["param_groups"], strict=True):
                     groups.append({**ours, "lr": float(theirs["lr"])})
                 state = {"state": state["state"], "param_groups": groups}
+            # torch itself would forgive missing BN counters.
+            if isinstance(part, torch.nn.Module) and state.keys() != part.state_dict().keys():
+                raise ValueError(f"tensors of {name} are missing, or too many")
             part.load_state_dict(state)
         for w, kept in self.parts["optimizer"].state.items():
             for name, t in kept.items():

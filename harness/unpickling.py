@@ -6,6 +6,7 @@ can be read in which other things lie too: a Namespace of options, a number of n
 network.
 """
 import collections
+import functools
 import pickle
 
 import torch
@@ -40,13 +41,20 @@ class Inert(dict):
         return id(self)
 
 
+@functools.cache  # a file can name one a million times
 def inert(name):
     """The stand-in for a class or a function of this name."""
     return type("Inert", (Inert,), {"name": name})
 
 
 def rebuilt(storage, offset, size, stride, *others):
-    """A tensor. torch sees to it that the storage holds it. The others are for gradients."""
+    """A tensor. The others are for gradients.
+
+    Raises ValueError where it is larger than its storage, which torch would enlarge for it.
+    """
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if offset < 0 or 0 not in size and not 0 <= last < storage.size():
+        raise ValueError("a tensor larger than its storage")
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
@@ -92,6 +100,8 @@ class Unpickler(pickle._Unpickler):
             self.stack[-1].__setstate__(state)
 
     dispatch[pickle.BUILD[0]] = load_build
+    # torch.save writes neither: the one asks for any amount of memory, the other calls an object's `add`.
+    del dispatch[pickle.BYTEARRAY8[0]], dispatch[pickle.ADDITEMS[0]]
 
 
 def load(file, **options):

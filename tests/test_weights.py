@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import lineval
-from harness import files, unpickling, weights
+from harness import checkpoint, files, unpickling, weights
 from harness.errors import Refused
 from tests.helpers import Hostile, TINY
 from tests.helpers import change, crafted_checkpoints, equal, filled, flipped, here, prefixed, refusal
@@ -327,6 +327,122 @@ def test_a_pickle_sets_no_attribute_of_what_it_names(tmp_path, name):
     assert not any(hasattr(value, "hacked") for value in (*known, argparse.Namespace, unpickling.Inert))
 
 
+class Writes(torch.nn.Module):
+    """A TorchScript program that writes a file when it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.training = False
+
+    @torch.jit.export
+    def __getstate__(self):
+        return torch.ones(1), False
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        torch.save(state[0], "HACKED")
+        self.training = state[1]
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_program_that_hides_from_one_reader_is_not_run(tmp_path, monkeypatch):
+    """torch takes a file for a zip archive by its beginning, Python by its end: behind four bytes more,
+    Python finds none. torch.load without the check runs it."""
+    monkeypatch.chdir(tmp_path)
+    torch.jit.save(torch.jit.script(Writes()), "program.pt")
+    with open("program.pt", "rb") as f:
+        program = f.read()
+    (tmp_path / "hidden.pth").write_bytes(program + b"PK\x05\x06")
+    assert not zipfile.is_zipfile("hidden.pth")
+    for name in ("program.pt", "hidden.pth"):
+        with pytest.raises(Refused):
+            files.read(name)
+        assert not os.path.exists("HACKED")
+    torch.jit.load("hidden.pth")
+    assert os.path.exists("HACKED")  # so that the file was a dangerous one
+
+
+def test_readers_that_find_different_members_are_not_trusted(tmp_path, monkeypatch):
+    """Whatever torch's reader finds must be what was checked: names and places."""
+    path = str(tmp_path / "file.pth")
+    torch.save({"x": torch.ones(3)}, path)
+    files.check_zip(path)
+
+    class Other:
+        """A reader that finds another member, or one at another place."""
+        shift = 0
+        more = ()
+
+        def __init__(self, path):
+            self.reader = really(path)
+
+        def get_all_records(self):
+            return [*self.reader.get_all_records(), *self.more]
+
+        def get_record_offset(self, name):
+            return 0 if name in self.more else self.reader.get_record_offset(name) + self.shift
+
+    really = torch._C.PyTorchFileReader
+    monkeypatch.setattr(torch._C, "PyTorchFileReader", Other)
+    files.check_zip(path)
+    for key, value in (("shift", 64), ("more", ("constants.pkl",))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Other, key, value)
+            with pytest.raises(Refused, match="two tables of contents"):
+                files.check_zip(path)
+
+
+@pytest.mark.parametrize("behind", [b"PK\x05\x06", bytes(66_000)], ids=["a mark", "zeros"])
+def test_what_lies_behind_a_file_does_not_switch_its_checksums_off(tmp_path, behind):
+    """With a bit of a weight flipped. A run's own checkpoint too."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"format": 1, "x": torch.full((1000,), 3.0)}, path)
+    whole = path.read_bytes()
+    place = whole.index(torch.full((9,), 3.0).numpy().tobytes()) + 99
+    path.write_bytes(flipped(whole, place) + behind)
+    with pytest.raises(Refused):
+        files.read(str(path))
+    with pytest.raises(Refused):
+        checkpoint.newest_checkpoint(str(tmp_path))
+
+
+def test_a_run_does_not_go_on_from_the_form_without_checksums(tmp_path):
+    """No run has written it, and a flipped bit in it would not be noticed."""
+    content = {"format": 1, "x": torch.ones(3)}
+    torch.save(content, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(Refused, match="nothing that a run has written"):
+        checkpoint.newest_checkpoint(str(tmp_path))
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """A small file could hold any amount of zeros."""
+    with zipfile.ZipFile(tmp_path / "file.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"x": "0" * 10 ** 6}, protocol=2))
+    with pytest.raises(Refused, match="is compressed, which torch.save never does"):
+        files.read(str(tmp_path / "file.pth"))
+
+
+@pytest.mark.parametrize("code", [pickle.BYTEARRAY8 + b"\0\0\0\0\x10\0\0\0", pickle.ADDITEMS])
+def test_opcodes_that_torch_never_writes_are_refused(tmp_path, code):
+    """The one asks for 64 GiB, the other calls a method of what lies on the stack."""
+    pickled = pickle.PROTO + b"\x05" + pickle.EMPTY_SET + pickle.MARK + pickle.NONE + code + pickle.STOP
+    (tmp_path / "file.pth").write_bytes(zip_with(pickled))
+    with pytest.raises(Refused, match="damaged"):
+        files.read(str(tmp_path / "file.pth"))
+
+
+def test_a_tensor_larger_than_its_storage_is_refused():
+    """torch would enlarge the storage for it."""
+    storage = torch.zeros(4)._typed_storage()
+    assert torch.equal(unpickling.rebuilt(storage, 1, (3,), (1,)), torch.zeros(3))
+    for offset, size in ((0, (10 ** 12,)), (2, (3,)), (-1, (2,))):
+        with pytest.raises(ValueError, match="larger than its storage"):
+            unpickling.rebuilt(storage, offset, size, (1,))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_is_no_file_of_weights_is_named(tmp_path):
     """A TorchScript program, archives, safetensors, an empty file: one line each, none of torch's words."""
@@ -554,6 +670,16 @@ def test_init_takes_a_backbone_alone(tmp_path, exported, small, capsys, content_
     shown = " ".join(capsys.readouterr().out.split())
     assert f"init {path}, the backbone; the heads are new" in shown
     assert said in shown
+
+
+def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported, small, capsys):
+    """Two layers have all their names among those of three: the backbone is taken alone, and said."""
+    longer = copy.deepcopy(exported[1])
+    longer.encoder.fc = torch.nn.Sequential(*longer.encoder.fc, *copy.deepcopy(longer.encoder.fc[-2:]))
+    torch.save(longer.state_dict(), tmp_path / "longer.pth")
+    options = [*INIT, "--init", tmp_path / "longer.pth", "--out", tmp_path / "run"]
+    assert here("simsiam.py", small, *options) is None
+    assert "the backbone; the heads are new" in " ".join(capsys.readouterr().out.split())
 
 
 def test_init_takes_all_that_a_model_without_predictor_has(tmp_path, exported, small, capsys):
