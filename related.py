@@ -595,20 +595,25 @@ class SwAV(Related):
             **over_processes())
 
     def build(self):
-        """The predictor of Sec. 6.2's row follows the prototypes, which count as the encoder's (footnote
-        7)."""
+        """In Sec. 6.2's row with a predictor, it is z that it predicts: p has the scores of h(z), the codes
+        come from those of z.
+
+        OURS: the paper doesn't say whether h stands before the prototypes or behind them. Behind them its
+        outputs are no cosines any more; divided by the temperature they are so large that nothing is learned
+        on shapes.
+        """
         super().build()
         s = self.s
         h = nn.Identity()
         if s["predictor"] == "mlp":
             _, _, hidden_bn, output_bn = s["bn"]
-            h = prediction_mlp(s["prototypes"], s["pred_dim"], hidden_bn, output_bn)
+            h = prediction_mlp(s["dim"], s["pred_dim"], hidden_bn, output_bn)
         prototypes = Prototypes(s["dim"], s["prototypes"])
-        self.model.predictor = nn.Sequential(collections.OrderedDict(prototypes=prototypes, h=h))
+        self.model.predictor = nn.Sequential(collections.OrderedDict(h=h, prototypes=prototypes))
 
     def modules(self):
         """The prototypes by themselves, because they may be frozen."""
-        prototypes, h = self.model.predictor
+        h, prototypes = self.model.predictor
         return {"encoder": self.model.encoder, "prototypes": prototypes, "predictor": h}
 
     def set_lr(self, optimizer, step):
@@ -627,7 +632,7 @@ class SwAV(Related):
 
     def loss(self, p1, p2, z1, z2):
         """The mean of both directions, as in the authors' code, where SwAV's Eq. (1) has the sum."""
-        prototypes, _ = self.model.predictor
+        _, prototypes = self.model.predictor
         q1, q2 = (self.codes(prototypes(z)) for z in (z1, z2))
         t = self.s["temperature"]
         return swapped(p1, q2, t) / 2 + swapped(p2, q1, t) / 2        # SwAV Eq. (1): swapped prediction

@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import augment
 import related
@@ -598,7 +599,7 @@ def test_swav_eq2_is_a_cross_entropy():
 def test_swav_eq1_swaps_the_codes():
     """Against codes and cross-entropies by hand: view 1's scores with view 2's codes. The mean of both."""
     method = method_of("swav")
-    prototypes, _ = method.model.predictor
+    _, prototypes = method.model.predictor
     z1, z2, *_ = vectors(n=8, d=16)
     method.model.double()
     s1, s2 = prototypes(z1), prototypes(z2)
@@ -612,6 +613,24 @@ def test_swav_eq1_swaps_the_codes():
     by_hand, = torch.autograd.grad(expected, prototypes.weight)
     assert torch.allclose(gradient, by_hand, atol=1e-12)              # none through the codes
     assert gradient.abs().max() > 0
+
+
+def test_swavs_predictor_predicts_z_and_the_codes_are_those_of_z():
+    """Sec. 6.2's row: p is the cosines of h(z) with the prototypes, q comes from those of z."""
+    method = method_of("swav", predictor="mlp")
+    method.model.double()
+    h, prototypes = method.model.predictor
+    z1, z2, *_ = vectors(n=8, d=16)
+    p1, p2 = method.model.predictor(z1), method.model.predictor(z2)
+    c = F.normalize(prototypes.weight, dim=1)
+    for p, z in ((p1, z1), (p2, z2)):
+        assert torch.allclose(p, F.normalize(h(z), dim=1) @ c.T, atol=1e-12)
+    q1, q2 = (method.codes(F.normalize(z, dim=1) @ c.T) for z in (z1, z2))
+    t = method.s["temperature"]
+    expected = (related.swapped(p1, q2, t) + related.swapped(p2, q1, t)) / 2
+    assert method.loss(p1, p2, z1, z2).item() == pytest.approx(expected.item(), rel=1e-9)
+    parts = method.modules()
+    assert parts["predictor"] is h and parts["prototypes"] is prototypes
 
 
 def test_swavs_range():
@@ -638,7 +657,7 @@ def test_without_stopgrad_the_gradient_goes_through_every_iteration():
     """Against differences of the loss, which has the loop in it."""
     method = method_of("swav", stopgrad=False)
     method.model.double()
-    prototypes, _ = method.model.predictor
+    _, prototypes = method.model.predictor
 
     def value(z1, z2):
         return method.loss(prototypes(z1), prototypes(z2), z1, z2)
@@ -660,17 +679,17 @@ def test_prototypes_are_frozen_in_the_first_epoch(optimizer):
     for step, (method, x, objective) in enumerate(steps_of("swav", 5, freeze=1, optimizer=optimizer)):
         if step == 0:
             start = copy.deepcopy(method.model)
-        frozen = torch.equal(method.model.predictor[0].weight, start.predictor[0].weight)
+        frozen = torch.equal(method.model.predictor.prototypes.weight, start.predictor.prototypes.weight)
         assert frozen == (step <= 3)
         moved = not torch.equal(method.model.encoder.conv1.weight, start.encoder.conv1.weight)
         assert moved == (step >= 1)
         if step == 3:
-            w = method.model.predictor[0].weight
+            w = method.model.predictor.prototypes.weight
             p, z = copy.deepcopy(method.model)(*x)
             gradient, = torch.autograd.grad(method.loss(*method.model(*x)[0], *z), w)
             first = gradient + method.s["weight_decay"] * w.detach()
         if step == 4:
-            way = start.predictor[0].weight - method.model.predictor[0].weight
+            way = start.predictor.prototypes.weight - method.model.predictor.prototypes.weight
             assert torch.cosine_similarity(way.flatten(), first.flatten(), dim=0).item() == pytest.approx(1)
 
 
