@@ -624,6 +624,7 @@ def test_swavs_predictor_predicts_z_and_the_codes_are_those_of_z():
     p1, p2 = method.model.predictor(z1), method.model.predictor(z2)
     c = F.normalize(prototypes.weight, dim=1)
     for p, z in ((p1, z1), (p2, z2)):
+        assert not torch.allclose(h(z), z)
         assert torch.allclose(p, F.normalize(h(z), dim=1) @ c.T, atol=1e-12)
     q1, q2 = (method.codes(F.normalize(z, dim=1) @ c.T) for z in (z1, z2))
     t = method.s["temperature"]
