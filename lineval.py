@@ -483,6 +483,7 @@ def export(path, layout, out, prefix=None):
     if cifar_stem:
         line += ", CIFAR stem"
     print(line)
+    print(f"  {describe_found(backbone.found, path)}")
 
 
 def released_state(backbone):
@@ -834,7 +835,7 @@ def start_block(s, data, backbone, device, out):
     """The lines that an evaluation starts with."""
     origin = "untrained, BN calibrated"
     if s["sha256"]:
-        origin = f"sha256 {s['sha256'][:12]}, {describe_found(backbone.found)}"
+        origin = f"sha256 {s['sha256'][:12]}, {describe_found(backbone.found, s['backbone'])}"
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
     stem = ", CIFAR stem" if s["cifar_stem"] else ""

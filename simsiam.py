@@ -1050,7 +1050,7 @@ def load_init(model, s, prefix):
         return f"{path}, all of it but {', '.join(name_groups(others))}" if others else f"{path}, all of it"
     backbone = {name: t for name, t in model.encoder.state_dict().items() if name.startswith("fc.")}
     load_strictly(model.encoder, backbone | found.tensors, f"--init {path}")
-    return f"{path}, the backbone; the heads are new ({describe_found(found)})"
+    return f"{path}, the backbone; the heads are new ({describe_found(found, path)})"
 
 
 def begin(run, job, progress):

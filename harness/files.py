@@ -5,6 +5,7 @@ place: see replacing(). A file of weights can come from anywhere. So no code in 
 reading it raises becomes one line: see read() and refusing().
 """
 import contextlib
+import itertools
 import os
 import struct
 import tarfile
@@ -71,14 +72,25 @@ def read(path):
     all of them are verified before anything is read.
     """
     try:
-        if has_checksums(path):
+        if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "").lower() in ("1", "y", "yes", "true"):
+            raise Refused("under TORCH_FORCE_WEIGHTS_ONLY_LOAD torch.load takes no reader but its own; unset "
+                          "it here, where no code of a file is run anyway")
+        is_new = has_checksums(path)
+        if is_new:
             check_zip(path)
-        elif is_tar(path):
+        elif members := tar_members(path):
+            if {"storages", "tensors", "pickle"} <= members:
+                raise Refused("in the form of torch before 0.1.10; load it with torch, and torch.save it")
             raise Refused("a tar archive; unpack it, and name the file of weights")
         elif zipfile.is_zipfile(path):
             check_names(zipfile.ZipFile(path))
+        pickles = unpickling.Pickles(os.path.getsize(path))
         with warnings.catch_warnings(action="ignore"):  # the source of a pickled network is not there
-            content = torch.load(path, map_location="cpu", pickle_module=unpickling, weights_only=False)
+            # latin1: what Python 2 has pickled as text can be any bytes.
+            content = torch.load(path, map_location="cpu", pickle_module=pickles, weights_only=False,
+                                 encoding="latin1")
+        if not is_new:
+            pickles.check_all_there()
     except Exception as error:  # a damaged file can raise anything
         raise Refused(f"{path}: can't be read ({reason_why(error, path)})") from None
     if not isinstance(content, dict):
@@ -92,12 +104,11 @@ def has_checksums(path):
         return f.read(4) == b"PK\x03\x04"
 
 
-def is_tar(path):
-    """Whether a file is an uncompressed tar file."""
-    with contextlib.suppress(tarfile.TarError, OSError):
-        tarfile.open(path, "r:").close()
-        return True
-    return False
+def tar_members(path):
+    """The names of the first members of an uncompressed tar file; empty for any other file."""
+    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as archive:
+        return {member.name for member in itertools.islice(archive, 10)}
+    return set()
 
 
 def check_zip(path):
@@ -151,4 +162,6 @@ def reason_why(error, path):
         return "safetensors are not read; load them where that package is, and torch.save them"
     if isinstance(error, OSError):
         return error.strerror
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "not enough memory for it"
     return "damaged, or nothing that torch.save wrote"

@@ -119,8 +119,14 @@ class Run:
             if isinstance(part, torch.nn.Module) and state.keys() != part.state_dict().keys():
                 raise ValueError(f"tensors of {name} are missing, or too many")
             part.load_state_dict(state)
-        for w, kept in self.parts["optimizer"].state.items():
+        state = self.parts["optimizer"].state
+        # A weight that has had no gradient yet has none of it. What one weight has, all others have.
+        if len({frozenset(kept) for kept in state.values()}) > 1:
+            raise ValueError("momentum is missing")
+        for w, kept in state.items():
             for name, t in kept.items():
+                if not t.isfinite().all():
+                    raise ValueError("momentum that is not finite")
                 if name == "step":  # AdamW counts them
                     continue
                 if t.shape != w.shape:
@@ -129,12 +135,17 @@ class Run:
                 kept[name] = torch.empty_like(w).copy_(t)
 
     def load_position(self, checkpoint, path):
-        """Take the position in the run. Raises Refused where it lies beyond the run's end."""
-        self.epoch = int(checkpoint["epoch"])
-        self.step = int(checkpoint["step"])
+        """Take the position in the run. Raises Refused where it lies beyond the run's end, and ValueError
+        where it is none."""
+        self.epoch = checkpoint["epoch"]
+        self.step = checkpoint["step"]
+        if any(type(count) is not int for count in (self.epoch, self.step)):
+            raise ValueError("its epoch and its step are no whole numbers")
         self.seconds = float(checkpoint["seconds"])
         self.waited = float(checkpoint["waited"])
         self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
+        if not all(map(math.isfinite, [self.seconds, self.waited, *self.sums.tolist()])):
+            raise ValueError("its sums are not finite")
         epochs = self.settings["epochs"]
         last_step = self.steps_per_epoch if self.epoch < epochs else 0
         if not (0 <= self.epoch <= epochs and 0 <= self.step <= last_step):

@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint import check_format
 from .errors import Refused
-from .files import read, refusing
+from .files import has_checksums, read, refusing
 from .unpickling import Inert
 
 ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
@@ -26,18 +26,24 @@ ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (True, (3, 8, 36, 3)): "resnet152",
 }
 # Words in the names of two networks in one file: of the one that is trained by its gradients, and of the one
-# that follows it. A BYOL, a MoCo or a DINO has both.
+# that follows it. A BYOL, a MoCo or a DINO has both; without the other, a word tells nothing.
 TRAINED = {"student", "query", "q", "online", "base"}
 FOLLOWS = {"teacher", "key", "k", "target", "momentum", "ema", "shadow"}
 # A ResNet's parts, but for fc, and what its tensors are called in them.
-PARTS = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+STEM = ("conv1", "bn1")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-# The parts of a ResNet that was put into an nn.Sequential, without its fc: lightly's.
-SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# What these parts are called in a file: so; or by numbers in an nn.Sequential, as lightly has them. Between
+# bn1 and layer1 there may be a ReLU, and a max-pooling.
+FORMS = [{part: part for part in STEM + STAGES}]
+FORMS += [dict(zip(("0", "1", *map(str, range(first, first + 4))), STEM + STAGES)) for first in (2, 3, 4)]
 MOST_NAMES = 10 ** 6  # in a file
+LONGEST = 1000        # letters of a name
 DEEPEST = 100         # dicts in each other
-# A whole network that was pickled has its tensors in these.
-INSIDE_MODULES = ("_modules", "_parameters", "_buffers")
+# What stands in a name but for a network's parts: a whole network that was pickled has its tensors in the
+# first three; torch.compile, FSDP and gradient checkpointing wrap what they are given.
+BETWEEN = {"_modules", "_parameters", "_buffers",
+           "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def file_hash(path):
@@ -55,45 +61,75 @@ def read_weights(path):
     """
     content = read(path)
     with refusing(path, "not a file of weights"):
-        if "format" not in content:
-            state = flatten(content)
+        if not {"format", "settings", "model"} <= content.keys():
             epochs = content.get("epoch")
-            return fold_biases(state), epochs if isinstance(epochs, int) else None, {}
+            return fold_biases(flatten(content)), epochs if is_count(epochs) else None, {}
         check_format(content, path)
         settings = content["settings"]
         steps_per_epoch = int(settings["images"]) // int(settings["batch"])
-        epochs = int(content["epoch"]) + int(content["step"]) // steps_per_epoch
+        if not (is_count(content["epoch"]) and is_count(content["step"])):
+            raise ValueError(f"epoch {content['epoch']}, step {content['step']}")
+        epochs = content["epoch"] + content["step"] // steps_per_epoch
         return fold_biases(flatten(content["model"])), epochs, settings
 
 
-def flatten(content):
-    """Dicts in dicts -> {name: value}, the names with dots between the keys.
+def is_count(value):
+    """Whether a value in a file is a number of epochs, or of steps."""
+    return type(value) is int and 0 <= value < 10 ** 9
 
-    Raises ValueError where that would be more, or deeper, than anybody's network: a few dicts, each twice in
-    the next, hold any number of names, and a dict in itself has no end.
+
+def flatten(content):
+    """Dicts and lists in each other -> {name: value}, the names with dots between the keys.
+
+    A list of plain values is one value; so is a dict that lies in itself, or too deep.
+    Raises ValueError where there are more names, or longer ones, than in anybody's network: a few dicts, each
+    twice in the next, hold any number of them.
     """
     flat = {}
-    waiting = [iter([("", content)])]
+    above = [content]
+    waiting = [iter(items_of("", content))]  # of each in `above`, what is still to come
     for _ in range(MOST_NAMES):
-        if len(waiting) > DEEPEST:
-            raise ValueError(f"more than {DEEPEST} dicts in each other")
         name, value = next(waiting[-1], (None, None))
         if name is None:
+            above.pop()
             waiting.pop()
             if not waiting:
                 return flat
-        elif isinstance(value, dict) and (value or not isinstance(value, Inert)):
-            waiting.append(iter([(name_of(name, key), inner) for key, inner in value.items()]))
+        elif len(name) > LONGEST:
+            raise ValueError(f"a name of more than {LONGEST:,} letters, {name[:50]}...")
+        elif holds_names(value) and len(above) < DEEPEST and not any(value is one for one in above):
+            above.append(value)
+            waiting.append(iter(items_of(name, value)))
         else:
-            flat[name] = value
+            put(flat, name, value)
     raise ValueError(f"more than {MOST_NAMES:,} names")
 
 
-def name_of(above, key):
-    """The name of what lies under a key, in a dict of the name `above`."""
-    if key in INSIDE_MODULES:
-        return above
-    return f"{above}.{key}" if above else f"{key}"
+def holds_names(value):
+    """Whether a value is a dict, or a list that has some in it."""
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(inner, dict) for inner in value)
+    # A stand-in without content is a value: what it stands for is said by its name.
+    return isinstance(value, dict) and (len(value) > 0 or not isinstance(value, Inert))
+
+
+def items_of(above, value):
+    """The (name, value) of all that lies in a dict or a list of the name `above`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        key = str(getattr(key, "name", key))  # a class, or an object of one
+        parts = [part for part in [above, *key.split(".")] if part not in BETWEEN]
+        yield ".".join(parts if above else parts[1:]), inner
+
+
+def put(flat, name, value):
+    """Give a value its name. A tensor comes before what else has this name; raises ValueError where two
+    tensors have it."""
+    there = flat.get(name)
+    if not isinstance(there, torch.Tensor):
+        flat[name] = value
+    elif isinstance(value, torch.Tensor) and value is not there:
+        raise ValueError(f"two tensors are called {name}")
 
 
 def check_tensor(name, t, path):
@@ -106,8 +142,12 @@ def check_tensor(name, t, path):
     if not is_plain or t.untyped_storage().nbytes() < t.nbytes:
         kind = getattr(t, "name", None) or type(t).__name__
         raise Refused(f"{path}: not a file of weights ({name} in it is a {kind}, not a plain tensor)")
+    if not (t.is_floating_point() or name.endswith("num_batches_tracked") and not t.is_complex()):
+        raise Refused(f"{path}: not a file of weights ({name} in it has values of {t.dtype})")
     if not t.isfinite().all():
         raise Refused(f"{path}: {name} has values that are not finite; the run that wrote it had diverged")
+    if name.endswith("running_var") and (t < 0).any():
+        raise Refused(f"{path}: not a file of weights ({name} in it has variances below zero)")
 
 
 def fold_biases(state):
@@ -147,6 +187,12 @@ def find_resnet(state, path, prefix=None):
     prefix  of the one that is meant, or the end of its prefix; by default the one that is trained
     Raises Refused where there is none, or several of which none is known to be the trained one.
     """
+    with refusing(path, "not a file of weights"):
+        return take_resnet(state, path, prefix)
+
+
+def take_resnet(state, path, prefix):
+    """The same. A hostile file can make it raise anything."""
     there = prefixes(state)
     if not there:
         shown = ", ".join(name_groups(state))[:200] or "nothing"
@@ -156,18 +202,21 @@ def find_resnet(state, path, prefix=None):
         raise Refused(f"{path}: no ResNet in it: no tensor is called conv1.weight, under whatever prefix, "
                       f"with layer1 to layer4 beside it; it has {shown}")
     chosen = choose(there, state, path, prefix)
+    form = form_of(chosen, state)
     tensors = {}
     left_out = {}
     for name, value in state.items():
-        plain = plain_name(name, chosen, state)
+        plain = plain_name(name, chosen, form)
         part, *_ = plain.split(".")
         *_, last = plain.split(".")
         is_meant = last in TENSORS and value is not None
-        if part in PARTS and (is_meant or isinstance(value, torch.Tensor)):
+        if part in STEM + STAGES and (is_meant or isinstance(value, torch.Tensor)):
             check_tensor(name, value, path)
             tensors[plain] = value
         else:  # a pickled network has numbers and words beside its tensors
             left_out[name] = value
+            if isinstance(value, torch.Tensor) and re.fullmatch(r"(conv|bn|layer)[02-9]", part):
+                raise Refused(f"{path}: {name}: another network than a ResNet of the paper, which has no {part}")
     if not any("num_batches_tracked" in name for name in tensors):
         # The file is older than PyTorch 0.4.1, as some of torchvision's are. The counters play no part here.
         means = [name for name in tensors if name.endswith("running_mean")]
@@ -185,8 +234,8 @@ def find_resnet(state, path, prefix=None):
     return FoundResNet(arch, width, cifar_stem, chosen, tensors, left_out, others)
 
 
-def describe_found(found):
-    """What was taken of a file, and what was left, in words."""
+def describe_found(found, path):
+    """What was taken of the file at this path, and what was left, in words."""
     where = f" of {found.prefix}*" if found.prefix else ""
     text = f"{len(found.tensors)} tensors{where} matched"
     if found.others:
@@ -194,7 +243,8 @@ def describe_found(found):
         text += f", which is taken for the trained network and not {shown} (--prefix)"
     groups = name_groups(found.left_out).items()
     left_out = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups)
-    return f"{text}; left out: {left_out or 'nothing'}"
+    text += f"; left out: {left_out or 'nothing'}"
+    return text if has_checksums(path) else f"{text}; this old form of file has no checksums"
 
 
 def whole_model(found, path):
@@ -217,25 +267,30 @@ def prefixes(state):
     """What stands before the names of each ResNet among these names -> prefixes, as the file has them."""
     found = []
     for name in state:
-        for stem, stage in (("conv1.weight", "layer{}."), ("0.weight", "{}.")):
+        for stem in ("conv1.weight", "0.weight"):
             prefix = name.removesuffix(stem)
-            if prefix == name or not (prefix == "" or prefix.endswith(".")):
-                continue
-            numbers = range(1, 5) if stage == "layer{}." else range(4, 8)
-            if all(f"{prefix}{stage.format(k)}0.conv1.weight" in state for k in numbers):
+            if prefix != name and (prefix == "" or prefix.endswith(".")) and form_of(prefix, state):
                 found.append(prefix)
     return found
 
 
-def plain_name(name, prefix, state):
+def form_of(prefix, names):
+    """{part in the file: part of a ResNet} of the ResNet under a prefix, one of FORMS; None where none is."""
+    for form in FORMS:
+        stem, _, *stages = form
+        first = [f"{prefix}{stem}.weight", *(f"{prefix}{stage}.0.conv1.weight" for stage in stages)]
+        if all(name in names for name in first):
+            return form
+    return None
+
+
+def plain_name(name, prefix, form):
     """Torchvision's name of a tensor of the ResNet under this prefix; empty for what isn't under it."""
     if not name.startswith(prefix):
         return ""
-    plain = name.removeprefix(prefix)
-    if f"{prefix}conv1.weight" in state:
-        return plain
-    number, _, rest = plain.partition(".")
-    return f"{SEQUENTIAL.get(number, number)}.{rest}"
+    part, _, rest = name.removeprefix(prefix).partition(".")
+    rest = rest.replace(".shortcut.", ".downsample.")  # lightly's
+    return f"{form.get(part, part)}.{rest}"
 
 
 def choose(there, state, path, wanted):
@@ -244,12 +299,14 @@ def choose(there, state, path, wanted):
     Of networks with equal tensors, the first will do: some programs keep one under two names.
     """
     shown = ", ".join(f"'{prefix}'" for prefix in there)
+    fitting = there
     if wanted is not None:
-        end = f"{wanted.strip('.')}."
-        fitting = [prefix for prefix in there if f".{prefix}".endswith(f".{end}" if wanted else "..")]
+        end = f".{wanted.strip('.')}." if wanted else "."
+        fitting = ([prefix for prefix in there if f".{prefix}" == end]
+                   or [prefix for prefix in there if f".{prefix}".endswith(end)])
         if not fitting:
             raise Refused(f"{path}: no ResNet under --prefix {wanted}; there are {shown}")
-    else:
+    elif any(likely(prefix) < 0 for prefix in there):
         best = max(likely(prefix) for prefix in there)
         fitting = [prefix for prefix in there if likely(prefix) == best]
     first, *more = fitting
@@ -267,12 +324,18 @@ def likely(prefix):
 
 
 def same_tensors(state, first, second):
-    """Whether the tensors under two prefixes are the same ones."""
-    one, two = ({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-                for prefix in (first, second))
+    """Whether the ResNets under two prefixes have the same tensors."""
+    one, two = (parts_of(state, prefix) for prefix in (first, second))
     return one.keys() == two.keys() and all(
         isinstance(t, torch.Tensor) and isinstance(two[name], torch.Tensor) and torch.equal(t, two[name])
         for name, t in one.items())
+
+
+def parts_of(state, prefix):
+    """{torchvision's name: value} of the ResNet under a prefix, without fc."""
+    form = form_of(prefix, state)
+    named = {plain_name(name, prefix, form): value for name, value in state.items()}
+    return {plain: value for plain, value in named.items() if plain.split(".")[0] in STEM + STAGES}
 
 
 def blocks_of_stage(tensors, k):

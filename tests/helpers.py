@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -202,9 +203,22 @@ def crafted_checkpoints(whole):
     crafted["epoch is too large"] = whole | {"epoch": 10 ** 9}
     crafted["step is too large"] = whole | {"step": 10 ** 9}
     crafted["step is negative"] = whole | {"step": -1}
+    crafted["epoch is True"] = whole | {"epoch": True}
+    crafted["step is half a step"] = whole | {"step": 0.5}
     crafted["three sums"] = whole | {"sums": [1, 2, 3]}
-    momentum = dict.fromkeys(whole["optimizer"]["state"], {"momentum_buffer": torch.zeros(1)})
-    crafted["momentum of one number"] = whole | {"optimizer": whole["optimizer"] | {"state": momentum}}
+    crafted["one of the sums is not finite"] = whole | {"sums": [0.0, math.nan]}
+    crafted["seconds is infinite"] = whole | {"seconds": math.inf}
+    state = whole["optimizer"]["state"]
+    good = state[0]["momentum_buffer"]
+    of_the_first_weight = {
+        "one number": {"momentum_buffer": torch.zeros(1)},
+        "NaN": {"momentum_buffer": torch.full_like(good, math.nan)},
+        "no name": {},
+        "another name": {"exp_avg": good},
+    }
+    for what, kept in of_the_first_weight.items():
+        optimizer = whole["optimizer"] | {"state": state | {0: kept}}
+        crafted[f"momentum of {what}"] = whole | {"optimizer": optimizer}
     for key in ("seed", "images", "batch", "size", "width", "centre", "mean", "recipe"):
         crafted[f"{key} in the settings is a list"] = whole | {"settings": whole["settings"] | {key: [1]}}
     odd_keys = {5: 6, "\x1b[2J": 7}

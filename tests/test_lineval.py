@@ -257,11 +257,11 @@ def test_a_backbone_that_is_not_frozen_gives_no_number(tmp_path, ten, monkeypatc
 
 
 def test_features_that_are_not_finite_give_no_number(tmp_path, ten):
-    """A negative variance is a finite number, whose root is none."""
+    """Weights of 1e38 are finite numbers, whose products are none."""
     state = untrained("resnet18", 1 / 16, True).state_dict()
-    state["bn1.running_var"] = -torch.ones(4)
-    torch.save(state, tmp_path / "negative.pth")
-    arguments = ["--ckpt", tmp_path / "negative.pth", "--knn", "--out", tmp_path / "run"]
+    state["bn1.weight"] = torch.full((4,), 1e38)
+    torch.save(state, tmp_path / "huge.pth")
+    arguments = ["--ckpt", tmp_path / "huge.pth", "--knn", "--out", tmp_path / "run"]
     assert "its features are not all finite" in refusal("lineval.py", ten, *arguments)
     assert not (tmp_path / "run/lineval.json").exists()
 
@@ -414,12 +414,13 @@ def test_the_released_export_has_the_released_names(exported):
     assert equal(state, prefixed("module.", model.state_dict()))
 
 
-def test_the_released_export_keeps_a_bias_that_no_bn_voids(tmp_path):
+def test_the_released_export_keeps_a_bias_that_no_bn_voids(tmp_path, capsys):
     """Of a projector without BN (Table 3 a), against the model's own."""
     model = simsiam.SimSiam("resnet18", width=1 / 64, dim=6, pred_dim=3, proj_hidden=5, bn=(0, 0, 0, 0))
     content = {"state_dict": prefixed("module.", model.state_dict())}
     torch.save(content, tmp_path / "model.pth")
     assert here("lineval.py", "--ckpt", tmp_path / "model.pth", "--export", "released") is None
+    assert "tensors of state_dict.module.encoder.* matched; left out: " in capsys.readouterr().out
     state = torch.load(tmp_path / "released.pth.tar", weights_only=True)["state_dict"]
     bias = model.encoder.fc[-1].bias
     assert bias.abs().max() > 0

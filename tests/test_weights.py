@@ -150,9 +150,31 @@ def with_attributes(state):
 
 
 OTHERS_HEAD = {"0.weight": torch.ones(8, 64), "2.weight": torch.ones(4, 8)}
-NUMBERS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
-IN_SEQUENTIAL = {f"{NUMBERS[name.partition('.')[0]]}.{name.partition('.')[2]}": t
-                 for name, t in BACKBONE.items()}
+
+
+def in_sequential(first):
+    """The backbone in an nn.Sequential: conv1, bn1, what has no weights, and from `first` on the stages."""
+    numbers = {"conv1": 0, "bn1": 1} | {f"layer{k + 1}": first + k for k in range(4)}
+    named = {}
+    for name, t in BACKBONE.items():
+        part, _, rest = name.partition(".")
+        named[f"{numbers[part]}.{rest}"] = t
+    return named
+
+
+def renamed(old, new):
+    """The backbone, with this part of its names replaced."""
+    assert any(old in name for name in BACKBONE)
+    return {name.replace(old, new): t for name, t in BACKBONE.items()}
+
+
+def in_itself():
+    """A dict that lies in itself, as some programs' options do."""
+    options = {"lr": 0.1}
+    options["parent"] = {"child": options, "other": options}
+    return options
+
+
 PICKLED = untrained("resnet18", 1 / 8, False)
 PICKLED.load_state_dict(BACKBONE)
 FOREIGN_GOOD = {  # content, and the prefix that is found
@@ -161,7 +183,7 @@ FOREIGN_GOOD = {  # content, and the prefix that is found
         {"state_dict": {
             **prefixed("module.momentum_encoder.", OTHER), **prefixed("module.base_encoder.", WHOLE)}},
         "state_dict.module.base_encoder."),
-    "compiled": (prefixed("_orig_mod.", BACKBONE), "_orig_mod."),
+    "compiled": (prefixed("_orig_mod.", BACKBONE), ""),
     "beside a projection head": (
         prefixed("module.", BACKBONE) | prefixed("module.projection_head.", OTHERS_HEAD), "module."),
     "with numpy's number and a Namespace": (
@@ -173,8 +195,27 @@ FOREIGN_GOOD = {  # content, and the prefix that is found
          "epoch": np.int64(3)},
         "student.module.backbone."),
     "lightly's, with a momentum network": (
-        {"state_dict": prefixed("backbone_momentum.", OTHER) | prefixed("backbone.", IN_SEQUENTIAL)},
+        {"state_dict": prefixed("backbone_momentum.", OTHER) | prefixed("backbone.", in_sequential(4))},
         "state_dict.backbone."),
+    "numbered, without max-pooling": (prefixed("backbone.", in_sequential(3)), "backbone."),
+    "numbered, without any layer between": (
+        prefixed("backbone.", {k.replace(".downsample.", ".shortcut."): t for k, t in in_sequential(2).items()}),
+        "backbone."),
+    "compiled inside": (prefixed("module.", renamed("layer1.", "layer1._orig_mod.")), "module."),
+    "sharded": (
+        prefixed("_fsdp_wrapped_module.", renamed("layer2.0.", "layer2.0._fsdp_wrapped_module.")), ""),
+    "checkpointed blocks": (renamed("layer3.1.", "layer3.1._checkpoint_wrapped_module."), ""),
+    "beside options in themselves": ({"cfg": in_itself(), "state_dict": BACKBONE}, "state_dict."),
+    "in a list": ({"models": [{"net": BACKBONE}, 5]}, "models.0.net."),
+    "with a format that isn't ours": ({"format": "pt", "state_dict": BACKBONE}, "state_dict."),
+    "with odd keys": ({"state_dict": BACKBONE, "seen": {("cat", 3): 1, ((1, 2), 3): 2, torch.float16: 3}},
+                      "state_dict."),
+    "with a storage": ({"state_dict": BACKBONE, "bytes": torch.ones(3).untyped_storage()}, "state_dict."),
+    "with 16-bit numbers of a newer kind": (
+        {"state_dict": BACKBONE, "seen": torch.ones(3, dtype=torch.uint16)}, "state_dict."),
+    "with a negative view": (
+        {"state_dict": BACKBONE, "wave": torch.ones(3, dtype=torch.cfloat).conj().imag},
+        "state_dict."),
     "five dicts deep": (
         {"a": {"b": {"base_model": {"model": {"trunk": {"_feature_blocks": BACKBONE}}}}}},
         "a.b.base_model.model.trunk._feature_blocks."),
@@ -217,9 +258,13 @@ def test_prefix_chooses_another_network(tmp_path, monkeypatch, ten):
             continue
         backbone = lineval.read_backbone(path, prefix=prefix)
         assert equal(backbone.network.state_dict(), without("fc.", OTHER))
-    said = weights.describe_found(lineval.read_backbone(path).found)
+    said = weights.describe_found(lineval.read_backbone(path).found, path)
     assert "of student.backbone.* matched" in said
     assert "not teacher.backbone.* (--prefix)" in said
+    assert "checksums" not in said
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    said = weights.describe_found(lineval.read_backbone(path).found, path)
+    assert said.endswith("; this old form of file has no checksums")
 
 
 def test_two_networks_of_which_none_is_known_to_be_trained_are_refused(tmp_path):
@@ -229,6 +274,41 @@ def test_two_networks_of_which_none_is_known_to_be_trained_are_refused(tmp_path)
     with pytest.raises(Refused, match="in it: 'first.', 'second.'; choose one with --prefix"):
         lineval.read_backbone(path)
     assert equal(lineval.read_backbone(path, prefix="first").network.state_dict(), BACKBONE)
+    # "base" names the trained network only beside one that follows it.
+    torch.save({"base": BACKBONE, "best": OTHER}, path)
+    with pytest.raises(Refused, match="in it: 'base.', 'best.'; choose one with --prefix"):
+        lineval.read_backbone(path)
+
+
+def test_a_whole_prefix_comes_before_the_end_of_another(tmp_path):
+    """Every prefix ends as the empty one does."""
+    path = str(tmp_path / "file.pth")
+    torch.save(prefixed("net.", BACKBONE) | prefixed("ema.net.", OTHER) | without("fc.", filled(RESNET18, seed=4)),
+               path)
+    assert equal(lineval.read_backbone(path, prefix="net").network.state_dict(), BACKBONE)
+    assert equal(lineval.read_backbone(path, prefix="ema.net").network.state_dict(), without("fc.", OTHER))
+    plain = lineval.read_backbone(path, prefix="").network.state_dict()
+    assert equal(plain, without("fc.", filled(RESNET18, seed=4)))
+
+
+def test_networks_that_differ_in_their_heads_alone_are_one(tmp_path):
+    """Which head a network had does not matter here."""
+    path = str(tmp_path / "file.pth")
+    heads = {"first.fc.weight": torch.ones(2, 64), "second.fc.weight": torch.zeros(3, 64)}
+    torch.save(prefixed("first.", BACKBONE) | prefixed("second.", BACKBONE) | heads, path)
+    assert equal(lineval.read_backbone(path).network.state_dict(), BACKBONE)
+
+
+def test_a_tensor_comes_before_what_else_has_its_name(tmp_path):
+    """Two tensors of one name are refused."""
+    path = str(tmp_path / "file.pth")
+    for other in ({"conv1.weight": "a word", "conv1": {"weight": BACKBONE["conv1.weight"]}},
+                  {"conv1": {"weight": BACKBONE["conv1.weight"]}, "conv1.weight": "a word"}):
+        torch.save(without("conv1.", BACKBONE) | other, path)
+        assert equal(lineval.read_backbone(path).network.state_dict(), BACKBONE)
+    torch.save(BACKBONE | {"conv1": {"weight": torch.ones(8, 3, 7, 7)}}, path)
+    with pytest.raises(Refused, match="two tensors are called conv1.weight"):
+        lineval.read_backbone(path)
 
 
 class Unknown(dict):
@@ -293,16 +373,105 @@ def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, call, legacy):
 
 
 def test_a_few_dicts_with_any_number_of_names_are_refused(tmp_path):
-    """Each lies twice in the next: 2^60 names in a file of two kilobytes. And one that lies in itself."""
+    """Each lies twice in the next: 2^60 names in a file of two kilobytes. And names without an end."""
     content = {"conv1.weight": torch.ones(1)}
     for _ in range(60):
         content = {"a": content, "b": content}
-    itself = {"a": {}}
-    itself["a"]["b"] = itself
-    for number, odd in enumerate((content, itself)):
+    for number, odd in enumerate((content, {"a" * 10 ** 4: {"b": 1}})):
         torch.save(odd, tmp_path / f"{number}.pth")
         with pytest.raises(Refused, match="not a file of weights"):
             weights.read_weights(str(tmp_path / f"{number}.pth"))
+
+
+def test_dicts_too_deep_are_one_value():
+    """Of a hundred and fifty dicts in each other the inner ones are left as they are."""
+    content = {"end": 1}
+    for _ in range(150):
+        content = {"a": content}
+    (name, value), = weights.flatten(content).items()
+    assert set(name) <= set("a.")
+    assert isinstance(value, dict)
+
+
+# --- Files of old: a chain of pickles, with the values behind it ------------------------------------------
+
+def old_form(content, path):
+    """Save a file in the form of before torch 1.6 -> its bytes."""
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path.read_bytes()
+
+
+def test_an_old_file_lacks_no_values(tmp_path):
+    """Without a key in its list of storages, torch leaves in a tensor what was in memory."""
+    path = tmp_path / "file.pth"
+    whole = old_form({"x": torch.full((1000,), 3.0)}, path)
+    assert torch.equal(files.read(path)["x"], torch.full((1000,), 3.0))
+    place = whole.index(pickle.EMPTY_LIST, whole.index(b"torch\nFloatStorage"))
+    path.write_bytes(whole[:place] + pickle.EMPTY_LIST + pickle.STOP + bytes(4000))
+    assert torch.load(path)["x"].shape == (1000,)  # so that the file was a dangerous one
+    with pytest.raises(Refused, match="damaged"):
+        files.read(path)
+
+
+def test_an_old_file_claims_no_more_than_it_has(tmp_path):
+    """torch would take the memory first, here a terabyte, and look then."""
+    path = tmp_path / "file.pth"
+    whole = old_form({"x": torch.ones(1000)}, path)
+    length = pickle.BININT2 + (1000).to_bytes(2, "little")
+    place = whole.index(length)
+    huge = pickle.LONG1 + b"\x06" + (2 ** 40 // 4).to_bytes(6, "little")
+    path.write_bytes(whole[:place] + huge + whole[place + len(length):])
+    with pytest.raises(Refused, match="damaged"):
+        files.read(path)
+    pickles = unpickling.Pickles(100)
+    pickles.claim("0", 60)
+    pickles.claim("0", 60)  # the same one
+    with pytest.raises(ValueError, match="more values"):
+        pickles.claim("1", 41)
+
+
+@pytest.mark.parametrize("value", [((1,), 2), 3.5, None], ids=str)
+def test_keys_of_storages_are_text(value):
+    """To look for a tuple in a tuple, a million times over, would end the process."""
+    with pytest.raises(ValueError, match="no text"):
+        unpickling.Pickles(100).claim(value, 4)
+    with pytest.raises(ValueError, match="no text"):
+        unpickling.Pickles(100).load(io.BytesIO(pickle.dumps(["0", value])))
+
+
+def test_a_deep_key_does_not_end_the_process(tmp_path):
+    """A tuple in a tuple, 200,000 times over, as a key: python would end with a segmentation fault."""
+    deep = pickle.NONE + pickle.TUPLE1 * 200_000
+    pickled = pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + deep + pickle.NONE + pickle.SETITEM + pickle.STOP
+    (tmp_path / "file.pth").write_bytes(zip_with(pickled))
+    assert files.read(str(tmp_path / "file.pth")) == {}
+
+
+def test_what_python_2_has_pickled_is_read(tmp_path):
+    """Its text is bytes, which need not be any in UTF-8."""
+    pickled = pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.SHORT_BINSTRING + b"\x04caf\xe9"
+    (tmp_path / "file.pth").write_bytes(zip_with(pickled + pickle.NONE + pickle.SETITEM + pickle.STOP))
+    assert files.read(str(tmp_path / "file.pth")) == {"caf\xe9": None}
+
+
+def test_torchs_own_restriction_is_named(tmp_path, monkeypatch):
+    """With this variable torch refuses every reader but its own."""
+    torch.save(BACKBONE, tmp_path / "file.pth")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(Refused, match="TORCH_FORCE_WEIGHTS_ONLY_LOAD .* unset it here"):
+        files.read(str(tmp_path / "file.pth"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_for_which_the_memory_is_too_small_is_not_called_damaged(tmp_path, monkeypatch, error):
+    """Whoever runs out of it, Python or torch."""
+    def fails(*given, **options):
+        raise error
+
+    torch.save(BACKBONE, tmp_path / "file.pth")
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(Refused, match="not enough memory for it"):
+        files.read(str(tmp_path / "file.pth"))
 
 
 def test_a_pickle_in_the_place_of_the_old_formats_number_runs_nothing(tmp_path, monkeypatch):
@@ -425,10 +594,12 @@ def test_a_compressed_archive_is_refused(tmp_path):
         files.read(str(tmp_path / "file.pth"))
 
 
-@pytest.mark.parametrize("code", [pickle.BYTEARRAY8 + b"\0\0\0\0\x10\0\0\0", pickle.ADDITEMS])
+@pytest.mark.parametrize("code", [
+    pickle.BYTEARRAY8 + b"\0\0\0\0\x10\0\0\0", pickle.MARK + pickle.NONE + pickle.ADDITEMS, pickle.EMPTY_SET,
+    pickle.MARK + pickle.NONE + pickle.FROZENSET])
 def test_opcodes_that_torch_never_writes_are_refused(tmp_path, code):
-    """The one asks for 64 GiB, the other calls a method of what lies on the stack."""
-    pickled = pickle.PROTO + b"\x05" + pickle.EMPTY_SET + pickle.MARK + pickle.NONE + code + pickle.STOP
+    """One asks for 64 GiB, one calls a method of what lies on the stack, two hash what they are given."""
+    pickled = pickle.PROTO + b"\x05" + pickle.EMPTY_DICT + code + pickle.STOP
     (tmp_path / "file.pth").write_bytes(zip_with(pickled))
     with pytest.raises(Refused, match="damaged"):
         files.read(str(tmp_path / "file.pth"))
@@ -452,12 +623,16 @@ def test_what_is_no_file_of_weights_is_named(tmp_path):
         archive.writestr("a.txt", "text")
     with tarfile.open(tmp_path / "weights.tar", "w") as archive:
         archive.add(tmp_path / "photos.zip", "photos.zip")
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:
+        for name in ("sys_info", "pickle", "tensors", "storages"):
+            archive.add(tmp_path / "photos.zip", name)
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (tmp_path / "empty.pth").write_bytes(b"")
     expected = {
         "script.pt": "a TorchScript program, not weights",
         "photos.zip": "a zip archive, not a file that torch.save wrote",
         "weights.tar": "a tar archive; unpack it",
+        "old.tar": "in the form of torch before 0.1.10",
         "model.safetensors": "safetensors are not read",
         "empty.pth": "damaged, or nothing that torch.save wrote",
     }
@@ -541,6 +716,17 @@ FOREIGN = {  # what torch.save wrote, and what is said
     "wide": (
         change(GOOD, **{"layer4.1.conv2.weight": torch.ones(64, 64, 3, 3)}),
         "size mismatch for layer4.1.conv2.weight"),
+    "another stem": (
+        GOOD | {"bn2.weight": torch.ones(4)}, "bn2.weight: another network than a ResNet of the paper"),
+    "whole numbers": (
+        change(GOOD, **{"conv1.weight": torch.ones(4, 3, 3, 3, dtype=torch.int64)}),
+        "conv1.weight in it has values of torch.int64"),
+    "a variance below zero": (
+        change(GOOD, **{"bn1.running_var": torch.full((4,), -1.0)}),
+        "bn1.running_var in it has variances below zero"),
+    "a negative view": (
+        change(GOOD, **{"bn1.weight": torch.ones(4, dtype=torch.cfloat).conj().imag}),
+        "bn1.weight in it is a tensor with a negative or conjugate bit"),
     "not finite": (
         change(GOOD, **{"bn1.bias": torch.full((4,), math.nan)}),
         "bn1.bias has values that are not finite"),
@@ -585,9 +771,9 @@ def test_weights_of_a_crafted_checkpoint_are_refused_or_read(crafted_files):
     assert 10 < read < len(crafted_files)
 
 
-# An evaluation needs none of these. A file without a format is not ours: its settings don't count.
-NOT_NEEDED = ("optimizer", "momentum of one number", "sums", "seconds", "odd keys", "no format")
-POSITIONS = ("epoch is too large", "step is too large", "step is negative")
+# An evaluation needs none of these.
+NOT_NEEDED = ("optimizer", "momentum of", "sums", "seconds", "odd keys")
+NOT_OURS = ("no format", "no settings")  # all three make a file ours: format, settings, model
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on a tensor where settings should be
@@ -598,11 +784,11 @@ def test_a_crafted_checkpoint_is_evaluated_where_nothing_that_counts_is_odd(craf
         with contextlib.suppress(Refused):
             settings = lineval.read_backbone(path).settings
             evaluated.add(name)
-            if name != "no format":
+            if name not in NOT_OURS:
                 assert settings["recipe"] == "cifar10", name
                 assert settings["size"] == 16, name
     harmless = {name for name in crafted_files if any(word in name for word in NOT_NEEDED)}
-    assert evaluated == harmless | set(POSITIONS)
+    assert evaluated == harmless | set(NOT_OURS)
 
 
 # --- Going in: the released bias, --init --------------------------------------------------------------------
