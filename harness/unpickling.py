@@ -103,7 +103,7 @@ PLAIN = (str, int, float, bool, type(None), bytes)
 def is_key(value):
     """Whether a key of a dict can be part of a name: a word, a number, a class.
 
-    Other keys are left out. A tuple in a tuple, a million times over, would end the process when it is hashed.
+    Other keys are left out. To hash a tuple in a tuple, a million times over, would end the process.
     """
     return isinstance(value, (*PLAIN, Inert)) or isinstance(value, type) and issubclass(value, Inert)
 

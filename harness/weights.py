@@ -216,7 +216,8 @@ def take_resnet(state, path, prefix):
         else:  # a pickled network has numbers and words beside its tensors
             left_out[name] = value
             if isinstance(value, torch.Tensor) and re.fullmatch(r"(conv|bn|layer)[02-9]", part):
-                raise Refused(f"{path}: {name}: another network than a ResNet of the paper, which has no {part}")
+                raise Refused(f"{path}: {name}: another network than a ResNet of the paper, which has no "
+                              f"{part}")
     if not any("num_batches_tracked" in name for name in tensors):
         # The file is older than PyTorch 0.4.1, as some of torchvision's are. The counters play no part here.
         means = [name for name in tensors if name.endswith("running_mean")]

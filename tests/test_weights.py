@@ -162,10 +162,10 @@ def in_sequential(first):
     return named
 
 
-def renamed(old, new):
+def renamed(old, new, state=BACKBONE):
     """The backbone, with this part of its names replaced."""
-    assert any(old in name for name in BACKBONE)
-    return {name.replace(old, new): t for name, t in BACKBONE.items()}
+    assert any(old in name for name in state)
+    return {name.replace(old, new): t for name, t in state.items()}
 
 
 def in_itself():
@@ -199,7 +199,7 @@ FOREIGN_GOOD = {  # content, and the prefix that is found
         "state_dict.backbone."),
     "numbered, without max-pooling": (prefixed("backbone.", in_sequential(3)), "backbone."),
     "numbered, without any layer between": (
-        prefixed("backbone.", {k.replace(".downsample.", ".shortcut."): t for k, t in in_sequential(2).items()}),
+        prefixed("backbone.", renamed(".downsample.", ".shortcut.", in_sequential(2))),
         "backbone."),
     "compiled inside": (prefixed("module.", renamed("layer1.", "layer1._orig_mod.")), "module."),
     "sharded": (
@@ -283,12 +283,11 @@ def test_two_networks_of_which_none_is_known_to_be_trained_are_refused(tmp_path)
 def test_a_whole_prefix_comes_before_the_end_of_another(tmp_path):
     """Every prefix ends as the empty one does."""
     path = str(tmp_path / "file.pth")
-    torch.save(prefixed("net.", BACKBONE) | prefixed("ema.net.", OTHER) | without("fc.", filled(RESNET18, seed=4)),
-               path)
+    third = without("fc.", filled(RESNET18, seed=4))
+    torch.save(prefixed("net.", BACKBONE) | prefixed("ema.net.", OTHER) | third, path)
     assert equal(lineval.read_backbone(path, prefix="net").network.state_dict(), BACKBONE)
     assert equal(lineval.read_backbone(path, prefix="ema.net").network.state_dict(), without("fc.", OTHER))
-    plain = lineval.read_backbone(path, prefix="").network.state_dict()
-    assert equal(plain, without("fc.", filled(RESNET18, seed=4)))
+    assert equal(lineval.read_backbone(path, prefix="").network.state_dict(), third)
 
 
 def test_networks_that_differ_in_their_heads_alone_are_one(tmp_path):
