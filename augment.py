@@ -393,14 +393,14 @@ def compile_colours():
 
 # --- The views of a batch -------------------------------------------------------------------------------
 
-def load_views(source, policy, seed, batches, device, workers, views=2):
+def load_views(source, policy, seed, batches, device, workers, views=2, waiting=iter):
     """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S),
     normalised, on the device.
 
-    Raises BadImage where too many files can't be read.
+    waiting: what is read from files goes through it, and so can be timed (harness/loading.py). Raises BadImage where too many files can't be read.
     """
     if source.pixels is None:
-        crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers)
+        crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers, waiting)
     else:
         crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
     for epoch, index, x in crops:

@@ -272,8 +272,7 @@ def train_layer(job, queries):
         s["seed"], len(job.train), s["batch"], s["epochs"],
         run.epoch, run.step, dist.get_rank(), s["world"])
     views = augment.load_views(
-        job.train, job.policy, s["seed"], batches, job.device, s["workers"], views=1)
-    views = run.waiting_for(views)
+        job.train, job.policy, s["seed"], batches, job.device, s["workers"], views=1, waiting=run.waiting_for)
     labels = to_device(job.train.labels, job.device)
     while run.epoch < s["epochs"]:
         for step, (index, (x,)) in run.steps_of_epoch(views):

@@ -1000,11 +1000,11 @@ def pretrain(args):
         augment.compile_colours()
 
     def load(batches):
-        """Batches of (epoch, indices) -> yields (indices, [x1, x2, ...]), and counts the time that they are
-        waited for."""
+        """Batches of (epoch, indices) -> yields (indices, [x1, x2, ...])"""
         loaded = augment.load_views(
-            job.train, job.policy, s["seed"], batches, job.device, s["workers"], method.views)
-        for index, views in run.waiting_for(loaded):
+            job.train, job.policy, s["seed"], batches, job.device, s["workers"], method.views,
+            run.waiting_for)
+        for index, views in loaded:
             yield index, [x.contiguous(memory_format=layout) for x in views]
 
     batches = index_batches(
@@ -1097,6 +1097,7 @@ MEASURED = {
     "images_per_s": "{:.0f} images/s",
     "data_wait": "{:.0%} waiting for data",
     "seconds": None,
+    "wall_seconds": None,
     "memory_mb": "{} MiB",
     "collapsed": None,
     "bad_images": None,
@@ -1164,12 +1165,12 @@ def low_rank(epochs):
 
 
 def report(run, job, progress, number, note, **measured):
-    """A record of an epoch, in the log, in the picture, on the screen."""
+    """A record of an epoch, in the log, on the screen, and, with each checkpoint, in the picture."""
     shows = MEASURED | job.method.MEASURED
     values = {**dict.fromkeys(shows), **measured}
     record = run.record("epoch", epoch=number, step=number * run.steps_per_epoch, **values)
     minimum = job.method.minimum
-    if run.first:
+    if run.first and run.is_saved():
         knn_pixels = run.log.records[0].get("knn_pixels")
         draw_curves(run.path("curves.png"), run.log.epochs(), knn_pixels, minimum, low_rank(run.log.epochs()))
     line = f"epoch {number}/{job.settings['epochs']}{note}"

@@ -2,7 +2,7 @@
 
 checkpoint.pth is the newest, checkpoint-previous.pth the one before it. Each is a dict: "format", the state
 of each part of the run ("model", "optimizer", ...), the position ("epoch", "step"), what the log needs of
-the epoch that it is in ("sums", "seconds", "waited"), and "settings".
+the epoch that it is in ("sums", "seconds", "waited", "wall"), and "settings".
 """
 import os
 

@@ -41,12 +41,13 @@ def to_device(array, device):
     return tensor
 
 
-def decode(source, cut, batches, device, workers):
+def decode(source, cut, batches, device, workers, waiting=iter):
     """Yield (epoch, indices, [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by worker
     processes.
 
-    cut: (image, epoch, i) -> a list of (3, S, S) uint8, one per view. Raises BadImage where too many files
-    are bad.
+    cut         (image, epoch, i) -> a list of (3, S, S) uint8, one per view
+    waiting     the batches go through it as they arrive: it can take the time
+    Raises BadImage where too many files are bad.
     """
     options = {}
     if workers > 0:
@@ -57,7 +58,7 @@ def decode(source, cut, batches, device, workers):
     loader = torch.utils.data.DataLoader(
         Decoder(source, cut), batch_sampler=batches, collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
-    for epoch, index, views, bad in loader:
+    for epoch, index, views, bad in waiting(iter(loader)):
         if isinstance(bad, Refused):
             raise bad
         source.note(bad)

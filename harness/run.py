@@ -3,8 +3,9 @@
 The folder holds checkpoint.pth and the one before it (checkpoint-previous.pth), log.jsonl (harness/log.py),
 and pictures.
 
-When is it saved? At the start, at the end of each epoch, every --save-minutes within one, and after a
-signal. Saving may take all processes together, as PerImageVectors do. So process 0 looks at the clock, and
+When is it saved? At the start, at the end, after a signal, and every --save-minutes. Also at the end of an
+epoch, where the last time took less than a fiftieth of what has gone by since: epochs can be as short as a
+second. Saving may take all processes together, as PerImageVectors do. So process 0 looks at the clock, and
 tells the others: every step, each process adds what it wants (to stop, to save) to a sum that all of them
 read. They read it one step later, because reading at once would make each step wait for the GPU. The loss
 and the gradient's norm are judged one step late too, for the same reason; and always before anything is
@@ -62,10 +63,14 @@ class Run:
         self.seconds = 0.0                 # in this epoch, altogether
         self.waited = 0.0                  # in this epoch, for data
         self.began = 0.0                   # when this epoch would have begun without interruptions
+        self.wall = 0.0                    # what had gone by of this epoch, with everything, when it was saved
+        self.lap = 0.0                     # when it would have begun, with everything
         # The sums of loss and std x sqrt(d) over this epoch's steps, and their means once it is done.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.means = None
-        self.saved = time.monotonic()
+        self.saved = time.monotonic()      # when the run was last saved, how long that took, and where it was
+        self.saving = 0.0
+        self.saved_at = None
         self.newest_is_damaged = False
         self.signal = 0                    # the number of the signal that this process got
         self.numbers = None                # step, lr, and OnTheirWay: the loss and the gradient's norm
@@ -143,8 +148,9 @@ class Run:
             raise ValueError("its epoch and its step are no whole numbers")
         self.seconds = float(checkpoint["seconds"])
         self.waited = float(checkpoint["waited"])
+        self.wall = float(checkpoint.get("wall", self.seconds))  # an older version has not saved it
         self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
-        if not all(map(math.isfinite, [self.seconds, self.waited, *self.sums.tolist()])):
+        if not all(map(math.isfinite, [self.seconds, self.waited, self.wall, *self.sums.tolist()])):
             raise ValueError("its sums are not finite")
         epochs = self.settings["epochs"]
         last_step = self.steps_per_epoch if self.epoch < epochs else 0
@@ -158,6 +164,7 @@ class Run:
 
         From now on the signals in STOPPING end the run, after the step that it is in.
         """
+        self.lap = time.monotonic() - self.wall
         with self.during("writing the log"):
             if self.resuming:
                 self.log.start("resume", self.settings, self.device, epoch=self.epoch, step=self.step)
@@ -190,7 +197,8 @@ class Run:
     # --- An epoch ----------------------------------------------------------------------------------------
 
     def waiting_for(self, batches):
-        """Yield the same batches. The time until each is there counts as waiting for data."""
+        """Yield the same batches. The time until each is there counts as waiting for data: what reads files
+        goes through here, in worker processes or in this one."""
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
@@ -201,7 +209,7 @@ class Run:
 
     def steps_of_epoch(self, stream):
         """Yield (step, what the stream has for it), for the steps that this epoch still needs; save at its
-        end.
+        end where that is due.
 
         step counts from the start of the whole run.
         """
@@ -216,10 +224,12 @@ class Run:
         self.check_numbers()
         self.means = (self.sums / self.steps_per_epoch).tolist()  # waits for the GPU, so that its time counts
         self.seconds = time.monotonic() - self.began
-        self.save()
         number = self.epoch + 1
         every = self.settings.get("keep_every")
-        if self.first and every and number % every == 0:
+        is_kept = bool(every) and number % every == 0
+        if not self.is_saved() and (is_kept or number == self.settings["epochs"] or self.is_worth_saving()):
+            self.save()
+        if self.first and is_kept:
             with self.during("writing a checkpoint"):
                 save(read(self.path(NEWEST)), self.path(f"checkpoint-{number:04}.pth"))
 
@@ -253,6 +263,19 @@ class Run:
                       f"checkpoint is {self.path('checkpoint.pth')}. Try {remedy}, "
                       "in another --out")
 
+    def is_due(self):
+        """Whether --save-minutes have gone by since the run was saved."""
+        return time.monotonic() - self.saved > 60 * self.settings["save_minutes"]
+
+    def is_worth_saving(self):
+        """Whether to save at the end of an epoch: process 0 says it to all."""
+        is_cheap = time.monotonic() - self.saved > 50 * self.saving
+        return bool(all_sum(torch.tensor(float(self.first and (is_cheap or self.is_due())), device=self.device)))
+
+    def is_saved(self):
+        """Whether this process has saved the run where it stands."""
+        return self.saved_at == (self.epoch, self.step)
+
     def save_or_stop_if_asked(self):
         """Do what any process wanted at the step before, and tell what this one wants now. Raises Stopped,
         all saved."""
@@ -266,18 +289,18 @@ class Run:
                 all_sum(torch.zeros(1, device=self.device)).item()
                 raise Stopped(self.signal or signal.SIGTERM, f"stopped by a signal after epoch {self.epoch}, "
                               f"step {self.step}; the same command with --resume goes on")
-            if save_now and self.step < self.steps_per_epoch:  # at its end an epoch is saved anyway
+            if save_now:
                 self.save()
-        due = self.first and time.monotonic() - self.saved > 60 * self.settings["save_minutes"]
         wishes = torch.zeros(2, device=self.device)
         wishes[0].fill_(self.signal > 0)
-        wishes[1].fill_(due)
+        wishes[1].fill_(self.first and self.is_due())
         self.wishes = OnTheirWay(all_sum(wishes))
 
     def save(self):
         """Write everything that the run needs to go on from here. Raises Refused where weights are not
         finite."""
         self.check_numbers()
+        began = time.monotonic()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         finite = [t.isfinite().all() for t in parts["model"].values()]
         if not torch.stack(finite).all():
@@ -291,6 +314,7 @@ class Run:
                 "sums": self.sums.tolist(),
                 "seconds": self.seconds,
                 "waited": self.waited,
+                "wall": began - self.lap,
                 "settings": self.settings,
             }
             # A damaged checkpoint must not take the place of the good one before it.
@@ -299,6 +323,8 @@ class Run:
                 save(checkpoint, self.path(NEWEST), keep)
             self.newest_is_damaged = False
         self.saved = time.monotonic()
+        self.saving = self.saved - began
+        self.saved_at = self.epoch, self.step
 
     def place(self):
         """Where the run is, for people."""
@@ -309,16 +335,20 @@ class Run:
         return self.settings["batch"] * self.step / self.seconds
 
     def speed(self):
-        """Images a second, the share of the time that went by waiting for data, and seconds, of a finished
-        epoch."""
+        """Of a finished epoch: images a second, the share of the time that went by waiting for data, the
+        seconds of its steps, and those of everything since the epoch before: saving and measuring too.
+
+        The last, added up, are what a person has waited for the run.
+        """
         images = self.steps_per_epoch * self.settings["batch"]
         return {"images_per_s": images / self.seconds, "data_wait": self.waited / self.seconds,
-                "seconds": self.seconds}
+                "seconds": self.seconds, "wall_seconds": time.monotonic() - self.lap}
 
     def next_epoch(self):
         """Go to the beginning of the next epoch."""
         self.epoch += 1
         self.step = 0
+        self.lap = time.monotonic()
         self.seconds = 0.0
         self.waited = 0.0
         self.sums.zero_()

@@ -231,8 +231,9 @@ def row(name, epochs, linear_top1):
 
 
 def minutes_of(run):
-    """Of all epochs; the first record is that of the untrained network."""
-    return sum(r["seconds"] for r in run[1:]) / 60
+    """Of all epochs, with everything; of logs that are older than that, the steps alone. The first record is
+    that of the untrained network."""
+    return sum(r.get("wall_seconds", r["seconds"]) for r in run[1:]) / 60
 
 
 def curve(epochs):

@@ -149,7 +149,7 @@ RUN_KEYS = {  # event: keys of its records in the log of a run
     "resume": MACHINE | {"epoch", "step"},
     "epoch": set("""
         event epoch step loss std lr knn knn_images rank
-        images_per_s data_wait seconds memory_mb collapsed bad_images
+        images_per_s data_wait seconds wall_seconds memory_mb collapsed bad_images
     """.split()),
     "end": {"event", "epochs", "knn", "backbone"},
 }
@@ -160,10 +160,10 @@ RUN_SETTINGS = set("""
     epochs batch base_lr momentum weight_decay warmup pred_lr
     size area aspect jitter strength gray blur sigma flip mean std centre knn_every
 """.split())
-CHECKPOINT = set("format model optimizer epoch step sums seconds waited settings".split())
+CHECKPOINT = set("format model optimizer epoch step sums seconds waited wall settings".split())
 EVALUATION_KEYS = {  # event: keys of its records in the log of an evaluation
     "start": MACHINE,
-    "epoch": set("event epoch step loss lr top1 top5 images_per_s data_wait seconds".split()),
+    "epoch": set("event epoch step loss lr top1 top5 images_per_s data_wait seconds wall_seconds".split()),
     "end": {"event", "epochs", "top1", "top5"},
 }
 EVALUATION_SETTINGS = set("""

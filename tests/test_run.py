@@ -60,11 +60,12 @@ def test_log_holds_what_the_readme_promises(finished):
     assert [r["step"] for r in epochs] == [0, 3, 6, 9]
     assert all(0 <= r["knn"] <= 100 for r in epochs)
     assert end["event"] == "end"
-    for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds"):
+    for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds", "wall_seconds"):
         assert epochs[0][key] is None, key
         assert all(isinstance(r[key], float) for r in epochs[1:]), key
     assert all(-1 <= r["loss"] <= 1 for r in epochs[1:])
-    assert all(0 <= r["data_wait"] <= 1 for r in epochs[1:])
+    assert all(r["data_wait"] == 0 for r in epochs[1:])  # the images are in memory
+    assert all(r["wall_seconds"] > r["seconds"] for r in epochs[1:])  # saving and measuring are in it
 
 
 def test_screen_says_what_the_run_does(finished):
@@ -209,11 +210,36 @@ def test_a_checkpoint_is_written_after_every_step(tmp_path, small, monkeypatch, 
     assert checkpoint["settings"]["save_minutes"] == 0
 
 
-def test_a_checkpoint_is_written_at_the_end_of_every_epoch(tmp_path, small, monkeypatch):
-    """Without --save-minutes: the positions, in a run that takes seconds."""
+@pytest.mark.parametrize("seconds, expected", [
+    pytest.param(0.0, [(0, 0), (0, 8), (1, 8), (2, 8)], id="quickly saved"),
+    pytest.param(9.0, [(0, 0), (2, 8)], id="slowly saved"),
+])
+def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkeypatch, seconds, expected):
+    """The positions, in a run of seconds, where each time takes so long; the last epoch's end is always one.
+    The picture is drawn where the run is saved, and by then has all epochs."""
     positions = positions_saved(monkeypatch)
-    assert here("simsiam.py", small, *LONGER, "--epochs", "2", "--out", tmp_path / "run") is None
-    assert positions == [(0, 0), (0, 8), (1, 8)]
+    drawn = []
+    monkeypatch.setattr(simsiam, "draw_curves", lambda path, epochs, *more: drawn.append(len(epochs)))
+    save = Run.save
+
+    def slow_save(self):
+        save(self)
+        self.saving = seconds
+
+    monkeypatch.setattr(Run, "save", slow_save)
+    options = [*LONGER, "--epochs", "3", "--out", tmp_path / "run"]
+    assert here("simsiam.py", small, *options) is None
+    assert positions == expected
+    assert drawn == [epoch + (step > 0) + 1 for epoch, step in expected]  # the first is the untrained network
+    assert [r["epoch"] for r in log_of(tmp_path / "run") if r["event"] == "epoch"] == [0, 1, 2, 3]
+
+
+def test_waiting_for_data_is_counted_where_there_are_files(tmp_path, large):
+    """Against the seconds of the steps: decoding takes most of them here."""
+    options = [*TINY, "--epochs", "1", "--out", tmp_path / "run"]
+    assert here("simsiam.py", large, *options) is None
+    epoch = log_of(tmp_path / "run")[2]
+    assert 0.02 < epoch["data_wait"] < 1
 
 
 @pytest.mark.parametrize("kind, batch, epochs, steps", [
@@ -434,7 +460,8 @@ def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, da
     said = capsys.readouterr().out
     assert "checkpoint.pth: can't be read" in said
     assert "going on from" in said
-    assert "after 1 epochs and 3 steps" in said
+    position = re.search("continuing after . epochs and . steps", said)[0]
+    assert position != "continuing after 2 epochs and 3 steps"  # where the damaged one stands
     assert "checkpoint.pth" in renamed
     assert equal(weights_of(out), weights_of(finished[0]))
     for name in ("checkpoint.pth", "checkpoint-previous.pth"):
