@@ -299,12 +299,17 @@ def change_colours(x, colour, bounds):
     shift = to_device(shift, x.device).view(-1, 1, 1, 1)              # (N, 1, 1, 1)
     for hue_at in range(4):
         for part in pieces(x, bounds[hue_at], bounds[hue_at + 1]):
-            view = x[part]
-            for k in range(4):
-                if k == hue_at:
-                    shift_hue(view, shift[part])
-                else:
-                    blend(view, *weights[k, :, part])
+            four_changes(x[part], weights[:, :, part], shift[part], hue_at)
+
+
+def four_changes(x, weights, shift, hue_at):
+    """The four changes of x (N, 3, S, S), in place, hue as number hue_at; see blend and shift_hue for the
+    rest."""
+    for k in range(4):
+        if k == hue_at:
+            shift_hue(x, shift)
+        else:
+            blend(x, *weights[k])
 
 
 def blend(x, share, to_luma, to_mean):
@@ -386,9 +391,8 @@ def normalize(x, policy):
 
 def compile_colours():
     """Fuse the operations of the colour changes with torch.compile, from now on, for any number of views."""
-    global blend, shift_hue
-    blend = torch.compile(blend, dynamic=True)
-    shift_hue = torch.compile(shift_hue, dynamic=True)
+    global four_changes
+    four_changes = torch.compile(four_changes, dynamic=True)
 
 
 # --- The views of a batch -------------------------------------------------------------------------------
@@ -397,7 +401,8 @@ def load_views(source, policy, seed, batches, device, workers, views=2, waiting=
     """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S),
     normalised, on the device.
 
-    waiting: what is read from files goes through it, and so can be timed (harness/loading.py). Raises BadImage where too many files can't be read.
+    waiting: what is read from files goes through it, and so can be timed (harness/loading.py). Raises
+    BadImage where too many files can't be read.
     """
     if source.pixels is None:
         crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers, waiting)
@@ -418,8 +423,12 @@ def load_centres(source, policy, batches, device, workers):
         for _, index, (x,) in centres:
             yield index, normalize(x.float(), policy)
     else:
+        pixels = source.pixels.to(device)
+        if round(policy.size / policy.centre) != min(pixels.shape[2:]):  # torch resizes uint8 on CPUs alone
+            pixels = source.pixels
         for _, index in batches:
-            x = resize_centre(source.pixels[torch.from_numpy(index)], policy).to(device)
+            images = pixels.index_select(0, to_device(index, pixels.device))
+            x = resize_centre(images, policy).to(device)
             yield index, normalize(x.float(), policy)
 
 

@@ -35,7 +35,7 @@ import augment
 import resnet
 from harness.data import open_data
 from harness.draws import permutation
-from harness.ends import launch, leave
+from harness.ends import run_and_leave
 from harness.errors import Refused, printable
 from harness.evaluate import BATCH, accuracy, calibrated, check_frozen, check_same_images
 from harness.evaluate import extract, good_ones, hits, neighbours, tensor_hashes
@@ -848,12 +848,13 @@ def start_block(s, data, backbone, device, out):
     if s["views_given"]:
         told = f"{', '.join(s['views_given'])} as given"
     mean, std = (" ".join(f"{v:g}" for v in s[name]) for name in ("mean", "std"))
+    faster = "; --amp takes less time" if device.type == "cuda" and not s["amp"] else ""
     rows = {
         "backbone": f"{s['backbone']}: {s['arch']}, width {s['width']:g}{stem} ({origin})",
         **data.rows(),
         "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
         "protocol": f"{s['protocol']}: {s['note']}; {trained}",
-        "processes": f"{s['world']}, {hardware(s, device)}",
+        "processes": f"{s['world']}, {hardware(s, device)}{faster}",
         "writes to": out,
     }
     return "\n".join(f"{heading:12}{printable(text)}" for heading, text in rows.items())
@@ -932,4 +933,4 @@ def say_result(job, judged, bad_val, out):
 
 
 if __name__ == "__main__":
-    leave(launch("lineval.py", evaluate, parse()))
+    run_and_leave("lineval.py", evaluate, parse())

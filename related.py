@@ -43,7 +43,7 @@ from harness.batchnorm import AllSum
 from harness.captions import Vocabulary, bag, hash_of
 from harness.data import open_captions
 from harness.draws import permutation
-from harness.ends import launch, leave
+from harness.ends import run_and_leave
 from harness.errors import Refused
 from harness.evaluate import extract, good_ones
 from harness.loading import to_device
@@ -851,4 +851,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    leave(launch("related.py", pretrain, parse()))
+    run_and_leave("related.py", pretrain, parse())

@@ -48,7 +48,7 @@ import resnet
 from harness.batchnorm import synchronize
 from harness.data import SMALL, open_data
 from harness.draws import permutation
-from harness.ends import launch, leave
+from harness.ends import run_and_leave
 from harness.errors import Refused, printable
 from harness.evaluate import accuracy, calibrated, check_same_images, extract, good_ones, neighbours
 from harness.evaluate import share_bad
@@ -259,12 +259,12 @@ def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
 
 # --- 4. The training loop: distributed SGD --------------------------------------------------------------
 
-def distribute(model, device):
+def distribute(model, device, compiled=False):
     """Make a model train as one over all processes: BN over the global batch (Sec. 3), gradients averaged
-    in backward."""
+    in backward. compiled: whether it is going to be compiled"""
     if dist.get_world_size() == 1:
         return model
-    model = synchronize(model, device)
+    model = synchronize(model, device, compiled)
     device_ids = [device] if device.type == "cuda" else None
     network = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     network.broadcast_buffers = False  # synchronised statistics are equal on all processes already
@@ -978,7 +978,7 @@ def pretrain(args):
         job = job._replace(rows=job.rows | {"init": load_init(model, s, args.prefix)})
     layout = fastest_layout(model.encoder, job.device)
     model.to(job.device, memory_format=layout)
-    network = distribute(model, job.device)
+    network = distribute(model, job.device, s["compile"])
     optimizer = method.optimizer()
     parts = {"model": model, "optimizer": optimizer, **method.parts(job.device)}
     defaults = recipe(s["recipe"], method.SETTINGS)
@@ -1270,4 +1270,4 @@ def describe_eta(method):
 
 
 if __name__ == "__main__":
-    leave(launch("simsiam.py", pretrain, parse()))
+    run_and_leave("simsiam.py", pretrain, parse())

@@ -1,7 +1,7 @@
 """How a program ends, and hints at why.
 
-    from harness.ends import launch, leave
-    leave(launch("simsiam.py", pretrain, parse()))
+    from harness.ends import run_and_leave
+    run_and_leave("simsiam.py", pretrain, parse())
 
 Exit status: 0 at the end; 1 with one line of text where the input can't be used or the machine failed; 128
 + the signal's number where a signal has ended the run, everything saved. Other exceptions are bugs, and
@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 
 import torch.distributed as dist
 
@@ -24,7 +25,8 @@ from .progress import warn
 WORKER_HINT = ("a process that decodes images was killed, mostly for want of memory or of /dev/shm; "
                "use fewer --workers")
 HINTS = {  # words of torch's message (a regular expression): what to do
-    "DataLoader timed out": "no images for {timeout} s; is the disk or the network under DATA still there?",
+    "DataLoader timed out": "no images for {timeout} s; is the disk or the network under DATA still there? "
+                            "May a process open enough files (ulimit -n)?",
     "DataLoader worker": WORKER_HINT,
     "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton":
         "--compile needs one; leave it out",
@@ -34,6 +36,16 @@ HINTS = {  # words of torch's message (a regular expression): what to do
                   "more",
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
 }
+
+
+def run_and_leave(script, run, args):
+    """Run a program, run(args), and end the process with what comes of it."""
+    try:
+        status = launch(script, run, args)
+    except Exception:  # a bug
+        traceback.print_exc()
+        status = 1
+    leave(status)
 
 
 def launch(script, run, args):

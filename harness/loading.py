@@ -1,11 +1,12 @@
 """From files to batches on the device: worker processes, and which images a step gets.
 
-A worker gets (epoch, indices) and returns the cut images of that batch as one tensor, in memory that it
-shares with the main process. What to cut is a function that the caller gives (augment.py), so that this
-room knows nothing of views.
+A worker gets an epoch and indices, and returns the cut images of that batch, or of a part of a large one,
+as one tensor, in memory that it shares with the main process. What to cut is a function that the caller
+gives (augment.py), so that this room knows nothing of views.
 """
 import signal
 
+import numpy as np
 import torch
 
 from .draws import permutation
@@ -13,6 +14,7 @@ from .errors import STOPPING, Refused
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
+PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
 
 
 def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
@@ -56,31 +58,52 @@ def decode(source, cut, batches, device, workers, waiting=iter):
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
     loader = torch.utils.data.DataLoader(
-        Decoder(source, cut), batch_sampler=batches, collate_fn=tuple,
+        Decoder(source, cut), batch_sampler=parts(batches), collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
-    for epoch, index, views, bad in waiting(iter(loader)):
+    here = []  # the parts of a batch that are here: indices, and the views of each
+    for epoch, index, is_last, views, bad in waiting(iter(loader)):
         if isinstance(bad, Refused):
             raise bad
         source.note(bad)
-        yield epoch, index, [x.to(device, non_blocking=True) for x in views]
+        here.append((index, [x.to(device, non_blocking=True) for x in views]))
+        if is_last:
+            yield epoch, *joined(here)
+            here = []
+
+
+def parts(batches):
+    """Batches of (epoch, indices) in parts of at most PART images -> yields (epoch, indices, whether it is
+    the batch's last)."""
+    for epoch, index in batches:
+        for start in range(0, len(index), PART):
+            yield epoch, index[start:start + PART], start + PART >= len(index)
+
+
+def joined(here):
+    """The parts of a batch -> indices, and the views of each as one tensor."""
+    if len(here) == 1:  # nothing to copy
+        return here[0]
+    indices, views = zip(*here)
+    return np.concatenate(indices), [torch.cat(of_parts) for of_parts in zip(*views)]
 
 
 class Decoder(torch.utils.data.Dataset):
-    """In a worker: (epoch, indices) -> a batch of cut images. Each file is read and decoded once for all
-    its views."""
+    """In a worker: (epoch, indices, is_last) -> a part of a batch, of cut images. Each file is read and
+    decoded once for all its views."""
 
     def __init__(self, source, cut):
         self.files = source.files
         self.value_range = source.value_range
         self.cut = cut
 
-    def __getitems__(self, batch):
-        """-> epoch, indices, [(N, 3, S, S) uint8, one per view], {index: what is wrong} of the bad files.
+    def __getitems__(self, part):
+        """-> epoch, indices, is_last, [(N, 3, S, S) uint8, one per view], {index: what is wrong} of the bad
+        files.
 
         Where too many files are bad, or a tar file has changed, the last is a Refused, and the main process
         raises it. Raised here, it would arrive there wrapped in a traceback.
         """
-        epoch, index = batch
+        epoch, index, is_last = part
         cuts = []
         bad = {}
         try:
@@ -89,8 +112,8 @@ class Decoder(torch.utils.data.Dataset):
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
         except Refused as error:
-            return epoch, index, None, error
-        return epoch, index, torch.utils.data.default_collate(cuts), bad
+            return epoch, index, is_last, None, error
+        return epoch, index, is_last, torch.utils.data.default_collate(cuts), bad
 
 
 def outlive_signals(worker):

@@ -13,54 +13,52 @@ PIECE = 2 ** 16  # vectors that are brought together at a time for a checkpoint:
 
 
 class PerImageVectors:
-    """n vectors of `dim` numbers, zero at first. All processes call each method together."""
+    """n vectors of `dim` numbers, zero at first. All processes call each method together.
+
+    Behind the vectors that are kept here is a row of zeros. It stands for those that are kept elsewhere, so
+    that nobody has to pick out his own: a GPU would have to say how many they are, and the CPU wait for it.
+    """
 
     def __init__(self, n, dim, device):
         self.n = n
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         kept_here = len(range(self.rank, n, self.world))
-        self.mine = torch.zeros(kept_here, dim, device=device)
+        self.mine = torch.zeros(kept_here + 1, dim, device=device)
 
-    def locate(self, index):
-        """This process's indices (N,) among those of all processes, the global batch of B images.
+    def rows_of(self, index):
+        """The row of each of these images (B,), a tensor: the last row if it is kept elsewhere."""
+        here = index % self.world == self.rank                        # (B,)
+        return torch.where(here, index // self.world, len(self.mine) - 1)
 
-        Returns the slice of the global batch that is this process's share, which of the B images are kept
-        here (bool), and in which rows of self.mine those are.
-        """
-        n = len(index)
-        share = slice(self.rank * n, (self.rank + 1) * n)
+    def rows_of_everyones(self, index):
+        """The same for the indices of all processes, the global batch of B images, of which this process has
+        `index` (N,)."""
         index = to_device(index, self.mine.device)
-        indices = everyones(index, all_sum, self.rank, self.world)    # (B,)
-        here = indices % self.world == self.rank                      # (B,)
-        return share, here, indices[here] // self.world
+        return self.rows_of(everyones(index, all_sum, self.rank, self.world))
 
     def get(self, index):
         """The vectors of these images: (N,) -> (N, d)"""
-        share, here, rows = self.locate(index)
-        vectors = self.mine.new_zeros(len(here), self.mine.shape[1])
-        vectors[here] = self.mine[rows]
-        return all_sum(vectors)[share]
+        n = len(index)
+        vectors = all_sum(self.mine[self.rows_of_everyones(index)])   # (B, d)
+        return vectors[self.rank * n:(self.rank + 1) * n]
 
     def put(self, index, vectors):
         """Keep these vectors (N, d) for these images (N,) from now on."""
-        _, here, rows = self.locate(index)
         batch = everyones(vectors.to(self.mine.dtype), all_sum, self.rank, self.world)
-        self.mine[rows] = batch[here]
+        self.mine[self.rows_of_everyones(index)] = batch
+        self.mine[-1].zero_()
 
     def state_dict(self):
         """All vectors on process 0, which writes the checkpoint. The others must call it too, and get an
         empty dict."""
         pieces = []
-        for index in torch.arange(self.n).split(PIECE):
-            here = index % self.world == self.rank
-            piece = self.mine.new_zeros(len(index), self.mine.shape[1])
-            piece[here] = self.mine[index[here] // self.world]
-            piece = all_sum(piece)
+        for index in torch.arange(self.n, device=self.mine.device).split(PIECE):
+            piece = all_sum(self.mine[self.rows_of(index)])
             if self.rank == 0:
                 pieces.append(piece.cpu())
         return {"vectors": torch.cat(pieces)} if self.rank == 0 else {}
 
     def load_state_dict(self, state):
         """Take this process's vectors out of all of them."""
-        self.mine.copy_(state["vectors"][self.rank::self.world])
+        self.mine[:-1].copy_(state["vectors"][self.rank::self.world])

@@ -84,6 +84,8 @@ def own_gpu():
     # As in the released code. The shapes stay the same, so that it pays to try out which kernels are the
     # fastest.
     torch.backends.cudnn.benchmark = True
+    # Some containers have switched TF32 on for all products; views and kNN need float32's digits.
+    torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 

@@ -63,7 +63,7 @@ class Run:
         self.seconds = 0.0                 # in this epoch, altogether
         self.waited = 0.0                  # in this epoch, for data
         self.began = 0.0                   # when this epoch would have begun without interruptions
-        self.wall = 0.0                    # what had gone by of this epoch, with everything, when it was saved
+        self.wall = 0.0                    # seconds of this epoch, with everything, when it was saved
         self.lap = 0.0                     # when it would have begun, with everything
         # The sums of loss and std x sqrt(d) over this epoch's steps, and their means once it is done.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -270,7 +270,8 @@ class Run:
     def is_worth_saving(self):
         """Whether to save at the end of an epoch: process 0 says it to all."""
         is_cheap = time.monotonic() - self.saved > 50 * self.saving
-        return bool(all_sum(torch.tensor(float(self.first and (is_cheap or self.is_due())), device=self.device)))
+        said = torch.zeros(1, device=self.device).fill_(self.first and (is_cheap or self.is_due()))
+        return bool(all_sum(said))
 
     def is_saved(self):
         """Whether this process has saved the run where it stands."""

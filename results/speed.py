@@ -254,18 +254,18 @@ def columns(name, one, all_cores):
 
 def colours(source, policy, device, repeats=9):
     """Images/s of the photometric part on one core, its colour changes plain, and compiled (--compile)."""
-    plain = augment.blend, augment.shift_hue
+    plain = augment.four_changes
     augment.compile_colours()
-    compiled = augment.blend, augment.shift_hue
+    compiled = augment.four_changes
     ways = {"plain": plain, "compiled": compiled}
     rates = {name: [] for name in ways}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in list(ways) * (1 + repeats):
-        augment.blend, augment.shift_hue = ways[name]
+        augment.four_changes = ways[name]
         rates[name].append(rate(source, policy, device, "colour"))
     torch.set_num_threads(threads)
-    augment.blend, augment.shift_hue = plain
+    augment.four_changes = plain
     return {name: statistics.median(found[1:]) for name, found in rates.items()}  # the first time compiles
 
 

@@ -8,4 +8,4 @@ from harness import ends
 if __name__ == "__main__":
     rank = int(os.environ["RANK"])
     mine = [argument.split("//")[rank] if "//" in argument else argument for argument in sys.argv[1:]]
-    ends.leave(ends.launch("simsiam.py", simsiam.pretrain, simsiam.parse(mine)))
+    ends.run_and_leave("simsiam.py", simsiam.pretrain, simsiam.parse(mine))

@@ -16,4 +16,4 @@ if __name__ == "__main__":
         return train_step(*arguments)
 
     simsiam.train_step = hanging
-    ends.leave(ends.launch("simsiam.py", simsiam.pretrain, simsiam.parse()))
+    ends.run_and_leave("simsiam.py", simsiam.pretrain, simsiam.parse())

@@ -4,4 +4,4 @@ from harness import ends, loading
 
 if __name__ == "__main__":
     loading.LOADER_TIMEOUT = 3
-    ends.leave(ends.launch("simsiam.py", simsiam.pretrain, simsiam.parse()))
+    ends.run_and_leave("simsiam.py", simsiam.pretrain, simsiam.parse())

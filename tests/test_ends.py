@@ -4,6 +4,7 @@ import functools
 import os
 import shlex
 import signal
+import textwrap
 import time
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 import simsiam
 from harness.errors import Refused
 from tests.helpers import LONGER, ROOT, TINY, equal, free_port, here, kill_all, log_of, losses_of
-from tests.helpers import processes_of, program, refusal, slow, start, stopped_at, torchrun, wait_for_epoch
-from tests.helpers import weights_of, write_folder
+from tests.helpers import processes_of, program, python, refusal, slow, start, stopped_at, torchrun
+from tests.helpers import wait_for_epoch, weights_of, write_folder
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -366,6 +367,22 @@ def test_a_bug_shows_its_traceback(monkeypatch):
     monkeypatch.setattr(simsiam, "pretrain", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         here("simsiam.py")
+
+
+def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path):
+    """A thread that never ends would hold an ordinary end up. The exit status is 1."""
+    program = """
+        import threading, time
+        from harness import ends
+        def run(args):
+            threading.Thread(target=time.sleep, args=(100,)).start()
+            raise ZeroDivisionError("a bug")
+        ends.run_and_leave("a script", run, None)
+    """
+    out = python("-c", textwrap.dedent(program), cwd=ROOT)
+    assert out.returncode == 1
+    assert "Traceback" in out.stderr
+    assert out.stderr.strip().endswith("ZeroDivisionError: a bug")
 
 
 def test_after_a_run_signals_do_what_they_did(monkeypatch):

@@ -94,6 +94,22 @@ def test_workers_decode_what_they_are_asked_for(tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_large_batch_is_prepared_in_parts(tmp_path, monkeypatch, workers):
+    """Parts of one image: batches of two arrive as they were asked for."""
+    whole = decoded(levels_source(tmp_path), workers)
+    lengths = []
+    join = loading.joined
+    monkeypatch.setattr(loading, "PART", 1)
+    monkeypatch.setattr(loading, "joined", lambda here: lengths.append(len(here)) or join(here))
+    assert decoded(levels_source(tmp_path), workers) == whole
+    assert lengths == [2, 2]
+    batches = [(3, np.arange(5)), (4, np.arange(2))]
+    monkeypatch.setattr(loading, "PART", 2)
+    parts = [(epoch, index.tolist(), is_last) for epoch, index, is_last in loading.parts(batches)]
+    assert parts == [(3, [0, 1], False), (3, [2, 3], False), (3, [4], True), (4, [0, 1], True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_workers_replace_bad_images_and_the_source_counts_them(tmp_path, workers, capsys):
     """The next good image is in the place of each bad one; the source knows the bad ones that were met."""
     source = levels_source(tmp_path, bad=(3, 5, 9))

@@ -8,6 +8,7 @@ import torch
 import simsiam
 from harness import batchnorm, machine, processes
 from harness.errors import Refused
+from tests import cuda_kernels
 from tests.helpers import CPU, LONGER, ROOT, TINY, equal, here, log_of, losses_of, settings_of_row, torchrun
 from tests.helpers import kill_when, weights_of
 
@@ -85,13 +86,15 @@ def world():
 
 
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_synchronised_bn_returns_its_inputs_type_and_counts_in_float32(world, dtype, affine):
+def test_synchronised_bn_returns_its_inputs_type_and_counts_in_float32(world, dtype, kind, affine):
     """Against the formula in float64. A mean of 30 beside a std of 1 would lose all digits in bf16 sums of
     squares."""
     torch.manual_seed(0)
     x = (30 + torch.randn(64, 8, 5, 5)).to(dtype)
-    layer = batchnorm.synchronize(torch.nn.BatchNorm2d(8, affine=affine), CPU)
+    cuda_kernels.make_known()
+    layer = batchnorm.synchronize(torch.nn.BatchNorm2d(8, affine=affine), torch.device(kind))
     if dtype == torch.float64:
         layer.double()
     out = layer(x)

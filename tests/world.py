@@ -9,11 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import simsiam
-from harness import ends, loading, processes, shapes
+from harness import batchnorm, ends, loading, processes, shapes
 from harness.per_image import PerImageVectors
+from tests import cuda_kernels
 from tests.helpers import CPU, tiny_model
 
-VARIANTS = ("right", "local-bn", "local-lr", "wrong-sampler")
+VARIANTS = ("right", "fused", "local-bn", "local-lr", "wrong-sampler")
 
 
 def my_batches(variant):
@@ -29,7 +30,7 @@ def train(variant):
     """Six steps in float64 -> the model's state_dict, and loss and std after each step."""
     torch.manual_seed(0)
     model = tiny_model().double()
-    network = DistributedDataParallel(model) if variant == "local-bn" else simsiam.distribute(model, CPU)
+    network = distribute(model, variant)
     optimizer = simsiam.sgd(model, 0.9, 1e-4)
     lr = simsiam.initial_lr(2.0, 16 // dist.get_world_size() if variant == "local-lr" else 16)
     autocast = torch.autocast("cpu", enabled=False)
@@ -40,6 +41,19 @@ def train(variant):
         numbers.append(processes.mean_over_processes(L).item())
         numbers.append(simsiam.feature_std(z[0], processes.all_sum).item())
     return model.state_dict(), torch.tensor(numbers)
+
+
+def distribute(model, variant):
+    """As simsiam.distribute does. "fused": with the BN of GPUs, whose kernels tests/cuda_kernels.py has.
+    Wrong: each process with a BN of its own."""
+    if variant not in ("fused", "local-bn"):
+        return simsiam.distribute(model, CPU)
+    if variant == "fused":
+        cuda_kernels.make_known()
+        batchnorm.synchronize(model, torch.device("cuda"))
+    network = DistributedDataParallel(model)
+    network.broadcast_buffers = False
+    return network
 
 
 def keep_vectors(file):

@@ -79,7 +79,7 @@ def train(data, out):
     """The child: the whole program. Does not return."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     args = simsiam.parse([data, *OPTIONS, "--out", out, "--resume", "auto"])
-    ends.leave(ends.launch("simsiam.py", simsiam.pretrain, args))
+    ends.run_and_leave("simsiam.py", simsiam.pretrain, args)
 
 
 def weights(out):
