@@ -211,6 +211,32 @@ def test_the_bn_of_gpus_in_one_process_is_torchs_plain_one():
         torch.distributed.destroy_process_group()
 
 
+def test_compiled_the_synchronised_bn_is_part_of_one_graph():
+    """Several GPUs with --compile: the network is one graph, and computes what it does uncompiled."""
+    processes.join_world(CPU)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    try:
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3)
+        network = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.BatchNorm2d(4))
+        synchronize(network, CUDA, compiled=True)
+        x = torch.randn(5, 3, 8, 8)
+        plain = network(x)
+        compiled = torch.compile(network, backend=backend)
+        assert torch.allclose(compiled(x), plain, atol=1e-6)
+        compiled(x).sum().backward()
+        assert len(graphs) == 1
+        assert conv.weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
 # --- What is said of the machine, and chosen by it ----------------------------------------------------------
 
 def test_what_is_said_of_a_gpu(monkeypatch):
