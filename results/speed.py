@@ -128,7 +128,7 @@ def cut(source, policy, device, index):
     """The crops of these images, two views each: a worker's part. Images in memory are cut on the device."""
     if source.pixels is None:
         decoder = Decoder(source, partial(augment.cut_views, policy, 0, 2))
-        _, _, crops, bad = decoder.__getitems__((0, index))
+        _, _, _, crops, bad = decoder.__getitems__((0, index, True))
         if isinstance(bad, BadImage):
             raise bad
         return crops
