@@ -848,13 +848,12 @@ def start_block(s, data, backbone, device, out):
     if s["views_given"]:
         told = f"{', '.join(s['views_given'])} as given"
     mean, std = (" ".join(f"{v:g}" for v in s[name]) for name in ("mean", "std"))
-    faster = "; --amp takes less time" if device.type == "cuda" and not s["amp"] else ""
     rows = {
         "backbone": f"{s['backbone']}: {s['arch']}, width {s['width']:g}{stem} ({origin})",
         **data.rows(),
         "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
         "protocol": f"{s['protocol']}: {s['note']}; {trained}",
-        "processes": f"{s['world']}, {hardware(s, device)}{faster}",
+        "processes": f"{s['world']}, {hardware(s, device)}",
         "writes to": out,
     }
     return "\n".join(f"{heading:12}{printable(text)}" for heading, text in rows.items())

@@ -265,8 +265,7 @@ def distribute(model, device, compiled=False):
     if dist.get_world_size() == 1:
         return model
     model = synchronize(model, device, compiled)
-    device_ids = [device] if device.type == "cuda" else None
-    network = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     network.broadcast_buffers = False  # synchronised statistics are equal on all processes already
     return network
 

@@ -21,7 +21,7 @@ def hardware(settings, device):
     elif settings["amp"]:
         parts.append("bf16 autocast")
     else:
-        parts.append("float32 (convolutions TF32)")
+        parts.append("float32 (convolutions TF32; --amp takes less time)")
     if settings.get("compile"):
         parts.append("compiled")
     parts.append(f"{settings['workers']} workers")
