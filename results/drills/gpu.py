@@ -14,7 +14,6 @@ two         two processes on the one GPU, by gloo: NCCL takes a GPU for one proc
             is as on two GPUs: the synchronised BN, DistributedDataParallel, stopping together
 """
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -51,7 +50,8 @@ def waits(device):
     if device.type == "cpu":
         return True, "a CPU waits for nothing"
     found = []
-    for command in ("simsiam.py", "simsiam.py --experiment sec52-moving-average", "related.py --method mocov2"):
+    watched = "simsiam.py", "simsiam.py --experiment sec52-moving-average", "related.py --method mocov2"
+    for command in watched:
         steps = steps_of([*shlex.split(command), *shlex.split(SHORT)], device)
         for _ in range(3):  # the first steps may
             next(steps)
@@ -101,10 +101,10 @@ def gradients(device):
     return cosine > 0.98, f"cosine {cosine:.4f}"
 
 
-def run(command, folder, device, **options):
+def run(command, device):
     """A program in a process of its own -> its exit status, and its last line."""
     words = [sys.executable, *shlex.split(command), "--device", device.type]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd(), **options)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
     return done.returncode, (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:200]
 
 
@@ -113,12 +113,13 @@ def commands(device):
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for number, command in enumerate(COMMANDS):
-            status, last = run(f"{command} {SHORT} --out {folder}/{number}", folder, device)
+            status, last = run(f"{command} {SHORT} --out {folder}/{number}", device)
             if status:
                 failed.append(f"{command}: {last}")
         for number, protocol in enumerate(PROTOCOLS):
-            command = f"lineval.py --ckpt {folder}/0/checkpoint.pth {protocol} --out {folder}/lineval-{number}"
-            status, last = run(command, folder, device)
+            out = f"{folder}/lineval-{number}"
+            command = f"lineval.py --ckpt {folder}/0/checkpoint.pth {protocol} --out {out}"
+            status, last = run(command, device)
             if status:
                 failed.append(f"lineval.py {protocol}: {last}")
     count = len(COMMANDS) + len(PROTOCOLS)
@@ -136,7 +137,7 @@ def stop(device):
             time.sleep(5)
             process.send_signal(signal.SIGTERM)
             stopped = process.wait()
-        status, last = run(f"{command} --resume", folder, device)
+        status, last = run(f"{command} --resume", device)
     return (stopped, status) == (143, 0), f"exit status {stopped}, then {status}: {last}"
 
 
@@ -145,8 +146,8 @@ def two(device):
     losses = []
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
-            words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-                     __file__, "--as-process", *shlex.split(f"{SHORT} --out {folder}/{count}"),
+            words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     f"--nproc-per-node={count}", __file__, "--as-process", *shlex.split(f"{SHORT} --out {folder}/{count}"),
                      "--device", device.type]
             done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
             if done.returncode:
@@ -178,8 +179,7 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
     args = parser.parse_args()
-    with contextlib.suppress(RuntimeError):  # where there is no GPU, the checks say it
-        processes.join_world(torch.device("cpu"))
+    processes.join_world(torch.device("cpu"))  # the checks in this process need a world
     failed = 0
     for name in args.only:
         began = time.monotonic()
@@ -188,7 +188,8 @@ def main():
         except Exception as error:  # whatever a GPU comes up with is a finding
             is_good, text = False, f"{type(error).__name__}: {error}"
         failed += not is_good
-        print(f"{name:10}{'good' if is_good else 'BAD':5} {text}  ({time.monotonic() - began:.0f} s)", flush=True)
+        seconds = time.monotonic() - began
+        print(f"{name:10}{'good' if is_good else 'BAD':5} {text}  ({seconds:.0f} s)", flush=True)
     sys.exit(failed > 0)
 
 
