@@ -147,7 +147,8 @@ def two(device):
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc-per-node={count}", __file__, "--as-process", *shlex.split(f"{SHORT} --out {folder}/{count}"),
+                     f"--nproc-per-node={count}", __file__, "--as-process",
+                     *shlex.split(f"{SHORT} --out {folder}/{count}"),
                      "--device", device.type]
             done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
             if done.returncode:
