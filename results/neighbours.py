@@ -38,6 +38,7 @@ from harness.processes import join_world
 from results.cifar10 import SMALL, SUBSET, Interrupted, cell, do, open_cifar10, records, subset
 from results.cores import results_of
 from results.pages import Panel, draw_rows, write_tables
+from results.pairs import difference
 
 KEPT = "results/related"
 RUNS = "runs/neighbours"
@@ -133,6 +134,11 @@ def figures(path):
         return {**last, "linear": json.load(f)["top1"]}
 
 
+def linear_of(found):
+    """{seed: linear accuracy} of the kept runs of a row."""
+    return {seed: run_of_seed["linear"] for seed, run_of_seed in found.items()}
+
+
 def table():
     """What was measured, a line for each row of each data set, from the files in KEPT alone."""
     lines = [
@@ -183,7 +189,6 @@ CLAIMS = {  # row: the row that it is compared with, and what the paper's figure
     "swav, predictor": ("swav", "no better"),
     "swav, no stop-gradient": ("swav", "worse: it diverges"),
 }
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, 95%, by the number of pairs
 POINT = 1.0  # a gain below this counts as none
 
 
@@ -195,15 +200,14 @@ def comparison():
         "|---|---|---|---|---|---|",
     ]
     for row, (without, claim) in CLAIMS.items():
-        mine, theirs = found_of("shapes", row), found_of("shapes", without)
-        pairs = [mine[seed]["linear"] - theirs[seed]["linear"] for seed in mine if seed in theirs]
-        if len(pairs) < 2:
+        mine, theirs = (linear_of(found_of("shapes", one)) for one in (row, without))
+        between = difference(mine, theirs)
+        if between is None:
             continue
-        mean = statistics.mean(pairs)
-        half = T95[len(pairs)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-        told = verdict(claim, mean - half, mean + half)
-        interval = f"{mean - half:+.1f} to {mean + half:+.1f}"
-        cells = [row, f"{PAPER[without]} -> {PAPER[row]}", f"{len(pairs)}", f"{mean:+.2f}", interval]
+        told = verdict(claim, between.low, between.high)
+        interval = f"{between.low:+.1f} to {between.high:+.1f}"
+        cells = [row, f"{PAPER[without]} -> {PAPER[row]}", f"{len(between.pairs)}", f"{between.mean:+.2f}",
+                 interval]
         lines.append(f"| {' | '.join(cells)} | {claim}: {told} |")
     return "\n".join(lines) + "\n"
 

@@ -33,23 +33,23 @@ LABELS = 260  # width of the labels
 AXIS = 520    # length of the axis
 
 
-def draw_rows(path, panels, measures):
+def draw_rows(path, panels, measures, half_bar=statistics.stdev):
     """One picture of panels below each other. measures: {what is measured: colour}
 
-    In each row, for each measure: a small dot for each seed, a bar of one standard deviation to either side
-    of their mean, and a stroke at the mean.
+    In each row, for each measure: a small dot for each seed, a stroke at their mean, and a bar that reaches
+    half_bar(values) to either side of it, by default one standard deviation.
     """
     height = sum((len(panel.rows) + 3) * ROW for panel in panels)
     image = Image.new("RGB", (LABELS + AXIS + 40, height), "white")
     pen = ImageDraw.Draw(image)
     top = 0
     for panel in panels:
-        draw_panel(pen, top, panel, measures)
+        draw_panel(pen, top, panel, measures, half_bar)
         top += (len(panel.rows) + 3) * ROW
     save_picture(image, path)
 
 
-def draw_panel(pen, top, panel, measures):
+def draw_panel(pen, top, panel, measures, half_bar):
     """A panel's title, the names of the measures, the axis, and a row below the other."""
     bold = ImageFont.load_default(16)
     font = ImageFont.load_default(13)
@@ -73,15 +73,16 @@ def draw_panel(pen, top, panel, measures):
         pen.text((x0 - 10, y), label, "black", font, anchor="rm")
         for k, (colour, values) in enumerate(zip(measures.values(), measured)):
             line = y + 10 * k - 5 * (len(measures) - 1)
-            draw_spread(pen, [at(value) for value in values], line, colour)
+            if values:
+                draw_spread(pen, [at(value) for value in values], line, colour, half_bar)
 
 
-def draw_spread(pen, values, y, colour):
-    """Values in pixels: dots, a bar of their standard deviation, a stroke at their mean."""
+def draw_spread(pen, values, y, colour, half_bar):
+    """Values in pixels: dots, a bar, a stroke at their mean."""
     mean = statistics.mean(values)
     if len(values) > 1:
-        spread = statistics.stdev(values)
-        pen.line([mean - spread, y, mean + spread, y], colour, 2)
+        half = half_bar(values)
+        pen.line([mean - half, y, mean + half, y], colour, 2)
     for value in values:
         pen.ellipse([value - 2, y - 2, value + 2, y + 2], outline=colour)
     pen.line([mean, y - 5, mean, y + 5], colour, 3)

@@ -1,6 +1,7 @@
 """Shared by the tests: marks, small data sets and networks, ways to run the programs and to stop them."""
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -381,6 +383,21 @@ def here(name, *arguments):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def interrupted_before(number):
+    """Within the block, a Ctrl-C in the place of the training step of this number, from 0."""
+    train_step = simsiam.train_step
+    steps = itertools.count()
+
+    def interrupted(*arguments):
+        if next(steps) == number:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    with mock.patch.object(simsiam, "train_step", interrupted):
+        yield
 
 
 def refusal(name, *arguments):

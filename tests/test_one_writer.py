@@ -121,6 +121,7 @@ def test_an_evaluation_is_alone_in_its_folder_too(tmp_path, ten, impatient):
     assert [path.name for path in out.iterdir()] == [folder.LOCK]
 
 
+@slow
 def test_two_processes_of_one_run_are_one_writer(tmp_path, small):
     """torchrun's two start together; the first of them has the lock."""
     out = tmp_path / "run"

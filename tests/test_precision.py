@@ -1,5 +1,4 @@
 """bf16 on CPUs: where it is the default, what stays in float32, and that runs in it go on, and are shared."""
-import sys
 import types
 
 import pytest
@@ -10,7 +9,7 @@ from harness import batchnorm, machine, processes
 from harness.errors import Refused
 from tests import cuda_kernels
 from tests.helpers import CPU, LONGER, ROOT, TINY, equal, here, log_of, losses_of, settings_of_row, torchrun
-from tests.helpers import kill_when, weights_of
+from tests.helpers import interrupted_before, weights_of
 
 pytest_plugins = ["tests.fixtures"]
 CPUS = {"with instructions": True, "without": False}
@@ -111,16 +110,16 @@ def test_synchronised_bn_returns_its_inputs_type_and_counts_in_float32(world, dt
 # --- Runs ---------------------------------------------------------------------------------------------------
 
 def test_a_run_in_bf16_goes_on_bit_for_bit_and_keeps_its_precision(tmp_path, small):
-    """Killed within an epoch. The second start doesn't say --amp, and its default would be float32."""
-    options = [*LONGER, "--amp", "--save-minutes", "0"]
+    """Interrupted within an epoch. The second start doesn't say --amp, and its default would be float32."""
+    options = [*LONGER, "--epochs", "3", "--amp", "--save-minutes", "0"]
     assert here("simsiam.py", small, *options, "--out", tmp_path / "alone") is None
-    command = [ROOT / "simsiam.py", small, *options, "--out", tmp_path / "killed"]
-    kill_when([sys.executable, *map(str, command)], tmp_path / "killed", 1)
+    with interrupted_before(13):
+        assert "interrupted" in here("simsiam.py", small, *options, "--out", tmp_path / "parts")
     again = [option for option in options if option != "--amp"]
-    assert here("simsiam.py", small, *again, "--resume", "--out", tmp_path / "killed") is None
-    assert equal(weights_of(tmp_path / "killed"), weights_of(tmp_path / "alone"))
-    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "alone")
-    resumed = [r for r in log_of(tmp_path / "killed") if r["event"] == "resume"]
+    assert here("simsiam.py", small, *again, "--resume", "--out", tmp_path / "parts") is None
+    assert equal(weights_of(tmp_path / "parts"), weights_of(tmp_path / "alone"))
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "alone")
+    resumed = [r for r in log_of(tmp_path / "parts") if r["event"] == "resume"]
     assert resumed[-1]["settings"]["amp"] is True
 
 

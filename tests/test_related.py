@@ -33,8 +33,8 @@ from results.pages import write_tables
 from tests import world_related
 from tests.claims import (arguments_for, check_claims, check_equation, check_it_dies, claims, equation_table,
                           module_with, mutant_of, the_test_called)
-from tests.helpers import (CPU, ROOT, TINY, equal, here, kill_when, log_of, losses_of, refusal, save_image,
-                           slow, torchrun, vectors)
+from tests.helpers import (CPU, ROOT, TINY, equal, here, interrupted_before, kill_when, log_of, losses_of,
+                           refusal, save_image, slow, torchrun, vectors)
 
 pytest_plugins = ["tests.fixtures"]
 METHODS = ["simclr", "mocov2", "byol", "swav"]
@@ -1089,15 +1089,7 @@ def test_interrupted_method_ends_with_the_uninterrupted_weights(tmp_path, small,
     if recipe == "imagenet":
         more += AUTHORS_WAY
     assert run(name, small, tmp_path / "whole", *more) is None
-    train_step = simsiam.train_step
-    steps = itertools.count()
-
-    def interrupted(*arguments):
-        if next(steps) == 13:
-            raise KeyboardInterrupt
-        return train_step(*arguments)
-
-    with mock.patch.object(simsiam, "train_step", interrupted):
+    with interrupted_before(13):
         assert "interrupted" in run(name, small, tmp_path / "parts", *more)
     checkpoint = torch.load(tmp_path / "parts/checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] * 8 + checkpoint["step"] == 13

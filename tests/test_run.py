@@ -243,7 +243,7 @@ def test_waiting_for_data_is_counted_where_there_are_files(tmp_path, large):
 
 
 @pytest.mark.parametrize("kind, batch, epochs, steps", [
-    pytest.param("small", 6, 6, 8, id="in memory"),
+    pytest.param("small", 6, 4, 8, id="in memory"),
     pytest.param("large", 2, 5, 10, id="files", marks=slow),
 ])
 def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(

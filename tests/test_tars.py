@@ -81,7 +81,7 @@ def test_the_same_images_in_every_way(tmp_path, ways, way):
     assert len(kept) == {"a folder": 0, "unpacked once": 6, "one tar": 1, "a tar and a folder": 1}.get(way, 2)
 
 
-@pytest.mark.parametrize("way", ["a tar a split", "as downloaded"])
+@pytest.mark.parametrize("way", [pytest.param("a tar a split", marks=slow), "as downloaded"])
 def test_the_same_weights_after_an_epoch_in_every_way(tmp_path, ways, way):
     """Against the folder: worker processes read both. The evaluation too, and the names that it saves."""
     options = [*TINY, "--epochs", "1", "--recipe", "imagenet", "--size", "32", "--workers", "2"]

@@ -1,6 +1,8 @@
 """harness/values.py, images.py: pixels of more than 8 bits; bad files; the small options for odd images."""
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -286,7 +288,7 @@ def red_and_blue(folder, side=70):
     return folder
 
 
-RANDOM = ["--ckpt", "random:resnet18", "--width", "1/8"]
+RANDOM = ["--ckpt", "random:resnet18", "--width", "1/8", "--size", "32"]
 
 
 @pytest.mark.parametrize("side", [70, 32], ids=["files", "in memory"])
@@ -346,14 +348,34 @@ def test_the_monitors_knn_judges_good_images_only(tmp_path):
 
 # --- What is said of bad files ------------------------------------------------------------------------------
 
-def problem_with(path):
-    """The line, which Pillow's own logger doesn't double."""
-    done = python("-c", "import sys; from harness import images\n"
-                  "try: images.read_image(sys.argv[1].encode()); print('read')\n"
-                  "except images.BadImage as error: print(error)", path, cwd=ROOT)
-    assert done.stderr == ""
-    assert done.stdout.count("\n") == 1
-    return done.stdout
+READER = """
+import sys
+from harness import images
+for path in map(str.strip, sys.stdin):
+    try:
+        images.read_image(path.encode())
+        print("read")
+    except images.BadImage as error:
+        print(error)
+    print("that is all", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def problem_with():
+    """Reads a file in another process, one for all -> all that this prints, Pillow and its C libraries too."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-c", READER], cwd=ROOT, **pipes)
+
+    def printed_for(path):
+        process.stdin.write(f"{path}\n")
+        process.stdin.flush()
+        lines = list(iter(process.stdout.readline, "that is all\n"))
+        line, = lines  # none is doubled
+        return line
+
+    yield printed_for
+    process.communicate()
 
 
 def content(these):
@@ -379,7 +401,7 @@ BAD = {  # id: (suffix, writes the file, a part of the line)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_told_by_what_it_is(tmp_path, case):
+def test_a_bad_file_is_told_by_what_it_is(tmp_path, case, problem_with):
     """Against the table."""
     suffix, write, message = BAD[case]
     path = tmp_path / f"x{suffix}"
@@ -387,14 +409,14 @@ def test_a_bad_file_is_told_by_what_it_is(tmp_path, case):
     assert message in problem_with(path)
 
 
-def test_a_picture_that_is_too_large_is_told_so(tmp_path):
+def test_a_picture_that_is_too_large_is_told_so(tmp_path, problem_with):
     """195 million pixels, by the header alone."""
     path = tmp_path / "x.png"
     path.write_bytes(png(15_000, 13_000, 8, 2, b""))
     assert "larger than 178956970 pixels: cut it into tiles, or make it smaller" in problem_with(path)
 
 
-def test_a_picture_with_much_text_in_it_is_read(tmp_path):
+def test_a_picture_with_much_text_in_it_is_read(tmp_path, problem_with):
     """3 MB of metadata."""
     text = PngImagePlugin.PngInfo()
     text.add_text("history", "x" * 3_000_000, zip=True)
@@ -568,7 +590,7 @@ def half(path, kind):
 
 @slow
 @pytest.mark.parametrize("case", OWN_BAD)
-def test_other_bad_files_are_told_by_what_they_are(tmp_path, case):
+def test_other_bad_files_are_told_by_what_they_are(tmp_path, case, problem_with):
     """Against the table."""
     suffix, write, message = OWN_BAD[case]
     write(tmp_path / f"x{suffix}")
