@@ -1,5 +1,6 @@
 """Pages of which a part is made by a program: tables, each known by its first line; and pictures of rows of
 results with their spread."""
+import math
 import statistics
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ def draw_rows(path, panels, measures, half_bar=statistics.stdev):
     save_picture(image, path)
 
 
+def tick(length):
+    """From one line of an axis to the next, by the axis's length."""
+    return 20 if length > 50 else 10 if length > 20 else 5
+
+
 def draw_panel(pen, top, panel, measures, half_bar):
     """A panel's title, the names of the measures, the axis, and a row below the other."""
     bold = ImageFont.load_default(16)
@@ -64,9 +70,9 @@ def draw_panel(pen, top, panel, measures, half_bar):
     for name, colour in measures.items():
         pen.text((x, top + 36), name, colour, font)
         x += pen.textlength(name, font) + 20
-    every = 20 if panel.high - panel.low > 50 else 10
-    for value in range(panel.low, panel.high + 1, every):
-        pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], GREY)
+    every = tick(panel.high - panel.low)
+    for value in range(every * math.ceil(panel.low / every), panel.high + 1, every):
+        pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], GREY if value else "black")
         pen.text((at(value), bottom + 4), f"{value:g}", "black", font, anchor="mt")
     for number, (label, measured) in enumerate(panel.rows):
         y = top + (2 + number) * ROW + 6

@@ -34,7 +34,7 @@ from harness.errors import Refused
 from harness.pictures import BLUE, RED
 from results.cifar10 import Interrupted, cell, do, records
 from results.cores import results_of
-from results.pages import Panel, draw_rows, write_tables
+from results.pages import Panel, draw_rows, tick, write_tables
 from results.pairs import difference, half_interval
 
 PAGE = pathlib.Path("results/paper_rows.md")
@@ -418,9 +418,9 @@ def picture(kept, path):
                         ("what it saw work", [row for row in shown if row not in fell])):
         if rows:
             values = [value for _, measured in rows for its in measured for value in its]
-            low = 5 * math.floor(min(values) / 5)
-            panels.append(Panel(f"{title}: points of linear accuracy, against the row beside it", rows, low,
-                                high=max(5, 5 * math.ceil(max(values) / 5))))
+            every = tick(max(values) - min(values))
+            low, high = every * math.floor(min(values) / every), every * math.ceil(max(values) / every)
+            panels.append(Panel(f"{title}: points against the row beside it", rows, low, max(0, high)))
     measures = {"here: pairs, and 95% for their mean": BLUE, "the paper, on ImageNet": RED}
     if panels:
         draw_rows(path, panels, measures, half_interval)

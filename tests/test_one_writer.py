@@ -20,8 +20,8 @@ RUN = [*TINY, "--epochs", "400", "--knn-every", "0", "--save-minutes", "0"]
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A start waits for a second only."""
-    monkeypatch.setattr(folder, "PATIENCE", 1)
+    """A start waits for an instant only."""
+    monkeypatch.setattr(folder, "PATIENCE", 0.1)
 
 
 def files_of(out):

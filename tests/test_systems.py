@@ -70,6 +70,7 @@ def test_a_signal_after_the_reader_has_gone_still_ends_with_its_number(tmp_path,
     assert process.wait(60) == 128 + signal.SIGTERM
 
 
+@slow
 def test_a_run_without_stdout_and_stderr_goes_on(tmp_path, small):
     """`>&- 2>&-`, as some daemons start programs."""
     out = tmp_path / "run"

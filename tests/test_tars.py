@@ -160,6 +160,7 @@ def test_members_that_are_no_images_are_counted(tmp_path):
     assert torch.equal(data.train.image(0), images.read_image(folder / "train" / "b" / "001.png"))
 
 
+@slow
 def test_a_bad_image_in_a_tar_file_is_named_with_what_it_is(tmp_path):
     """Against the same files in a folder: the list of --check, but for the place."""
     odd_files(tmp_path / "odd")

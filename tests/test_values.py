@@ -426,6 +426,7 @@ def test_a_picture_with_much_text_in_it_is_read(tmp_path, problem_with):
 
 # --- Small options ----------------------------------------------------------------------------------------
 
+@slow
 def test_views_are_the_pretrainings_or_told_to_be_others(tmp_path, large, capsys):
     """--size 32 on files: checkpoint.pth knows it, backbone.pth is told it, and both give the same."""
     assert here("simsiam.py", large, *TINY, "--size", 32, "--epochs", 1, "--out", tmp_path / "run") is None
