@@ -10,6 +10,8 @@ import torch
 
 import related
 import simsiam
+from harness.data import open_data
+from harness.shapes import draw_shapes
 from harness.source import Source
 from results.pairs import difference
 from tests.helpers import ROOT, log_of
@@ -160,6 +162,21 @@ def test_readmes_results_are_those_of_the_logs(name):
             assert result["val_images"] == 10_000
         expected.append(mean_and_std([result["top1"] for result in results]))
     assert cells_of(name) == expected
+
+
+def test_held_out_images_are_training_images_that_are_not_trained_on(tmp_path, monkeypatch):
+    """results/cifar10.py's folder of 50 drawn images: every tenth stands in the place of the test images."""
+    monkeypatch.chdir(ROOT)
+    cifar10 = runpy.run_path("results/cifar10.py")
+    monkeypatch.chdir(tmp_path)
+    train = draw_shapes(0, 0, 50)
+    cifar10["write_folder"]("all", train, np.arange(50), draw_shapes(1, 0, 20), np.arange(20))
+    part, held_out, _ = open_data(cifar10["hold_out"]("all"))
+    rest = [i for i in range(50) if i % 10]
+    assert torch.equal(part.pixels, train.pixels[rest])
+    assert part.labels.tolist() == train.labels[rest].tolist()
+    assert torch.equal(held_out.pixels, train.pixels[::10])
+    assert held_out.labels.tolist() == train.labels[::10].tolist()
 
 
 def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
