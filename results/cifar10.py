@@ -84,8 +84,8 @@ class Job(NamedTuple):
 
 
 def pretraining(data, programme, keep):
-    """Yield the name of each run, and its jobs: pre-training, and the linear evaluation that chooses its lr by
-    itself."""
+    """Yield the name of each run, and its jobs: pre-training, and the cached evaluation, which chooses its lr
+    by itself."""
     for name, runs, seed in each(programme):
         out, kept = f"{RUNS}/{name}-{seed}", f"{keep}/{name}-{seed}"
         options = shlex.split(f"{runs.options} --seed {seed} --out {out} --resume auto")
@@ -195,7 +195,8 @@ class Interrupted(Exception):
 
 def do_all(todo, deadline):
     """Do (name, jobs) of todo, several at a time; say first what is missing."""
-    todo = [(name, jobs, deadline) for name, jobs in todo if not all(os.path.exists(job.kept) for job in jobs)]
+    todo = [(name, jobs, deadline) for name, jobs in todo
+            if not all(os.path.exists(job.kept) for job in jobs)]
     for name, *_ in todo:
         print(f"missing: {name}")
     for name in results_of(run, todo):

@@ -140,7 +140,7 @@ def name_of_candidate(options):
 
 
 def rows_on_cifar10(folder, epochs, seeds):
-    """The rows on the full CIFAR-10. Warm-up, where there is one, is a tenth of the epochs, as on ImageNet."""
+    """The rows on the full CIFAR-10. Warm-up, where there is one, is a tenth of the epochs, as there."""
     runs = []
     for name in (DECAYED, *ROWS):
         options = f"{shlex.quote(folder)} --experiment {name} --epochs {epochs}"
@@ -261,32 +261,34 @@ POINT = 1.0  # a loss below this counts as none
 NEAR = 1.5   # the paper's rows that "work" are within so many points of the one beside them
 
 
+JUDGED_BY_RUN = {  # claim: whether a run bears it out, given the run beside it
+    "collapses": lambda run, beside: collapsed(run),
+    "does not converge": did_not_converge,
+    "unstable": lambda run, beside: unstable(run),
+}
+
+
 def verdict(claim, mine, beside):
     """Whether a claim about a row holds, by its runs and those of the row beside it, {seed: result} each.
 
-    collapses, does not converge, unstable    judged run by run, by the functions above: holds if all do, does
-                                    not if none does
-    worse       holds if the interval of the difference lies below 0; does not if it lies above -POINT, or
-                where a run has collapsed or diverged: this is another outcome
-    no worse    holds if the interval lies above -NEAR, does not if it lies below
-    less stable holds if a run has collapsed, diverged or was unstable, and the one beside it has not. Five
-                runs that went well don't show that none fails
+    those of JUDGED_BY_RUN    holds if all runs bear it out, does not if none does
+    worse                     holds if the interval of the difference lies below 0; does not if it lies above
+                              -POINT, or where a run has collapsed or diverged: that is another outcome
+    no worse                  holds if the interval lies above -NEAR, does not if it lies below
+    less stable               holds if a run has collapsed or diverged, or was unstable where the one beside
+                              it was not. Five runs that went well don't show that none fails
     """
-    seeds = sorted(mine.keys() & beside.keys())
-    judged = {
-        "collapses": [collapsed(mine[seed]) for seed in seeds],
-        "does not converge": [did_not_converge(mine[seed], beside[seed]) for seed in seeds],
-        "unstable": [unstable(mine[seed]) for seed in seeds],
-    }
-    if claim in judged:
-        return HOLDS if all(judged[claim]) else OPEN if any(judged[claim]) else FAILS
-    failed = [collapsed(mine[seed]) or diverged(mine[seed]) for seed in seeds]
+    pairs = [(mine[seed], beside[seed]) for seed in sorted(mine.keys() & beside.keys())]
+    if claim in JUDGED_BY_RUN:
+        found = [JUDGED_BY_RUN[claim](run, other) for run, other in pairs]
+        return HOLDS if all(found) else OPEN if any(found) else FAILS
+    failed = any(collapsed(run) or diverged(run) for run, _ in pairs)
     if claim == "less stable":
-        shaky = [unstable(mine[seed]) and not unstable(beside[seed]) for seed in seeds]
-        return HOLDS if any(failed) or any(shaky) else OPEN
+        shaky = any(unstable(run) and not unstable(other) for run, other in pairs)
+        return HOLDS if failed or shaky else OPEN
     between = linear_difference(mine, beside)
     if claim == "worse":
-        if any(failed):
+        if failed:
             return FAILS
         return HOLDS if between.high < 0 else FAILS if between.low > -POINT else OPEN
     return HOLDS if between.low > -NEAR else FAILS if between.high < -NEAR else OPEN
@@ -365,7 +367,7 @@ def columns(runs):
 
 def differences_table(kept):
     """Each row against the one beside it: the mean paired difference, and the paper's."""
-    lines = ["| row | beside | pairs | linear, difference +- standard error | 95% | the paper's | the claim | "
+    lines = ["| row | beside | pairs | linear, difference +- standard error | 95% | the paper's | claim | "
              "verdict |", "|---|---|---|---|---|---|---|---|"]
     for name, mine, beside, between in compared(kept):
         row = ROWS[name]

@@ -401,8 +401,8 @@ def test_a_verdict_on_a_row_is_what_its_runs_bear_out(paper_rows, claim, mine, e
 
 
 def test_a_paired_difference_is_students():
-    """Against a case worked out by hand: differences 1, 2, 3; and an interval that Student's t gives in closed
-    form for two pairs, mean +- tan(0.475 pi) |a - b| / 2."""
+    """Against differences 1, 2, 3 by hand; and for two pairs, a and b, Student's interval in closed form:
+    mean +- tan(0.475 pi) |a - b| / 2."""
     found = difference({0: 5, 1: 7, 2: 9, 8: 1}, {0: 4, 1: 5, 2: 6, 9: 1})
     assert found.pairs == [1, 2, 3]
     assert found.mean == 2

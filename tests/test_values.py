@@ -363,7 +363,7 @@ for path in map(str.strip, sys.stdin):
 
 @pytest.fixture(scope="module")
 def problem_with():
-    """Reads a file in another process, one for all -> all that this prints, Pillow and its C libraries too."""
+    """Reads a file in another process, one for all -> what it prints, and Pillow and its C libraries."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen([sys.executable, "-c", READER], cwd=ROOT, **pipes)
 
