@@ -84,11 +84,11 @@ def draw_panel(pen, top, panel, measures, half_bar):
 
 
 def draw_spread(pen, values, y, colour, half_bar):
-    """Values in pixels: dots, a bar, a stroke at their mean."""
+    """Values in pixels: dots, a bar, which ends where the axis does, and a stroke at their mean."""
     mean = statistics.mean(values)
     if len(values) > 1:
         half = half_bar(values)
-        pen.line([mean - half, y, mean + half, y], colour, 2)
+        pen.line([max(LABELS, mean - half), y, min(LABELS + AXIS, mean + half), y], colour, 2)
     for value in values:
         pen.ellipse([value - 2, y - 2, value + 2, y + 2], outline=colour)
     pen.line([mean, y - 5, mean, y + 5], colour, 3)
