@@ -1,25 +1,30 @@
 """bf16 against float32 on a CPU: the accuracy of the same CIFAR-10 runs, at a quarter of the width.
 
     python results/bf16.py CIFAR [--minutes 60]      again until it says that all is done
+    python results/bf16.py --speed                   seconds of a step, networks of several widths
 
 Start it from the repository's root, on Linux, on a CPU with instructions for bf16: on another the runs take
 much longer. Each has a core of its own. A run whose results lie in results/bf16 is not made again; one that
-was interrupted goes on. What they gave becomes a table in results/bf16.md.
+was interrupted goes on. What they gave becomes the tables in results/bf16.md.
 """
 import argparse
 import json
 import os
 import pathlib
 import shlex
+import statistics
 import sys
 import time
 
 sys.path.insert(0, os.getcwd())
+import torch
 
+import simsiam
 from harness.errors import Refused
 from results.cifar10 import Interrupted, cell, do, open_cifar10, records
 from results.cores import results_of
 from results.pages import write_tables
+from results.speed import model_of, processor
 
 KEPT = "results/bf16"
 RUNS = "runs/bf16"
@@ -28,6 +33,18 @@ OPTIONS = ("--width 1/4 --proj-hidden 512 --dim 512 --pred-dim 128 --batch 64 --
            "--knn-every 2 --workers 0")
 PRECISIONS = {"float32": "--no-amp", "bf16": "--amp"}
 SEEDS = 2
+
+SPEED = f"{KEPT}/speed.json"
+RESNET_18 = simsiam.recipe("cifar10")
+RESNET_50 = simsiam.recipe("imagenet")
+NETWORKS = {  # words: a recipe's settings, the share of its width, batch
+    "ResNet-18 x 1/8, 32 pixels, batch 64": (RESNET_18, 1 / 8, 64),
+    "ResNet-18 x 1/4, 32 pixels, batch 32": (RESNET_18, 1 / 4, 32),
+    "ResNet-18 x 1/4, 32 pixels, batch 64": (RESNET_18, 1 / 4, 64),
+    "ResNet-18 x 1/2, 32 pixels, batch 64": (RESNET_18, 1 / 2, 64),
+    "ResNet-18, 32 pixels, batch 64": (RESNET_18, 1, 64),
+    "ResNet-50, 224 pixels, batch 8": (RESNET_50, 1, 8),
+}
 
 
 def run(data, precision, seed, deadline):
@@ -82,12 +99,61 @@ def top1_of(name):
         return json.load(f)["top1"]
 
 
+# --- Seconds of a step ------------------------------------------------------------------------------------
+
+def measure_speed(rounds=7):
+    """The median seconds of a step in both precisions, in turn, to SPEED."""
+    seconds = {}
+    for words, (settings, share, batch) in NETWORKS.items():
+        steps = {precision: step_of(settings, share, batch, precision == "bf16") for precision in PRECISIONS}
+        times = {precision: [] for precision in steps}
+        for precision in list(steps) * (rounds + 1):
+            began = time.perf_counter()
+            steps[precision]()
+            times[precision].append(time.perf_counter() - began)
+        seconds[words] = {precision: statistics.median(its[1:]) for precision, its in times.items()}
+        print(words, seconds[words], flush=True)
+    content = {"command": "results/bf16.py --speed", "device": f"{processor()}, {os.cpu_count()} cores",
+               "torch": torch.__version__, "rounds": rounds, "seconds": seconds}
+    pathlib.Path(SPEED).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def step_of(settings, share, batch, bf16):
+    """A training step on fixed views, as a function. The heads have the same share of their width."""
+    torch.manual_seed(0)
+    scaled = {name: int(share * settings[name]) for name in ("dim", "pred_dim", "proj_hidden")}
+    model = model_of(settings | scaled | {"width": share}).to(memory_format=torch.channels_last)
+    views = torch.randn(2, batch, 3, settings["size"], settings["size"])
+    views = [x.contiguous(memory_format=torch.channels_last) for x in views]
+    optimizer = simsiam.sgd(model, 0.9, 1e-4)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    return lambda: simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
+
+
+def speed_table():
+    """A line for each network, from SPEED."""
+    lines = ["| network | float32, s | bf16, s | bf16 is |", "|---|---|---|---|"]
+    with open(SPEED) as f:
+        seconds = json.load(f)["seconds"]
+    for words, its in seconds.items():
+        lines.append(f"| {words} | {its['float32']:.3f} | {its['bf16']:.3f} | "
+                     f"{its['float32'] / its['bf16']:.2f} times as fast |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", metavar="CIFAR", help="a CIFAR-10 folder")
+    parser.add_argument("data", metavar="CIFAR", nargs="?", help="a CIFAR-10 folder")
+    parser.add_argument("--speed", action="store_true", help="measure seconds of a step, and nothing else")
     parser.add_argument("--minutes", type=float, default=1e4,
                         help="stop after so many, everything saved; the same command goes on")
     args = parser.parse_args()
+    if args.speed:
+        measure_speed()
+        write_tables(PAGE, [speed_table()])
+        return
+    if args.data is None:
+        parser.error("name a CIFAR-10 folder, or --speed")
     deadline = time.monotonic() + 60 * args.minutes
     state = "all is done"
     try:

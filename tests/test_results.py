@@ -14,7 +14,8 @@ from harness.data import open_data
 from harness.shapes import draw_shapes
 from harness.source import Source
 from results.pairs import difference
-from tests.helpers import ROOT, log_of
+from results.speed import model_of
+from tests.helpers import ROOT, log_of, slow
 
 RESULTS = ROOT / "results"
 
@@ -546,11 +547,45 @@ def test_figures_of_tar_files_are_those_in_results():
         assert figure in words_of("results/operations.md")
 
 
-def test_the_page_on_bf16_has_the_table_of_its_logs(monkeypatch):
+def kept_for_backward(settings, bf16, n):
+    """The MiB of all tensors that backward keeps of the loss of n images, weights aside."""
+    model = model_of(settings)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # which keeps the place from being used again
+        return tensor
+
+    views = torch.randn(2, n, 3, settings["size"], settings["size"])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            p, z = model(*views)
+        simsiam.loss(*p, *z)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights) / 2**20
+
+
+@slow
+@pytest.mark.parametrize("recipe, digits, words", [
+    ("imagenet", 0, "ResNet-50 at 224 pixels {} MiB in bf16 and {} MiB in float32"),
+    ("cifar10", 1, "ResNet-18 at 32 pixels {} and {} MiB")])
+def test_memory_by_image_is_what_backward_keeps(recipe, digits, words):
+    """results/operations.md's figures against the tensors themselves: what an image more brings, because bf16
+    keeps a copy of the weights too, once."""
+    settings = simsiam.recipe(recipe)
+    counted = [(kept_for_backward(settings, bf16, 4) - kept_for_backward(settings, bf16, 2)) / 2
+               for bf16 in (True, False)]
+    expected = words.format(*(f"{mib:.{digits}f}" for mib in counted))
+    assert expected in words_of("results/operations.md")
+
+
+def test_the_page_on_bf16_has_the_tables_of_its_logs(monkeypatch):
     """results/bf16.md against what results/bf16.py makes of results/bf16; and the differences by seed."""
     monkeypatch.chdir(ROOT)
     page = (RESULTS / "bf16.md").read_text()
-    assert runpy.run_path("results/bf16.py")["table"]() in page
+    made = runpy.run_path("results/bf16.py")
+    assert made["table"]() in page
+    assert made["speed_table"]() in page
     knn = {}
     for precision in ("float32", "bf16"):
         for seed in range(2):
