@@ -562,7 +562,8 @@ def kept_for_backward(settings, bf16, n):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             p, z = model(*views)
         simsiam.loss(*p, *z)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights) / 2**20
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items()
+               if place not in weights) / 2**20
 
 
 @slow
@@ -618,7 +619,8 @@ def test_start_up_figures_are_those_in_results():
     """The time to list and the size of the names in results/operations.md, against drills/start_up.json."""
     found = read_json("drills/start_up.json")
     names = found["memory with the names, MiB"] - found["memory before, MiB"]
-    early, late = (found[f"memory after {steps} steps, MiB: main, workers; and shared"] for steps in (20, 1000))
+    early, late = (found[f"memory after {steps} steps, MiB: main, workers; and shared"]
+                   for steps in (20, 1000))
     for figure in (
             f"listing takes {found['listing, s']:.0f} s",
             f"the names {names} MiB",
