@@ -84,11 +84,17 @@ def draw_panel(pen, top, panel, measures, half_bar):
 
 
 def draw_spread(pen, values, y, colour, half_bar):
-    """Values in pixels: dots, a bar, which ends where the axis does, and a stroke at their mean."""
+    """Values in pixels: dots, a bar, and a stroke at their mean. Where the axis ends before the bar does, an
+    arrowhead says so."""
     mean = statistics.mean(values)
     if len(values) > 1:
         half = half_bar(values)
-        pen.line([max(LABELS, mean - half), y, min(LABELS + AXIS, mean + half), y], colour, 2)
+        left, right = max(LABELS, mean - half), min(LABELS + AXIS, mean + half)
+        pen.line([left, y, right, y], colour, 2)
+        if left > mean - half:
+            pen.polygon([(left - 5, y), (left + 2, y - 4), (left + 2, y + 4)], colour)
+        if right < mean + half:
+            pen.polygon([(right + 5, y), (right - 2, y - 4), (right - 2, y + 4)], colour)
     for value in values:
         pen.ellipse([value - 2, y - 2, value + 2, y + 2], outline=colour)
     pen.line([mean, y - 5, mean, y + 5], colour, 3)

@@ -4,7 +4,8 @@ import math
 import statistics
 from typing import NamedTuple
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, 95%, by the number of pairs
+# Student's t, 95%, by the number of pairs
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 class Difference(NamedTuple):
