@@ -368,7 +368,7 @@ def test_some_rows_stand_for_others(paper_rows):
     """The experiments that the page calls one and the same run have the same settings, whatever the
     setting."""
     for one, other in (("table1-baseline", "fig2-with-stopgrad"), ("table1-c-constant-lr", "simsiam"),
-                       ("table3-c-default", "simsiam"), ("table2-batch-512", "simsiam")):
+                       ("table3-c-default", "simsiam")):
         found = []
         for name in (one, other):
             args = simsiam.parse(f"--experiment {name} {paper_rows['SETTING']}".split())
@@ -377,10 +377,11 @@ def test_some_rows_stand_for_others(paper_rows):
         assert found[0] == found[1]
 
 
-def result_of(top1, losses=(-0.5, -0.9), is_collapsed=False, seed=0):
-    """A kept run, as far as a verdict looks at it."""
-    epochs = [{"event": "epoch", "loss": loss, "collapsed": is_collapsed} for loss in (None, *losses)]
-    return {"seed": seed, "top1": top1, "log": [{"event": "start"}, *epochs]}
+def result_of(top1, losses=(-0.5, -0.9), is_collapsed=False, knn=(20, 80)):
+    """A kept run, as far as a verdict looks at it. knn: of the untrained network, and at the end"""
+    untrained = {"event": "epoch", "loss": None, "knn": knn[0], "collapsed": False}
+    epochs = [{"event": "epoch", "loss": loss, "knn": knn[1], "collapsed": is_collapsed} for loss in losses]
+    return {"seed": None, "top1": top1, "log": [{"event": "start"}, untrained, *epochs]}
 
 
 def runs_of(*results):
@@ -388,25 +389,41 @@ def runs_of(*results):
 
 
 GOOD = runs_of(result_of(90), result_of(92), result_of(91))
+COLLAPSED = result_of(20, is_collapsed=True)
+DIVERGED = result_of(None, losses=(-0.3,))
+LEARNED_NOTHING = result_of(30, knn=(20, 24))
+UNSTABLE = result_of(91, losses=(-0.9, -0.8))
 CASES = [  # claim, runs beside GOOD, the verdict by hand
-    ("collapses", runs_of(*[result_of(20, is_collapsed=True)] * 3), "holds"),
-    ("collapses", runs_of(result_of(20, is_collapsed=True), result_of(80), result_of(80)),
-     "can't be told here"),
+    ("collapses", runs_of(*[COLLAPSED] * 3), "holds"),
+    ("collapses", runs_of(COLLAPSED, result_of(80), result_of(80)), "can't be told here"),
     ("collapses", runs_of(*[result_of(20)] * 3), "does not"),
+    ("collapses", runs_of(*[DIVERGED] * 3), "does not"),
+    ("fails", runs_of(COLLAPSED, DIVERGED, LEARNED_NOTHING), "holds"),
+    ("fails", runs_of(COLLAPSED, DIVERGED, result_of(30, knn=(20, 26))), "can't be told here"),
+    ("fails", GOOD, "does not"),
     ("does not converge", runs_of(*[result_of(20, losses=(-0.3, -0.4))] * 3), "holds"),
-    ("does not converge", runs_of(*[result_of(None, losses=(-0.3,))] * 3), "holds"),
+    ("does not converge", runs_of(*[DIVERGED] * 3), "holds"),
     ("does not converge", runs_of(*[result_of(20, losses=(-0.3, -0.5))] * 3), "does not"),
-    ("unstable", runs_of(*[result_of(90, losses=(-0.9, -0.8))] * 3), "holds"),
+    ("unstable", runs_of(*[UNSTABLE] * 3), "holds"),
+    ("unstable", runs_of(UNSTABLE, DIVERGED, result_of(90)), "can't be told here"),
     ("unstable", runs_of(*[result_of(90, losses=(-0.9, -0.86))] * 3), "does not"),
     ("worse", runs_of(result_of(80), result_of(83), result_of(81)), "holds"),
     ("worse", runs_of(result_of(60), result_of(99), result_of(91)), "can't be told here"),
     ("worse", runs_of(result_of(90.1), result_of(92), result_of(91)), "does not"),
-    ("worse", runs_of(*[result_of(20, is_collapsed=True)] * 3), "does not"),
+    ("worse", runs_of(result_of(80), result_of(83), DIVERGED), "does not"),
+    ("worse", runs_of(result_of(80), result_of(83), LEARNED_NOTHING), "does not"),
+    ("worse", runs_of(*[COLLAPSED] * 3), "does not"),
+    ("better", runs_of(result_of(95), result_of(97), result_of(96.5)), "holds"),
+    ("better", runs_of(result_of(95), result_of(97), COLLAPSED), "does not"),
+    ("better", runs_of(result_of(60), result_of(99), result_of(91)), "can't be told here"),
+    ("better", runs_of(result_of(90.1), result_of(92), result_of(91)), "does not"),
     ("no worse", runs_of(result_of(90.1), result_of(92), result_of(91)), "holds"),
     ("no worse", runs_of(result_of(60), result_of(99), result_of(91)), "can't be told here"),
     ("no worse", runs_of(result_of(80), result_of(83), result_of(81)), "does not"),
-    ("less stable", runs_of(*[result_of(90)] * 3), "can't be told here"),
-    ("less stable", runs_of(result_of(90), result_of(None), result_of(91)), "holds"),
+    ("no worse", runs_of(result_of(91), result_of(93), COLLAPSED), "does not"),
+    ("less stable", GOOD, "can't be told here"),
+    ("less stable", runs_of(result_of(90), DIVERGED, result_of(91)), "holds"),
+    ("less stable", runs_of(result_of(90), UNSTABLE, result_of(91)), "holds"),
 ]
 
 
@@ -414,6 +431,55 @@ CASES = [  # claim, runs beside GOOD, the verdict by hand
 def test_a_verdict_on_a_row_is_what_its_runs_bear_out(paper_rows, claim, mine, expected):
     """Against cases that were decided by hand."""
     assert paper_rows["verdict"](claim, mine, GOOD) == expected
+
+
+def test_less_stable_counts_both_sides(paper_rows):
+    """A row against one that is unstable in its first run."""
+    beside = runs_of(UNSTABLE, result_of(92), result_of(91))
+    for mine, expected in (
+            (GOOD, "does not"),
+            (runs_of(COLLAPSED, result_of(90), result_of(90)), "can't be told here"),
+            (runs_of(result_of(90), DIVERGED, result_of(91)), "can't be told here"),
+            (runs_of(UNSTABLE, DIVERGED, result_of(91)), "holds")):
+        assert paper_rows["verdict"]("less stable", mine, beside) == expected
+
+
+def test_the_page_has_the_bounds_of_the_rules(paper_rows):
+    """The words of results/paper_rows.md against the script's constants."""
+    page = words_of("results/paper_rows.md")
+    for words in (f"more than {paper_rows['RISE']:g} above that of the epoch before",
+                  f"less than {paper_rows['LEARNED']:g} points above its untrained network's",
+                  f"doesn't if it lies above -{paper_rows['POINT']:g} point",
+                  f"holds if it lies above -{paper_rows['NEAR']:g} points",
+                  f"counts as chance, {paper_rows['CHANCE']:g}."):
+        assert words in page
+
+
+@pytest.mark.parametrize("name, beside", [("fig2-without-stopgrad", "fig2-with-stopgrad"),
+                                          ("sec45-cross-entropy", "simsiam"),
+                                          ("sec52-moving-average", "table1-a-no-predictor")])
+def test_a_rows_figures_on_the_page_are_those_of_its_lines(name, beside):
+    """Mean difference, standard error, loss and accuracy, computed here from the files."""
+    mine, theirs = ({result["seed"]: result for result in records(RESULTS / f"paper_rows/{row}.jsonl")}
+                    for row in (name, beside))
+    pairs = [mine[seed]["top1"] - theirs[seed]["top1"] for seed in mine.keys() & theirs.keys()]
+    error = np.std(pairs, ddof=1) / len(pairs) ** 0.5
+    page = (RESULTS / "paper_rows.md").read_text()
+    difference_row, row = re.findall(rf"^\| \[{name}\].*$", page, re.M)  # the page's first and second table
+    assert f"| {len(pairs)} | {np.mean(pairs):+.2f} +- {error:.2f} |" in difference_row
+    ends = [result["log"][-2]["loss"] for result in mine.values()]
+    accuracy = mean_and_std([result["top1"] for result in mine.values()])
+    assert f"| {len(mine)} | {min(ends):.3f}, {max(ends):.3f} |" in row
+    assert f"| {accuracy} |" in row
+
+
+def test_each_accuracy_is_of_the_run_of_its_line():
+    """The evaluation's checkpoint against the run's --out; its protocol against the page's."""
+    for path in (RESULTS / "paper_rows").glob("*.jsonl"):
+        for result in records(path):
+            out = re.search(r"--out (\S+)", result["command"])[1]
+            assert f"--ckpt {out}/checkpoint.pth --cached" in result["evaluation"]
+            assert out.endswith(f"{path.stem}-{result['seed']}")
 
 
 def test_a_paired_difference_is_students():
@@ -430,11 +496,12 @@ def test_a_paired_difference_is_students():
 
 
 def test_the_papers_differences_are_those_of_its_tables(paper_rows):
-    """A few by hand: 64.8 - 68.1; 0.1 - 67.7; nothing where it gives no number."""
+    """A few by hand: 64.8 - 68.1; 0.1 - 67.7; 55.0 - 0.1; 67.3 - 64.8; nothing where it gives no number."""
     of = paper_rows["paper_difference"]
     assert of("sec46-asymmetric") == pytest.approx(-3.3)
     assert of("fig2-without-stopgrad") == pytest.approx(-67.6)
-    assert of("sec52-moving-average") == pytest.approx(-13.1)
+    assert of("sec52-moving-average") == pytest.approx(54.9)
+    assert of("sec46-asymmetric-2x") == pytest.approx(2.5)
     assert of("sec42-asymmetric-no-h") is None
 
 
