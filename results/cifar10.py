@@ -269,6 +269,8 @@ def page(note, keep):
 
 def section(title, programme, keep):
     """The lines of a programme: the machines, a row for each of its runs, the kNN curves."""
+    if not any(records(f"{keep}/{name}-{seed}/log.jsonl") for name, _, seed in each(programme)):
+        return [f"## {title}", "", 'Nothing yet; README.md, "Not run", has the command.', ""]
     machines = set()
     rows = []
     curves = []

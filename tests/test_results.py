@@ -682,6 +682,13 @@ def test_the_page_beside_other_libraries_is_made_of_its_measurements(monkeypatch
         assert figure in readme()
 
 
+def test_the_page_on_speed_is_made_of_its_measurements(monkeypatch):
+    """results/speed.md against what results/speed.py makes of speed.json, the only machine so far."""
+    monkeypatch.chdir(ROOT)
+    page = runpy.run_path("results/speed.py")["whole_page"]([read_json("speed.json")])
+    assert page == (RESULTS / "speed.md").read_text()
+
+
 def test_start_up_figures_are_those_in_results():
     """The time to list and the size of the names in results/operations.md, against drills/start_up.json."""
     found = read_json("drills/start_up.json")
