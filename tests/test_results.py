@@ -539,6 +539,38 @@ def test_reliability_figures_are_those_in_results():
         assert figure in words_of("results/operations.md")
 
 
+def rank_kept(log):
+    """The last epoch's rank, in units of the untrained network's."""
+    epochs = [record for record in log if record["event"] == "epoch"]
+    return epochs[-1]["rank"] / epochs[0]["rank"]
+
+
+def test_ranks_in_operations_md_are_those_of_the_logs():
+    """Of the rows that learned and of those that failed, of SimSiam beside its neighbours, of Table 3 (a);
+    the alarm's bound is between healthy and failed."""
+    def of_rows(*names):
+        return [rank_kept(result["log"]) for name in names
+                for result in records(RESULTS / f"paper_rows/{name}.jsonl")]
+
+    def of_neighbours(data, seeds):
+        return [rank_kept(records(RESULTS / f"related/{data}-simsiam-{seed}.jsonl")) for seed in range(seeds)]
+
+    healthy = of_rows("simsiam", "fig2-with-stopgrad", "sec45-cross-entropy", "sec52-100-step",
+                      "suppB-hidden-d")
+    healthy += of_neighbours("shapes", 5)
+    failed = of_rows("fig2-without-stopgrad", "table1-a-no-predictor", "table1-b-fixed-predictor",
+                     "sec42-asymmetric-no-h")
+    no_bn = of_rows("table3-a-no-bn")
+    low, high = sorted(of_neighbours("cifar10", 2))
+    for figure in (
+            f"{len(healthy)} healthy runs ended with {min(healthy):.2f} to {max(healthy):.2f} of",
+            f"{len(failed)} that failed with {min(failed):.2f} to {max(failed):.2f};",
+            f"two had {low:.2f} and {high:.2f}. A run below {simsiam.LOW_RANK} is told so",
+            f"kept {min(no_bn):.2f} to {max(no_bn):.2f} here"):
+        assert figure in words_of("results/operations.md")
+    assert max(failed) < simsiam.LOW_RANK < min(healthy)
+
+
 def speeds_of(what):
     """{part of the input pipeline: images/s on one core}"""
     return {part: one_core for part, (one_core, _) in read_json("speed.json")[what].items()}
