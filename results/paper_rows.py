@@ -468,6 +468,40 @@ def looks_table(kept):
     return "\n".join(lines) + "\n"
 
 
+def factors_table(kept):
+    """What lr and depth change in the gap between a row of Table 3 and (c): means of runs of one seed, with
+    Student's interval."""
+    low, high = LRS
+    two, three = LAYERS
+    changes = {  # words: the cells of the closer look whose gaps are compared, and those with which
+        f"lr {low}, not {high}": ([(low, two), (low, three)], [(high, two), (high, three)]),
+        f"{three} layers, not {two}": ([(low, three), (high, three)], [(low, two), (high, two)]),
+        f"{three} layers, not {two}, at lr {low}": ([(low, three)], [(low, two)]),
+    }
+    lines = [f"| gap to (c) | {' | 95% | '.join(changes)} | 95% |", "|---|---|---|---|---|---|---|"]
+    for name in TABLE_3[1:]:
+        cells = [name]
+        for those, these in changes.values():
+            change = difference(mean_gap(kept, name, those), mean_gap(kept, name, these))
+            cells.append(f"{change.mean:+.1f} | {change.low:+.1f} to {change.high:+.1f}" if change else "- | -")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_gap(kept, name, cells):
+    """{seed: a row's accuracy less that of (c), the mean over some cells of the closer look}"""
+    gaps = [gaps_to_c(kept, name, lr, layers) for lr, layers in cells]
+    seeds = set.intersection(*map(set, gaps))
+    return {seed: statistics.mean(gap[seed] for gap in gaps) for seed in seeds}
+
+
+def gaps_to_c(kept, name, lr, layers):
+    """{seed: a row's accuracy less that of (c)} in a cell of the closer look."""
+    mine, default = (kept.of(look(row, lr, layers).name) for row in (name, CONSTANT))
+    seeds = set(LOOKING) & mine.keys() & default.keys()
+    return {seed: top1(mine[seed]) - top1(default[seed]) for seed in seeds}
+
+
 def picture(kept, path):
     """The differences with their intervals, the paper's beside ours: a panel for the rows that failed in the
     paper, and one for the others."""
@@ -498,7 +532,7 @@ def the_papers(name):
 def write_pages(kept):
     """The tables and the picture of what is kept of the shapes."""
     write_tables(PAGE, [candidates_table(kept), rows_table(kept), differences_table(kept),
-                        looks_table(kept)])
+                        looks_table(kept), factors_table(kept)])
     write_tables(FRONT, [claims_table(kept)])
     picture(kept, PICTURE)
 

@@ -302,7 +302,8 @@ def test_the_pages_on_the_papers_rows_have_the_tables_of_the_kept_runs(paper_row
     """results/paper_rows.md and results/README.md against what the script makes of results/paper_rows."""
     kept = paper_rows["Kept"]("results/paper_rows")
     page = (RESULTS / "paper_rows.md").read_text()
-    for table in ("candidates_table", "rows_table", "differences_table", "looks_table"):
+    for table in ("candidates_table", "rows_table", "differences_table", "looks_table",
+                  "factors_table"):
         assert paper_rows[table](kept) in page
     assert paper_rows["claims_table"](kept) in (RESULTS / "README.md").read_text()
 
@@ -453,6 +454,19 @@ def test_the_page_has_the_bounds_of_the_rules(paper_rows):
                   f"holds if it lies above -{paper_rows['NEAR']:g} points",
                   f"counts as chance, {paper_rows['CHANCE']:g}."):
         assert words in page
+
+
+def test_what_lr_and_depth_change_is_a_difference_of_gaps(paper_rows, tmp_path):
+    """Against gaps of Table 3 (b) to (c) by hand: -4 and -2 at the lower lr, with two layers and three, -10 and
+    -6 at the higher one. The lr brings -3 - -8 = 5 points, a third layer -4 - -7 = 3, at the lower lr 2."""
+    low, high = paper_rows["LRS"]
+    kept = paper_rows["Kept"](tmp_path)
+    for (lr, layers), gap in {(low, 2): -4, (low, 3): -2, (high, 2): -10, (high, 3): -6}.items():
+        for seed, default in ((0, 90), (1, 80)):
+            for name, its in (("simsiam", default), ("table3-b-hidden-bn", default + gap)):
+                kept.add(paper_rows["look"](name, lr, layers).name, result_of(its) | {"seed": seed})
+    rows = paper_rows["factors_table"](kept).splitlines()
+    assert "| table3-b-hidden-bn | +5.0 | +5.0 to +5.0 | +3.0 | +3.0 to +3.0 | +2.0 | +2.0 to +2.0 |" in rows
 
 
 @pytest.mark.parametrize("name, beside", [("fig2-without-stopgrad", "fig2-with-stopgrad"),
