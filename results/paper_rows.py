@@ -483,7 +483,10 @@ def factors_table(kept):
         cells = [name]
         for those, these in changes.values():
             change = difference(mean_gap(kept, name, those), mean_gap(kept, name, these))
-            cells.append(f"{change.mean:+.1f} | {change.low:+.1f} to {change.high:+.1f}" if change else "- | -")
+            if change is None:
+                cells += ["-", "-"]
+            else:
+                cells += [f"{change.mean:+.1f}", f"{change.low:+.1f} to {change.high:+.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

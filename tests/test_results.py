@@ -457,8 +457,8 @@ def test_the_page_has_the_bounds_of_the_rules(paper_rows):
 
 
 def test_what_lr_and_depth_change_is_a_difference_of_gaps(paper_rows, tmp_path):
-    """Against gaps of Table 3 (b) to (c) by hand: -4 and -2 at the lower lr, with two layers and three, -10 and
-    -6 at the higher one. The lr brings -3 - -8 = 5 points, a third layer -4 - -7 = 3, at the lower lr 2."""
+    """Against gaps of Table 3 (b) to (c) by hand: -4 and -2 at the lower lr, with two layers and three, -10
+    and -6 at the higher one. The lr brings -3 - -8 = 5 points, a third layer -4 - -7 = 3, at the lower lr 2."""
     low, high = paper_rows["LRS"]
     kept = paper_rows["Kept"](tmp_path)
     for (lr, layers), gap in {(low, 2): -4, (low, 3): -2, (high, 2): -10, (high, 3): -6}.items():
