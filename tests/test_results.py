@@ -458,7 +458,8 @@ def test_the_page_has_the_bounds_of_the_rules(paper_rows):
 
 def test_what_lr_and_depth_change_is_a_difference_of_gaps(paper_rows, tmp_path):
     """Against gaps of Table 3 (b) to (c) by hand: -4 and -2 at the lower lr, with two layers and three, -10
-    and -6 at the higher one. The lr brings -3 - -8 = 5 points, a third layer -4 - -7 = 3, at the lower lr 2."""
+    and -6 at the higher one. The lr brings -3 - -8 = 5 points, a third layer -4 - -7 = 3; at the lower lr it
+    brings 2."""
     low, high = paper_rows["LRS"]
     kept = paper_rows["Kept"](tmp_path)
     for (lr, layers), gap in {(low, 2): -4, (low, 3): -2, (high, 2): -10, (high, 3): -6}.items():
@@ -467,6 +468,34 @@ def test_what_lr_and_depth_change_is_a_difference_of_gaps(paper_rows, tmp_path):
                 kept.add(paper_rows["look"](name, lr, layers).name, result_of(its) | {"seed": seed})
     rows = paper_rows["factors_table"](kept).splitlines()
     assert "| table3-b-hidden-bn | +5.0 | +5.0 to +5.0 | +3.0 | +3.0 to +3.0 | +2.0 | +2.0 to +2.0 |" in rows
+
+
+def test_what_makes_the_difference_to_the_paper_is_what_the_runs_show(paper_rows):
+    """The page's words on Table 3 against its runs at two lrs and depths."""
+    kept = paper_rows["Kept"](RESULTS / "paper_rows")
+    look = paper_rows["look"]
+
+    def runs(name, lr, layers):
+        its = kept.of(look(name, lr, layers).name)
+        return [its[seed] for seed in (0, 1, 2)]
+
+    def gap(layers):
+        """Of (b) to (c) at the lower lr."""
+        return [mine["top1"] - default["top1"] for mine, default in
+                zip(runs("table3-b-hidden-bn", 0.5, layers), runs("simsiam", 0.5, layers))]
+
+    no_bn = [run for lr in (0.5, 2) for layers in (2, 3) for run in runs("table3-a-no-bn", lr, layers)]
+    assert all(map(paper_rows["collapsed"], no_bn))
+    calm, rough = ([paper_rows["unstable"](run) for layers in (2, 3)
+                    for run in runs("table3-d-all-bn", lr, layers)] for lr in (0.5, 2))
+    assert not any(calm) and sum(rough) > len(rough) / 2
+    nearer = np.array(gap(3)) - np.array(gap(2))
+    page = words_of("results/paper_rows.md")
+    for words in (f"It collapsed in all {len(no_bn)} runs",
+                  f"brings it {np.mean(nearer):.1f} points nearer to (c); {-np.mean(gap(3)):.1f} points are",
+                  f"it was in none of {len(calm)}"):
+        assert words in page
+    assert np.mean(nearer) > 4.303 * np.std(nearer, ddof=1) / 3 ** 0.5  # Student's 95% for three pairs
 
 
 @pytest.mark.parametrize("name, beside", [("fig2-without-stopgrad", "fig2-with-stopgrad"),
