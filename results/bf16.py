@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import shlex
-import statistics
 import sys
 import time
 
@@ -24,7 +23,8 @@ from harness.errors import Refused
 from results.cifar10 import Interrupted, cell, do, open_cifar10, records
 from results.cores import results_of
 from results.pages import write_tables
-from results.speed import model_of, processor
+from results.peers import in_turn, our_step
+from results.speed import processor
 
 KEPT = "results/bf16"
 RUNS = "runs/bf16"
@@ -102,32 +102,18 @@ def top1_of(name):
 # --- Seconds of a step ------------------------------------------------------------------------------------
 
 def measure_speed(rounds=7):
-    """The median seconds of a step in both precisions, in turn, to SPEED."""
+    """The median seconds of a step in both precisions, in turn, to SPEED. The heads have the backbone's share
+    of their width."""
     seconds = {}
     for words, (settings, share, batch) in NETWORKS.items():
-        steps = {precision: step_of(settings, share, batch, precision == "bf16") for precision in PRECISIONS}
-        times = {precision: [] for precision in steps}
-        for precision in list(steps) * (rounds + 1):
-            began = time.perf_counter()
-            steps[precision]()
-            times[precision].append(time.perf_counter() - began)
-        seconds[words] = {precision: statistics.median(its[1:]) for precision, its in times.items()}
+        heads = {name: int(share * settings[name]) for name in ("dim", "pred_dim", "proj_hidden")}
+        scaled = settings | heads | {"width": share}
+        steps = {precision: our_step(scaled, batch, precision == "bf16") for precision in PRECISIONS}
+        seconds[words] = in_turn(steps, rounds)
         print(words, seconds[words], flush=True)
     content = {"command": "results/bf16.py --speed", "device": f"{processor()}, {os.cpu_count()} cores",
                "torch": torch.__version__, "rounds": rounds, "seconds": seconds}
     pathlib.Path(SPEED).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def step_of(settings, share, batch, bf16):
-    """A training step on fixed views, as a function. The heads have the same share of their width."""
-    torch.manual_seed(0)
-    scaled = {name: int(share * settings[name]) for name in ("dim", "pred_dim", "proj_hidden")}
-    model = model_of(settings | scaled | {"width": share}).to(memory_format=torch.channels_last)
-    views = torch.randn(2, batch, 3, settings["size"], settings["size"])
-    views = [x.contiguous(memory_format=torch.channels_last) for x in views]
-    optimizer = simsiam.sgd(model, 0.9, 1e-4)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    return lambda: simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
 
 
 def speed_table():

@@ -297,6 +297,7 @@ JUDGED_BY_RUN = {  # claim: whether a run bears it out, given the run beside it
 }
 BOUNDS = {  # claim about a difference: it holds above the first bound, and doesn't below the second
     "better": (0, POINT),
+    "worse": (0, POINT),  # of the row beside, less this one
     "no worse": (-NEAR, -NEAR),
 }
 
@@ -308,7 +309,7 @@ def verdict(claim, mine, beside):
     less stable               by the seeds of which one of the two runs failed or was unstable and the other
                               wasn't: holds if it was always this row's, does not if always the other's
     worse, better, no worse   does not if a run has failed: in the paper all these rows work. Else by the
-                              interval of the difference, see BOUNDS; worse is the other way round than better
+                              interval of the difference, see BOUNDS
     """
     pairs = [(mine[seed], beside[seed]) for seed in sorted(mine.keys() & beside.keys())]
     if claim in JUDGED_BY_RUN:
@@ -320,9 +321,7 @@ def verdict(claim, mine, beside):
         return HOLDS if found == {True} else FAILS if found == {False} else OPEN
     if any(failed(run) for run, _ in pairs):
         return FAILS
-    between = linear_difference(mine, beside)
-    if claim == "worse":
-        return HOLDS if between.high < 0 else FAILS if between.low > -POINT else OPEN
+    between = linear_difference(beside, mine) if claim == "worse" else linear_difference(mine, beside)
     holds_above, fails_below = BOUNDS[claim]
     return HOLDS if between.low > holds_above else FAILS if between.high < fails_below else OPEN
 
@@ -460,10 +459,10 @@ def looks_table(kept):
         for layers in LAYERS:
             cells = []
             for name in TABLE_3:
-                its = look(name, lr, layers)
-                runs = {seed: result for seed, result in kept.of(its.name).items() if seed in LOOKING}
+                runs = looked_at(kept, name, lr, layers)
                 shown = cell([top1(result) for result in runs.values()]) + outcomes(runs)
-                cells.append(f"[{shown}](paper_rows/{its.name}.jsonl)" if runs else "not run")
+                file = f"paper_rows/{look(name, lr, layers).name}.jsonl"
+                cells.append(f"[{shown}]({file})" if runs else "not run")
             lines.append(f"| {lr} | {layers} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -500,9 +499,14 @@ def mean_gap(kept, name, cells):
 
 def gaps_to_c(kept, name, lr, layers):
     """{seed: a row's accuracy less that of (c)} in a cell of the closer look."""
-    mine, default = (kept.of(look(row, lr, layers).name) for row in (name, CONSTANT))
-    seeds = set(LOOKING) & mine.keys() & default.keys()
-    return {seed: top1(mine[seed]) - top1(default[seed]) for seed in seeds}
+    mine, default = (looked_at(kept, row, lr, layers) for row in (name, CONSTANT))
+    return {seed: top1(mine[seed]) - top1(default[seed]) for seed in mine.keys() & default.keys()}
+
+
+def looked_at(kept, name, lr, layers):
+    """The runs of a cell, {seed: result}. The rows themselves have more seeds than the closer look."""
+    runs = kept.of(look(name, lr, layers).name)
+    return {seed: runs[seed] for seed in LOOKING if seed in runs}
 
 
 def picture(kept, path):

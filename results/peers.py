@@ -36,6 +36,7 @@ from harness.images import read_image
 from harness.machine import cpu_has_bf16, fastest_layout
 from harness.processes import join_world
 from results.pages import write_tables
+from results.speed import model_of
 
 RESULT = "results/peers.json"
 PAGE = pathlib.Path("results/peers.md")
@@ -177,21 +178,20 @@ def views_of_small_images(cifar):
 
 # --- Steps ----------------------------------------------------------------------------------------
 
-STEPS = {  # arch, CIFAR stem, pixels, batch
-    "ResNet-18, 32 pixels, batch 64": ("resnet18", True, 32, 64),
-    "ResNet-50, 224 pixels, batch 8": ("resnet50", False, 224, 8),
+STEPS = {  # recipe, batch
+    "ResNet-18, 32 pixels, batch 64": ("cifar10", 64),
+    "ResNet-50, 224 pixels, batch 8": ("imagenet", 8),
 }
 
 
-def our_step(arch, cifar_stem, batch, size, amp):
-    """A function that makes a step of ours."""
+def our_step(settings, batch, amp):
+    """A function that makes a step of ours on a CPU, on fixed views."""
     torch.manual_seed(0)
-    device = torch.device("cpu")
-    layers = 2 if cifar_stem else 3
-    model = simsiam.SimSiam(arch=arch, cifar_stem=cifar_stem, proj_layers=layers)
-    layout = fastest_layout(model.encoder, device)
+    model = model_of(settings)
+    layout = fastest_layout(model.encoder, torch.device("cpu"))
     model.to(memory_format=layout)
     optimizer = simsiam.sgd(model, 0.9, 1e-4)
+    size = settings["size"]
     views = [torch.randn(batch, 3, size, size).contiguous(memory_format=layout) for _ in range(2)]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
     return lambda: simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
@@ -230,11 +230,13 @@ def steps(threads):
     torch.set_num_threads(threads)
     peak = {amp: matmul_rate(torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
     out = {"a large product, GFLOP/s": {"float32": round(peak[False]), "bf16": round(peak[True])}}
-    for case, (arch, cifar_stem, size, batch) in STEPS.items():
-        variants = {"ours, float32": our_step(arch, cifar_stem, batch, size, False)}
+    for case, (recipe, batch) in STEPS.items():
+        settings = simsiam.recipe(recipe)
+        variants = {"ours, float32": our_step(settings, batch, False)}
         if cpu_has_bf16():
-            variants["ours, bf16"] = our_step(arch, cifar_stem, batch, size, True)
+            variants["ours, bf16"] = our_step(settings, batch, True)
         if imported("torchvision") and imported("lightly"):
+            arch, cifar_stem, size = (settings[name] for name in ("arch", "cifar_stem", "size"))
             variants["lightly"] = lightlys_step(arch, cifar_stem, batch, size)
         with FlopCounterMode(display=False) as counter:
             variants["ours, float32"]()

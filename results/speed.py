@@ -644,8 +644,8 @@ def fastest(step):
 
 AIMS_ON_A_GPU = [
     "## On a GPU", "",
-    "Nothing is measured there yet; README.md, \"Not run\", has the commands. A start takes some 10 minutes on "
-    "an H100, by estimate. Each part is written when it is there, and `--resume` goes on. The aims:", "",
+    "Nothing is measured there yet; README.md, \"Not run\", has the commands. A start takes some 10 minutes "
+    "on an H100, by estimate. Each part is written when it is there, and `--resume` goes on. The aims:", "",
     "- a step in bf16, channels_last and compiled: 1.5 times as fast as the plain one",
     "- 800 epochs of CIFAR-10 in 15 minutes, of which the views take a fifth at most",
     "- `lineval.py --cached` of CIFAR-10 in a minute", ""]
