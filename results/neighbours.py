@@ -277,7 +277,7 @@ def steps_of(command, device):
     torch.manual_seed(s["seed"])
     method.build()
     layout = fastest_layout(method.model.encoder, device)
-    method.model.to(memory_format=layout)
+    method.model.to(device, memory_format=layout)
     optimizer = method.optimizer()
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     batches = index_batches(s["seed"], len(data.train), s["batch"], s["epochs"])

@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import runpy
+import statistics
 
 import numpy as np
 import pytest
@@ -201,6 +202,27 @@ def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
     page = (RESULTS / "cifar10.md").read_text()
     note = re.search(r"`results/cifar10`\. (.*?) Top-1 in percent", page)[1]
     assert runpy.run_path("results/cifar10.py")["page"](note, "results/cifar10") == page
+
+
+def test_what_the_readmes_say_of_a_gpu_is_in_its_logs():
+    """README's and results/README.md's sentences against the logs of 50 epochs, speed-cuda.json and the
+    outcomes of the checks."""
+    run = "cifar10/50-epochs-0"
+    start, _, *epochs, end = log_of(RESULTS / run)
+    top1 = read_json(f"{run}/lineval-cached.json")["top1"]
+    minutes = sum(epoch["wall_seconds"] for epoch in epochs) / 60
+    assert (start["device"], start["torch"]) == ("NVIDIA H200", "2.11.0+cu130")
+    assert f"kNN {end['knn']:.1f}% and {top1:.1f}% by a linear layer, in {minutes:.1f} minutes" in readme()
+    page = " ".join((RESULTS / "README.md").read_text().split())
+    seconds = statistics.median(epoch["seconds"] for epoch in epochs)
+    variants = read_json("speed-cuda.json")["step of cifar10"]["variants"]
+    of_steps = 97 * variants["ours"]["ms"] / 1000
+    assert f"An epoch takes {seconds:.1f} s, its steps on views that are there {of_steps:.1f} s" in page
+    checks = read_json("drills/gpu.json")["checks"]
+    assert [name for name, outcome in checks.items() if not outcome["good"]] == ["waits"]
+    assert checks["commands"]["seen"] == "all 16 end well" and "16 commands end well" in page
+    assert checks["gradients"]["seen"] == "cosine 0.9911" and "cosine 0.991 of 1" in page
+    assert f"{epochs[-1]['memory_mb']:,} MiB" in (RESULTS / "operations.md").read_text()
 
 
 def test_the_page_on_ones_own_data_is_made_of_its_lines(monkeypatch):
@@ -758,9 +780,10 @@ def test_the_page_beside_other_libraries_is_made_of_its_measurements(monkeypatch
 
 
 def test_the_page_on_speed_is_made_of_its_measurements(monkeypatch):
-    """results/speed.md against what results/speed.py makes of speed.json, the only machine so far."""
+    """results/speed.md against what results/speed.py makes of the files of both machines."""
     monkeypatch.chdir(ROOT)
-    page = runpy.run_path("results/speed.py")["whole_page"]([read_json("speed.json")])
+    machines = [read_json("speed-cuda.json"), read_json("speed.json")]
+    page = runpy.run_path("results/speed.py")["whole_page"](machines)
     assert page == (RESULTS / "speed.md").read_text()
 
 
