@@ -307,9 +307,14 @@ def row(name, epochs, linear_top1):
     loss = statistics.mean(r["loss"] for r in last)
     minutes = statistics.mean(minutes_of(run) for run in epochs)
     cells = [name, f"{len(epochs)}", f"{last[0]['epoch']}", f"{loss:.3f}", cell([r["knn"] for r in last])]
-    cells += [cell(values) for values in linear_top1]
+    cells += [cell(values) + which(values, epochs) for values in linear_top1]
     cells.append(f"{minutes:.1f}")
     return f"| {' | '.join(cells)} |"
+
+
+def which(values, runs):
+    """Said of an accuracy that isn't there for all of the runs."""
+    return f" ({len(values)} of {len(runs)} seeds)" if 0 < len(values) < len(runs) else ""
 
 
 def minutes_of(run):

@@ -267,7 +267,7 @@ def measure_speed(folder, rounds=12):
         f.write(json.dumps(content, indent=1) + "\n")
 
 
-def steps_of(command, device):
+def steps_of(command, device, autocast=contextlib.nullcontext()):
     """A generator that makes a training step of a command each time it is asked."""
     script, *options = command
     args = {"simsiam.py": simsiam, "related.py": related}[script].parse(options)
@@ -287,7 +287,6 @@ def steps_of(command, device):
         for index, views in loaded:
             yield index, [x.contiguous(memory_format=layout) for x in views]
 
-    autocast = contextlib.nullcontext()
     stream = method.stream(load, batches, method.parts(device), 0, autocast)
     for step, (views, objective) in enumerate(stream):
         method.set_lr(optimizer, step)

@@ -289,8 +289,8 @@ def model_of(settings):
 def make_step(device, recipe, batch, ours, compiled):
     """A training step on fixed views -> a function that makes n steps and returns the seconds of one.
 
-    ours: as simsiam.py has it. Otherwise plainly: NCHW, the default SGD, no autocast (but TF32 in a GPU's
-    convolutions).
+    ours: as simsiam.py has it, but on a CPU always in float32 (results/bf16.py has bf16 there). Otherwise
+    plainly: NCHW, the default SGD, no autocast (but TF32 in a GPU's convolutions).
     """
     torch.manual_seed(0)
     settings = simsiam.recipe(recipe)
@@ -553,7 +553,8 @@ def is_of_a_cpu(found):
 def page(found):
     """One machine's section of speed.md."""
     machine = f"{found['processor']}, {found['cores']} cores; torch {found['torch']}"
-    measured = f"`{found['command']}`: {machine}. Medians of interleaved repeats."
+    measured = (f"`{found['command']}`: {machine}. Medians of interleaved repeats. Of the steps, plain is "
+                "NCHW, the default SGD, no autocast; ours is simsiam.py's, but in float32 on a CPU.")
     out = [f"## {found['device']}", "", measured, ""]
     if "photos" in found:
         out += pipeline_section("photographs, two views of 224 pixels", found["photos"])
@@ -571,9 +572,15 @@ def page(found):
     if runs:
         out += ["**Whole runs**:", "", *table_of(runs)]
     if "knn" in found:
-        figures = ", ".join(f"{key} {value}" for key, value in found["knn"].items())
-        out += [f"**kNN at ImageNet's size**, from these queries: {figures}.", ""]
+        out += [knn_line(found["knn"]), ""]
     return out
+
+
+def knn_line(found):
+    measured = f"{found['queries']:,} queries measured"
+    seconds = f"50,000 take {found['seconds for 50,000']:,.0f} s"
+    memory = f"{found['MiB']:,} MiB in all, {found['of these, the bank']:,} of them the bank"
+    return f"**kNN at ImageNet's size**: {measured}; at their rate {seconds}; {memory}."
 
 
 def pipeline_section(title, rates):
@@ -613,7 +620,7 @@ def step_section(step, device):
             "images/s": v["images/s"],
             "times plain": f"{v['images/s'] / plain:.2f}",
             "TFLOP/s": v["TFLOP/s"],
-            "share of the peak": f"{v['TFLOP/s'] / peak:.2f}" if peak else "-",
+            "share of bf16's peak": f"{v['TFLOP/s'] / peak:.2f}" if peak and name != "plain" else "-",
             "first step, s": v["first step, s"],
             "MiB": v["MiB"] or "-",
         })
@@ -667,11 +674,15 @@ def minutes_seen(found):
     if "step of cifar10" not in found:
         return NOT_MEASURED
     minutes = 800 * 50_000 / 60 / fastest(found["step of cifar10"])
-    return f"its steps alone, on views that are there: {minutes:.1f} minutes"
+    missed = "missed: " if minutes > 15 else ""
+    return f"{missed}the steps alone, of the fastest variant, take {minutes:.1f} minutes"
 
 
 def judging_seen(found):
-    return f"{found['run']['lineval --cached, s']} s" if "run" in found else NOT_MEASURED
+    """By a whole run, where it was one of CIFAR-10."""
+    if "run" not in found or "CIFAR" not in found["run"]["command"]:
+        return NOT_MEASURED
+    return f"{found['run']['lineval --cached, s']} s"
 
 
 AIMS = {
@@ -707,12 +718,22 @@ def read_json(path):
         return json.load(f)
 
 
+def measured_here(path, now):
+    """What an earlier start has measured. Raises Refused where that was another machine, or another torch."""
+    before = read_json(path)
+    for key in ("device", "processor", "torch"):
+        if before and before[key] != now[key]:
+            raise Refused(f"--resume: {path} has figures of {before[key]}, and this is {now[key]}: without "
+                          "--resume all is measured here")
+    return before
+
+
 def measure_everything(args, device):
     torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
     path = FILES[device.type]
     found = conditions(args, device)
     if args.resume:
-        found |= read_json(path)
+        found |= measured_here(path, found)
     with tempfile.TemporaryDirectory() as folder:
         photos = args.photos
         if photos is None:

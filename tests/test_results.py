@@ -52,8 +52,6 @@ ELSEWHERE = [  # those in results/README.md
     "shapes/untrained-lineval-cached",
     "cifar10-width4/lineval-cached",
     "cifar10-width4/untrained-lineval-cached",
-    "cifar10-width4/lineval-sgd",
-    "cifar10-width4/lineval-lars",
     "cifar10-width4/lineval-knn",
 ]
 
@@ -73,9 +71,10 @@ def test_readmes_figures_are_those_of_the_logs_in_results(run, figure):
 
 
 def demos():
-    """The logs of the demo on seeds 0 to 4, and of seed 0 with one thread."""
-    names = ["log", *(f"seed-{seed}" for seed in range(1, 5)), "one-thread"]
-    return [records(RESULTS / "shapes" / f"{name}.jsonl") for name in names]
+    """The logs of the demo: on seeds 0 to 4, with a core each, which are SimSiam's among its neighbours; and
+    that of seed 0 with two."""
+    of_seeds = [RESULTS / f"related/shapes-simsiam-{seed}.jsonl" for seed in range(5)]
+    return [records(path) for path in (*of_seeds, RESULTS / "shapes/log.jsonl")]
 
 
 def records(path):
@@ -85,19 +84,20 @@ def records(path):
 
 def test_the_demo_is_steady():
     """Five seeds: the mean and the standard deviation that the README has; each far above raw pixels and the
-    untrained network; all of them, and one thread, in the range that it promises."""
+    untrained network; all of them, and seed 0 with two threads, in the range that it promises."""
     knn = []
-    for log, seed in zip(demos(), [0, 1, 2, 3, 4, 0]):
+    for log, seed in zip(demos(), [0, 1, 2, 3, 4, 0], strict=True):
         start, untrained, *_, last, end = log
         assert end["event"] == "end"
         assert start["settings"]["seed"] == seed
         assert {**start["settings"], "seed": 0, "workers": 0} == {**demos()[0][0]["settings"], "workers": 0}
         assert last["knn"] >= 25 + max(start["knn_pixels"], untrained["knn"])
         knn.append(last["knn"])
-    assert np.std(knn[:5], ddof=1) <= 3
+    assert np.std(knn[:5], ddof=1) <= 5
     assert f"five seeds gave {mean_and_std(knn[:5])}" in readme()
+    assert f"`related/shapes-simsiam-*.jsonl`: {mean_and_std(knn[:5])}." in words_of("results/README.md")
     low, high = map(int, re.search(r"expect (\d+) to (\d+)", readme()).groups())
-    assert high - low <= 10
+    assert high - low <= 15
     assert low <= min(knn) and max(knn) <= high
 
 
@@ -149,7 +149,7 @@ def test_results_readme_has_the_figures_of_each_run(run):
 
 # --- CIFAR-10 -----------------------------------------------------------------------------------------------
 
-ROWS = ["small", "small-decayed-predictor"]
+ROWS = {"50-epochs": 1, "small": 3, "small-decayed-predictor": 3}  # how many seeds
 
 
 def cells_of(name):
@@ -163,21 +163,29 @@ def mean_and_std(values):
     return f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}" if values else ""
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_readmes_results_are_those_of_the_logs(name):
-    """Mean and standard deviation over three seeds, from log.jsonl and the evaluations' files."""
-    runs = [RESULTS / "cifar10" / f"{name}-{seed}" for seed in range(3)]
+def mean_and_std_of(seeds, values):
+    """The same where some of the runs, or all, may not have been measured."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}" + " (seed 0)" * (seeds > 1)
+    assert len(values) in (0, seeds)
+    return mean_and_std(values)
+
+
+@pytest.mark.parametrize("name, seeds", ROWS.items())
+def test_readmes_results_are_those_of_the_logs(name, seeds):
+    """Mean and standard deviation over the seeds, from log.jsonl and the evaluations' files."""
+    runs = [RESULTS / "cifar10" / f"{name}-{seed}" for seed in range(seeds)]
     logs = [log_of(run) for run in runs]
-    assert [log[0]["settings"]["seed"] for log in logs] == [0, 1, 2]
-    assert [log[-1]["event"] for log in logs] == ["end"] * 3
-    expected = [str(logs[0][-1]["epochs"]), mean_and_std([log[-2]["knn"] for log in logs])]
+    assert [log[0]["settings"]["seed"] for log in logs] == list(range(seeds))
+    assert [log[-1]["event"] for log in logs] == ["end"] * seeds
+    expected = [str(logs[0][-1]["epochs"]), mean_and_std_of(seeds, [log[-2]["knn"] for log in logs])]
     for protocol in ("sgd", "lars", "cached"):
         files = [run / f"lineval-{protocol}.json" for run in runs]
         results = [json.loads(file.read_text()) for file in files if file.exists()]
         for result in results:
             assert result["protocol"] == protocol
             assert result["val_images"] == 10_000
-        expected.append(mean_and_std([result["top1"] for result in results]))
+        expected.append(mean_and_std_of(seeds, [result["top1"] for result in results]))
     assert cells_of(name) == expected
 
 
@@ -194,6 +202,38 @@ def test_held_out_images_are_training_images_that_are_not_trained_on(tmp_path, m
     assert part.labels.tolist() == train.labels[rest].tolist()
     assert torch.equal(held_out.pixels, train.pixels[::10])
     assert held_out.labels.tolist() == train.labels[::10].tolist()
+
+
+def test_sgd_and_lars_have_the_lr_that_is_best_on_held_out_images():
+    """The base lr of the evaluations on test images against the accuracies on a tenth of the training images:
+    neither the smallest nor the largest that was tried."""
+    for protocol in ("sgd", "lars"):
+        tried = [read_json(f"cifar10/small-0/{path.name}")
+                 for path in (RESULTS / "cifar10/small-0").glob(f"held-out-{protocol}-*.json")]
+        assert {result["val_images"] for result in tried} == {1000}
+        top1 = {result["base_lr"]: result["top1"] for result in tried}
+        best = max(top1, key=top1.get)
+        evaluations = (RESULTS / "cifar10").glob(f"small*/lineval-{protocol}.json")
+        assert {json.loads(path.read_text())["base_lr"] for path in evaluations} == {best}
+        assert min(top1) < best < max(top1)
+
+
+def test_results_readme_says_what_the_runs_on_cifar10_gave():
+    """Their number; kNN of the small ones, and that of the raw pixels; that the pairs of one seed can't tell
+    a decayed predictor lr from a constant one, by kNN or by a linear layer."""
+    page = " ".join((RESULTS / "README.md").read_text().split())
+    assert len(list((RESULTS / "cifar10").glob("*/log.jsonl"))) == 7 and "`cifar10` | seven runs" in page
+    knn, cached = {}, {}
+    for name in ("small", "small-decayed-predictor"):
+        runs = {seed: f"cifar10/{name}-{seed}" for seed in range(3)}
+        logs = [log_of(RESULTS / run) for run in runs.values()]
+        knn[name] = {seed: log[-1]["knn"] for seed, log in enumerate(logs)}
+        cached[name] = {seed: read_json(f"{run}/lineval-cached.json")["top1"] for seed, run in runs.items()}
+    pixels = logs[0][0]["knn_pixels"]
+    assert f"kNN {mean_and_std(list(knn['small'].values()))} where raw pixels give {pixels:.1f}" in page
+    for measured in (knn, cached):
+        between = difference(measured["small-decayed-predictor"], measured["small"])
+        assert between.low < 0 < between.high
 
 
 def test_cifar10_page_is_made_of_the_logs_that_are_kept(monkeypatch):
@@ -218,10 +258,12 @@ def test_what_the_readmes_say_of_a_gpu_is_in_its_logs():
     variants = read_json("speed-cuda.json")["step of cifar10"]["variants"]
     of_steps = 97 * variants["ours"]["ms"] / 1000
     assert f"An epoch takes {seconds:.1f} s, its steps on views that are there {of_steps:.1f} s" in page
-    checks = read_json("drills/gpu.json")["checks"]
+    assert f"800 would take {800 * seconds / 60:.0f} minutes" in page
+    checks = read_json("drills/gpu.json")
     assert [name for name, outcome in checks.items() if not outcome["good"]] == ["waits"]
-    assert checks["commands"]["seen"] == "all 16 end well" and "16 commands end well" in page
-    assert checks["gradients"]["seen"] == "cosine 0.9911" and "cosine 0.991 of 1" in page
+    assert checks["commands"]["seen"] == "all 16 end well" and "runs of 16 commands end well" in page
+    assert checks["gradients"]["seen"] == "cosine 0.9911" and "(cosine 0.991)" in page
+    assert checks["two"]["seen"] == "losses -0.0814 and -0.0813" and "the mean loss of one to 0.0001" in page
     assert f"{epochs[-1]['memory_mb']:,} MiB" in (RESULTS / "operations.md").read_text()
 
 
@@ -694,7 +736,7 @@ def test_results_readme_has_what_was_reached_of_the_aims():
             f"at 224 pixels ({a_worker / large[released]:.2f})",
             f"20 times at 32 ({small['ours'] / small[released]:.2f}: missed)",
             f"in float32 ({gains['ours, float32']})",
-            f"in bf16 ({gains['ours, bf16']})"):
+            f"in bf16 ({gains['ours, bf16'].replace(' and', ': missed, and')})"):
         assert figure in words_of("results/README.md")
 
 

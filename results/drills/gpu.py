@@ -6,13 +6,14 @@
 Start it from the repository's root. What a GPU has shown is kept in results/drills/gpu.json; a check that is
 made again takes the place of its last outcome.
 
-waits       three training steps of each method in which a hidden wait of the CPU for the GPU is an error
+waits       eleven steps of each method in which a hidden wait of the CPU for the GPU is an error; without
+            what the training loop measures beside them
 views       the views of the GPU against those of the CPU, in levels of 255
-gradients   those of a step in bf16 against those in float32: their cosine
+gradients   those of a step in bf16 against those in float32, of an untrained network: their cosine
 commands    the programs in their variants, a short run each, several at a time
-stop        SIGTERM in the middle of a run, and --resume
-two         two processes on the one GPU, by gloo: NCCL takes a GPU for one process alone. All but NCCL itself
-            is as on two GPUs: the synchronised BN, DistributedDataParallel, stopping together
+stop        SIGTERM after a run's first epoch, and --resume
+two         two processes on the one GPU, by gloo: NCCL takes a GPU for one process alone. The synchronised BN
+            and DistributedDataParallel are those of two GPUs
 """
 import argparse
 import concurrent.futures
@@ -48,8 +49,6 @@ COMMANDS = [
     "related.py --method swav", "related.py --method clip",
 ]
 PROTOCOLS = ["--knn", "--cached", "--sgd --epochs 2", "--lars --epochs 2 --batch 512"]
-
-
 WATCHED = [
     "simsiam.py", "simsiam.py --experiment sec52-moving-average", "simsiam.py --experiment sec52-10-step",
     "related.py --method simclr", "related.py --method mocov2", "related.py --method byol",
@@ -62,19 +61,22 @@ def waits(device):
     if device.type == "cpu":
         return True, "a CPU waits for nothing"
     found = [f"{command}: {place}" for command in WATCHED if (place := place_of_a_wait(command, device))]
-    return not found, "; ".join(found) or f"none in three steps of {len(WATCHED)} commands"
+    return not found, "; ".join(found) or f"none in eleven steps of {len(WATCHED)} commands"
 
 
 def place_of_a_wait(command, device):
     """The line of ours in which a step of this command waits for the GPU; "" where none does."""
-    steps = steps_of([*shlex.split(command), *shlex.split(SHORT)], device)
+    autocast = torch.autocast(device.type, torch.bfloat16)
+    steps = steps_of([*shlex.split(command), *shlex.split(SHORT)], device, autocast)
     for _ in range(3):  # the first steps may
         next(steps)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
+        for _ in range(11):  # with 10 steps on the same targets, the next targets too
             next(steps)
     except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
         ours = [frame for frame in traceback.extract_tb(error.__traceback__)
                 if frame.filename.startswith(os.getcwd())]
         return f"{os.path.relpath(ours[-1].filename)}, line {ours[-1].lineno}: {error}".splitlines()[0]
@@ -104,7 +106,8 @@ def views(device):
 
 
 def gradients(device):
-    """Of a ResNet-18 at full width, on 256 images."""
+    """Of a ResNet-18 at full width, on 256 images, or 64 on a CPU."""
+    torch.backends.cudnn.allow_tf32 = False  # this check alone: the programs' float32 has TF32 convolutions
     torch.manual_seed(0)
     model = simsiam.SimSiam("resnet18", cifar_stem=True).to(device, memory_format=torch.channels_last)
     source = draw_shapes(0, 0, 256, 32)
@@ -118,18 +121,20 @@ def gradients(device):
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
         simsiam.train_step(model, simsiam.loss, optimizer, autocast, pair)
         found.append(torch.cat([w.grad.flatten().float() for w in model.parameters()]))
+    torch.backends.cudnn.allow_tf32 = True
     cosine = torch.nn.functional.cosine_similarity(*found, dim=0).item()
     return cosine > 0.98, f"cosine {cosine:.4f}"
 
 
 def run(command, device):
-    """A program in a process of its own -> its exit status, and its last line. If it fails, all that it said
-    goes to the screen."""
+    """A program in a process of its own -> its exit status, and its last line. If it fails, what it said goes
+    to the screen."""
     words = [sys.executable, *shlex.split(command), "--device", device.type]
     done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
     if done.returncode:
-        print(f"--- {command}\n{done.stderr}", file=sys.stderr, flush=True)
-    return done.returncode, (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:200]
+        print(f"--- {command}\n{done.stdout}\n{done.stderr}", file=sys.stderr, flush=True)
+    said = (done.stderr.strip() or done.stdout.strip() or "not a word").splitlines()
+    return done.returncode, said[-1][:200]
 
 
 def commands(device):
@@ -146,8 +151,8 @@ def commands(device):
 def failures(commands, device):
     """Run some commands side by side -> of each that failed the command and its last line."""
     with concurrent.futures.ThreadPoolExecutor(6 if device.type == "cuda" else 1) as pool:
-        ends = list(pool.map(lambda command: run(command, device), commands))
-    return [f"{command}: {last}" for command, (status, last) in zip(commands, ends) if status]
+        outcomes = list(pool.map(lambda command: run(command, device), commands))
+    return [f"{command}: {last}" for command, (status, last) in zip(commands, outcomes) if status]
 
 
 def stop(device):
@@ -156,13 +161,20 @@ def stop(device):
         command = f"simsiam.py --epochs 4 --workers 2 --out {folder}/run"
         words = [sys.executable, *shlex.split(command), "--device", device.type]
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while not os.path.exists(f"{folder}/run/views.png"):
+            while epochs_of(f"{folder}/run/log.jsonl") < 1 and process.poll() is None:
                 time.sleep(0.1)
-            time.sleep(1)
             process.send_signal(signal.SIGTERM)
             stopped = process.wait()
         status, _ = run(f"{command} --resume", device)
     return (stopped, status) == (143, 0), f"exit status {stopped}, then {status}"
+
+
+def epochs_of(log):
+    """How many epochs a log has; none where there is no log yet."""
+    if not os.path.exists(log):
+        return 0
+    with open(log) as f:
+        return sum('"event": "epoch"' in line and '"epoch": 0' not in line for line in f)
 
 
 def two(device):
@@ -179,10 +191,10 @@ def two(device):
             done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
-                return False, done.stderr.strip().splitlines()[-1]
+                return False, (done.stderr.strip() or "not a word").splitlines()[-1]
             with open(f"{folder}/{count}/log.jsonl") as f:
                 losses.append([json.loads(line) for line in f][2]["loss"])
-    return abs(losses[0] - losses[1]) < 0.01, f"losses {losses[0]:.4f} and {losses[1]:.4f}"
+    return abs(losses[0] - losses[1]) < 0.001, f"losses {losses[0]:.4f} and {losses[1]:.4f}"
 
 
 def as_process(arguments):
@@ -200,15 +212,14 @@ def as_process(arguments):
 CHECKS = {check.__name__: check for check in (waits, views, gradients, commands, stop, two)}
 
 
-def keep(outcomes, device):
+def keep(outcomes):
     """Write these outcomes in the place of the checks' last ones."""
     before = {}
     if os.path.exists(KEPT):
         with open(KEPT) as f:
-            before = json.load(f)["checks"]
-    kept = {"device": device_name(device), "torch": torch.__version__, "checks": before | outcomes}
+            before = json.load(f)
     with open(KEPT, "w") as f:
-        f.write(json.dumps(kept, indent=1) + "\n")
+        f.write(json.dumps(before | outcomes, indent=1) + "\n")
 
 
 def main():
@@ -229,9 +240,10 @@ def main():
             is_good, seen = False, f"{type(error).__name__}: {error}"
         seconds = round(time.monotonic() - began)
         print(f"{name:10}{'good' if is_good else 'BAD':5} {seen}  ({seconds} s)", flush=True)
-        outcomes[name] = {"good": is_good, "seen": seen, "seconds": seconds}
-    if args.device == "cuda":
-        keep(outcomes, device)
+        outcomes[name] = {"good": is_good, "seen": seen, "seconds": seconds,
+                          "device": device_name(device), "torch": torch.__version__}
+        if args.device == "cuda":
+            keep(outcomes)
     dist.destroy_process_group()
     sys.exit(not all(outcome["good"] for outcome in outcomes.values()))
 
