@@ -236,10 +236,10 @@ def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
     # Where z1's own columns are, and z2's.
     own1 = torch.arange(n, device=z1.device) + rank * n               # (N,)
     own2 = own1 + world * n                                           # (N,)
-    own = torch.cat([own1, own2]).view(-1, 1)                         # (2N, 1)
-    other = torch.cat([own2, own1]).view(-1, 1)                       # (2N, 1)
+    own = torch.cat([own1, own2]).view(-1, 1)                         # (2 * N, 1)
+    other = torch.cat([own2, own1]).view(-1, 1)                       # (2 * N, 1)
     logits.scatter_(1, own, -math.inf)
-    positive = logits.gather(1, other).flatten()                      # (2N,)
+    positive = logits.gather(1, other).flatten()                      # (2 * N,)
     return (logits.logsumexp(dim=1) - positive).mean()                # SimCLR Eq. (1): NT-Xent
 
 
