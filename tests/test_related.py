@@ -1283,7 +1283,7 @@ def test_collapse_is_told_by_each_methods_own_sign():
 ROOMS = (globals(), vars(world_related))  # where the tests find the module
 PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, its arguments)
     "the positive is left out, not the anchor itself": (
-        "logits[row, torch.cat([own1, own2])] =", "logits[row, torch.cat([own2, own1])] =",
+        "logits.scatter_(1, own, -math.inf)", "logits.scatter_(1, other, -math.inf)",
         "test_simclr_eq1_is_a_double_loop", [0.5]),
     "negatives of the other view only": (
         "torch.cat([z1, z2]) @ torch.cat(every).T", "torch.cat([z1, z2]) @ torch.cat(every[::-1]).T",
