@@ -215,7 +215,7 @@ def test_sgd_and_lars_have_the_lr_that_is_best_on_held_out_images():
 def test_results_readme_says_what_the_runs_on_cifar10_gave():
     """Their number; kNN of the small ones, and that of the raw pixels; that the pairs of one seed can't tell
     a decayed predictor lr from a constant one, by kNN or by a linear layer."""
-    page = " ".join((RESULTS / "README.md").read_text().split())
+    page = words_of("results/README.md")
     assert len(list((RESULTS / "cifar10").glob("*/log.jsonl"))) == 7 and "`cifar10` | seven runs" in page
     knn, cached = {}, {}
     for name in ("small", "small-decayed-predictor"):
@@ -247,7 +247,7 @@ def test_what_the_readmes_say_of_a_gpu_is_in_its_logs():
     minutes = sum(epoch["wall_seconds"] for epoch in epochs) / 60
     assert (start["device"], start["torch"]) == ("NVIDIA H200", "2.11.0+cu130")
     assert f"kNN {end['knn']:.1f}% and {top1:.1f}% by a linear layer, in {minutes:.1f} minutes" in readme()
-    page = " ".join((RESULTS / "README.md").read_text().split())
+    page = words_of("results/README.md")
     seconds = statistics.median(epoch["seconds"] for epoch in epochs)
     variants = read_json("speed-cuda.json")["step of cifar10"]["variants"]
     of_steps = 97 * variants["ours"]["ms"] / 1000

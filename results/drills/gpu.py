@@ -37,7 +37,9 @@ from harness import ends, processes
 from harness.loading import index_batches
 from harness.machine import device_name
 from harness.shapes import draw_shapes
+from results.cifar10 import records
 from results.neighbours import steps_of
+from results.speed import read_json
 
 KEPT = "results/drills/gpu.json"
 SHORT = "--epochs 1 --workers 2"
@@ -161,7 +163,7 @@ def stop(device):
         command = f"simsiam.py --epochs 4 --workers 2 --out {folder}/run"
         words = [sys.executable, *shlex.split(command), "--device", device.type]
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while epochs_of(f"{folder}/run/log.jsonl") < 1 and process.poll() is None:
+            while not has_an_epoch(f"{folder}/run/log.jsonl") and process.poll() is None:
                 time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
             stopped = process.wait()
@@ -169,12 +171,9 @@ def stop(device):
     return (stopped, status) == (143, 0), f"exit status {stopped}, then {status}"
 
 
-def epochs_of(log):
-    """How many epochs a log has; none where there is no log yet."""
-    if not os.path.exists(log):
-        return 0
-    with open(log) as f:
-        return sum('"event": "epoch"' in line and '"epoch": 0' not in line for line in f)
+def has_an_epoch(log):
+    """Whether an epoch of training stands in a log; the one of number 0 is the untrained network's."""
+    return any(record["event"] == "epoch" and record["epoch"] > 0 for record in records(log))
 
 
 def two(device):
@@ -192,8 +191,7 @@ def two(device):
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
                 return False, (done.stderr.strip() or "not a word").splitlines()[-1]
-            with open(f"{folder}/{count}/log.jsonl") as f:
-                losses.append([json.loads(line) for line in f][2]["loss"])
+            losses.append(records(f"{folder}/{count}/log.jsonl")[2]["loss"])
     return abs(losses[0] - losses[1]) < 0.001, f"losses {losses[0]:.4f} and {losses[1]:.4f}"
 
 
@@ -214,12 +212,9 @@ CHECKS = {check.__name__: check for check in (waits, views, gradients, commands,
 
 def keep(outcomes):
     """Write these outcomes in the place of the checks' last ones."""
-    before = {}
-    if os.path.exists(KEPT):
-        with open(KEPT) as f:
-            before = json.load(f)
+    kept = read_json(KEPT) | outcomes
     with open(KEPT, "w") as f:
-        f.write(json.dumps(before | outcomes, indent=1) + "\n")
+        f.write(json.dumps(kept, indent=1) + "\n")
 
 
 def main():
