@@ -8,9 +8,9 @@ A view is made in two steps, which meet only in plain numbers:
     draw    random numbers -> what to do: crop box, flip, colour changes and their order, grayscale, blur
     apply   image, what to do -> view: deterministic; crop and resize first, everything photometric after
 
-Every random number is a pure function of (seed, epoch, image, view, draw number); see harness/draws.py. So
-a view does not depend on how many workers, processes or interruptions there were, and any view can be shown
-again.
+Every random number is a pure function of (seed, epoch, image, view, draw number); see
+harness/common/draws.py. So a view does not depend on how many workers, processes or interruptions there were,
+and any view can be shown again.
 
 Order of this file: the draws of a view and their policy; crop, resize, flip; colour jitter, grayscale, blur,
 normalisation; the views of a batch; the contact sheet.
@@ -29,16 +29,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from harness.data import find_data, open_data
-from harness.draws import uniforms
-from harness.ends import show_any_name
-from harness.errors import Refused, printable
-from harness.images import check_files
-from harness.loading import decode, to_device
-from harness.options import add_range
-from harness.pictures import draw_contact_sheet, save_picture
-from harness.progress import silence
-from harness.tars import Joined
+from harness.common.machine import to_device
+from harness.common.draws import uniforms
+from harness.common.errors import Refused, printable
+from harness.common.files import save_picture
+from harness.common.progress import silence
+from harness.data.images import check_files
+from harness.data.loading import decode
+from harness.data.opening import find_data, open_data
+from harness.data.tars import Joined
+from harness.evaluation.pictures import draw_contact_sheet
+from harness.training.ends import show_any_name
+from harness.training.options import add_range
 
 # --- The policy, and the draws of a view -----------------------------------------------------------------
 
@@ -401,7 +403,7 @@ def load_views(source, policy, seed, batches, device, workers, views=2, waiting=
     """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S),
     normalised, on the device.
 
-    waiting: what is read from files goes through it, and so can be timed (harness/loading.py). Raises
+    waiting: what is read from files goes through it, and so can be timed (harness/data/loading.py). Raises
     BadImage where too many files can't be read.
     """
     if source.pixels is None:

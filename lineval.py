@@ -33,23 +33,24 @@ from torch import nn
 
 import augment
 import resnet
-from harness.data import open_data
-from harness.draws import permutation
-from harness.ends import run_and_leave
-from harness.errors import Refused, printable
-from harness.evaluate import BATCH, accuracy, calibrated, check_frozen, check_same_images
-from harness.evaluate import extract, good_ones, hits, neighbours, tensor_hashes
-from harness.files import refusing, replacing, save
-from harness.folder import CHECKPOINTS, folder_name, holds_run, lock
-from harness.loading import index_batches, to_device
-from harness.machine import device_name, fastest_layout, hardware
-from harness.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
-from harness.pictures import draw_neighbors
-from harness.processes import all_sum, join_world, mean_over_processes, same_everywhere
-from harness.progress import Progress
-from harness.run import Run
-from harness.tars import names_of
-from harness.weights import describe_found, file_hash, find_resnet, load_strictly, read_weights, whole_model
+from harness.common.machine import device_name, fastest_layout, hardware, to_device
+from harness.common.draws import permutation
+from harness.common.errors import Refused, printable
+from harness.common.files import refusing, replacing, save
+from harness.common.progress import Progress
+from harness.data.loading import index_batches
+from harness.data.opening import open_data
+from harness.data.tars import names_of
+from harness.evaluation.features import BATCH, accuracy, calibrated, check_frozen, check_same_images
+from harness.evaluation.features import extract, good_ones, hits, neighbours, tensor_hashes
+from harness.evaluation.pictures import draw_neighbors
+from harness.evaluation.weights import describe_found, file_hash, find_resnet, load_strictly, read_weights
+from harness.evaluation.weights import whole_model
+from harness.training.ends import run_and_leave
+from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
+from harness.training.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
+from harness.training.processes import all_sum, join_world, mean_over_processes, same_everywhere
+from harness.training.run import Run
 from simsiam import cosine, initial_lr, knn_accuracy, l2_normalize, recipe_for
 
 # --- The layer and its optimisers (supplement A) ---------------------------------------------------------
@@ -374,7 +375,8 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
 #     lightly's               backbone.0.weight              numbers for conv1, bn1, layer1, ...
 #
 # So it is looked for in any nesting of dicts and under any prefix, and of two networks the one that was
-# trained is taken (harness/weights.py). Architecture, width and stem are recognised from names and shapes.
+# trained is taken (harness/evaluation/weights.py). Architecture, width and stem are recognised from names and
+# shapes.
 
 class Backbone(NamedTuple):
     """A frozen network, and what is known of it."""
@@ -397,7 +399,7 @@ def untrained(arch, width, cifar_stem):
 
 
 def read_backbone(path, width=None, prefix=None):
-    """The ResNet in a file (harness/weights.py).
+    """The ResNet in a file (harness/evaluation/weights.py).
 
     width   what to insist on. By default it is what the file tells, which rounding can hide if it is odd
             (1/3)

@@ -39,16 +39,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet
-from harness.batchnorm import AllSum
-from harness.captions import Vocabulary, bag, hash_of
-from harness.data import open_captions
-from harness.draws import permutation
-from harness.ends import run_and_leave
-from harness.errors import Refused
-from harness.evaluate import extract, good_ones
-from harness.loading import to_device
-from harness.options import number
-from harness.processes import everyones
+from harness.common.machine import to_device
+from harness.common.draws import permutation
+from harness.common.errors import Refused
+from harness.data.captions import Vocabulary, bag, hash_of
+from harness.data.opening import open_captions
+from harness.evaluation.features import extract, good_ones
+from harness.training.batchnorm import AllSum
+from harness.training.ends import run_and_leave
+from harness.training.options import number
+from harness.training.processes import everyones
 from lineval import LARS
 from simsiam import CHOICES, RECIPES, SETTINGS, Method, as_float32, collapsed, cosine, initial_lr
 from simsiam import l2_normalize, list_experiments, loss, options, prediction_mlp, pretrain, stopgrad, warmup
@@ -223,8 +223,8 @@ def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
     """NT-Xent, the mean over the 2B outputs: each is to find the other view of its image, z1's in z2 or the
     other way round, among all outputs but itself. (N, d), (N, d) -> scalar
 
-    With all_sum (harness/batchnorm.AllSum), this process's outputs are compared with those of all `world`
-    processes, of which it is number `rank`. The loss is the mean over its own. Its gradient, averaged over
+    With all_sum (batchnorm.AllSum), this process's outputs are compared with those of all `world` processes,
+    of which it is number `rank`. The loss is the mean over its own. Its gradient, averaged over
     the processes, is that of one process.
     """
     n = len(z1)

@@ -37,7 +37,6 @@ import sys
 import textwrap
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,25 +44,25 @@ from torch import nn
 
 import augment
 import resnet
-from harness.batchnorm import synchronize
-from harness.data import SMALL, open_data
-from harness.draws import permutation
-from harness.ends import run_and_leave
-from harness.errors import Refused, printable
-from harness.evaluate import accuracy, calibrated, check_same_images, extract, good_ones, neighbours
-from harness.evaluate import share_bad
-from harness.files import save
-from harness.folder import CHECKPOINTS, folder_name, holds_run, lock
-from harness.loading import index_batches, to_device
-from harness.machine import bf16_pays, fastest_layout, hardware, peak_memory
-from harness.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
-from harness.per_image import PerImageVectors
-from harness.pictures import draw_curves, save_picture
-from harness.processes import all_sum, check_same_precision, join_world, mean_over_processes
-from harness.progress import Progress
-from harness.run import Run
-from harness.weights import describe_found, find_resnet, load_strictly, name_groups, read_weights
-from harness.weights import whole_model
+from harness.common.machine import bf16_pays, fastest_layout, hardware, peak_memory, to_device
+from harness.common.draws import permutation
+from harness.common.errors import Refused, printable
+from harness.common.files import save, save_picture
+from harness.common.progress import Progress
+from harness.data.loading import index_batches
+from harness.data.opening import SMALL, open_data
+from harness.evaluation.features import accuracy, calibrated, check_same_images, extract, good_ones
+from harness.evaluation.features import neighbours, share_bad
+from harness.evaluation.pictures import draw_curves
+from harness.evaluation.weights import describe_found, find_resnet, load_strictly, name_groups, read_weights
+from harness.evaluation.weights import whole_model
+from harness.training.batchnorm import synchronize
+from harness.training.ends import run_and_leave
+from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
+from harness.training.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
+from harness.training.per_image import PerImageVectors
+from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
+from harness.training.run import Run
 
 # --- 1. The loss, and one step of Algorithm 1 (Sec. 3) ---------------------------------------------------
 
@@ -273,7 +272,7 @@ def distribute(model, device, compiled=False):
 def train(run, network, stream, optimizer, schedule, autocast, progress, after_step, after_epoch):
     """The training loop, over the steps and epochs that the run still needs.
 
-    run             the run's position, checkpoints and log (harness/run.py)
+    run             the run's position, checkpoints and log (harness/training/run.py)
     network         what distribute() made of the model
     stream          yields (views, objective) for each step; see section 7
     schedule        called before each step, with its number: sets the optimiser's lr

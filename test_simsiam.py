@@ -29,8 +29,8 @@ import augment
 import lineval
 import simsiam
 import tests.helpers
-from harness import loading, shapes
-from harness.per_image import PerImageVectors
+from harness.data import loading, shapes
+from harness.training.per_image import PerImageVectors
 from results.pages import write_tables
 from tests import shape_comments
 from tests.claims import (arguments_for, check_claims, check_equation, check_it_dies, claims, equation_table,
@@ -1251,10 +1251,10 @@ SHAPE_COMMENTS = {
     "augment.py": 34,
     "lineval.py": 9,
     "related.py": 19,
-    "harness/batchnorm.py": 2,
-    "harness/evaluate.py": 1,
-    "harness/per_image.py": 2,
-    "harness/shapes.py": 1}
+    "harness/training/batchnorm.py": 2,
+    "harness/evaluation/features.py": 1,
+    "harness/training/per_image.py": 2,
+    "harness/data/shapes.py": 1}
 
 
 def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
@@ -1274,9 +1274,9 @@ def test_shape_comments_are_what_happens(tmp_path, monkeypatch, ten, large):
             assert here("related.py", *tiny, "--out", tmp_path / method) is None
         sys.modules["simsiam"].D_cross_entropy(*torch.randn(2, 4, 5))
         sys.modules["related"].clip_loss(*torch.randn(2, 4, 5), torch.tensor(1.0))
-        sys.modules["harness.shapes"].draw_shapes(0, 0, 2)
-        sys.modules["harness.processes"].join_world(CPU)
-        sys.modules["harness.batchnorm"].SyncBatchNorm(5)(torch.randn(4, 5, 2, 2))
+        sys.modules["harness.data.shapes"].draw_shapes(0, 0, 2)
+        sys.modules["harness.training.processes"].join_world(CPU)
+        sys.modules["harness.training.batchnorm"].SyncBatchNorm(5)(torch.randn(4, 5, 2, 2))
         torch.distributed.destroy_process_group()
     assert importer.places - importer.seen == set()
     assert collections.Counter(file for file, *_ in importer.places) == SHAPE_COMMENTS

@@ -19,7 +19,7 @@ sys.path.insert(0, os.getcwd())
 import torch
 
 import simsiam
-from harness.errors import Refused
+from harness.common.errors import Refused
 from results.cifar10 import Interrupted, cell, do, open_cifar10, records
 from results.cores import results_of
 from results.pages import write_tables

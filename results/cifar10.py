@@ -29,9 +29,9 @@ sys.path.insert(0, os.getcwd())
 import numpy as np
 import torch
 
-from harness import cifar
-from harness.data import open_data
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import cifar
+from harness.data.opening import open_data
 from results.cores import results_of
 
 

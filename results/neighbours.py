@@ -30,11 +30,11 @@ import torch
 import augment
 import related
 import simsiam
-from harness.errors import Refused
-from harness.loading import index_batches
-from harness.machine import device_name, fastest_layout
-from harness.pictures import BLUE, RED
-from harness.processes import join_world
+from harness.common.machine import device_name, fastest_layout
+from harness.common.errors import Refused
+from harness.data.loading import index_batches
+from harness.evaluation.pictures import BLUE, RED
+from harness.training.processes import join_world
 from results.cifar10 import SMALL, SUBSET, Interrupted, cell, do, open_cifar10, records, subset
 from results.cores import results_of
 from results.pages import Panel, draw_rows, write_tables

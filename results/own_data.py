@@ -21,9 +21,9 @@ sys.path.insert(0, os.getcwd())
 import numpy as np
 import torch
 
-from harness.cifar import TEN
-from harness.data import open_data
-from harness.evaluate import hits
+from harness.data.cifar import TEN
+from harness.data.opening import open_data
+from harness.evaluation.features import hits
 from results.cifar10 import write_batches
 from simsiam import knn, l2_normalize
 

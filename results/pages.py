@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from harness.pictures import GREY, save_picture
+from harness.common.files import save_picture
+from harness.evaluation.pictures import GREY
 
 
 def write_tables(page, tables):

@@ -23,7 +23,6 @@ sys.path.insert(0, os.getcwd())
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import augment
 import resnet
 import simsiam
-from harness.data import open_data
-from harness.images import read_image
-from harness.machine import cpu_has_bf16, fastest_layout
-from harness.processes import join_world
+from harness.common.machine import cpu_has_bf16, fastest_layout
+from harness.data.images import read_image
+from harness.data.opening import open_data
+from harness.training.processes import join_world
 from results.pages import write_tables
 from results.speed import model_of
 

@@ -34,13 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import augment
 import simsiam
-from harness.data import open_data
-from harness.errors import BadImage, Refused, printable
-from harness.files import replacing
-from harness.images import read_rgb
-from harness.loading import Decoder, decode
-from harness.machine import device_name, fastest_layout, peak_memory
-from harness.source import Source
+from harness.common.machine import device_name, fastest_layout, peak_memory
+from harness.common.errors import BadImage, Refused, printable
+from harness.common.files import replacing
+from harness.data.images import read_rgb
+from harness.data.loading import Decoder, decode
+from harness.data.opening import open_data
+from harness.data.source import Source
 
 CPU = torch.device("cpu")
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bf16 TFLOP/s, from the data sheets

@@ -3,7 +3,7 @@ import os
 import sys
 
 import simsiam
-from harness import ends
+from harness.training import ends
 
 if __name__ == "__main__":
     rank = int(os.environ["RANK"])

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import simsiam
-from harness import processes, shapes
+from harness.data import shapes
+from harness.training import processes
 from tests.helpers import CPU, EVALUATION, LONGER, PROTOCOL_OPTIONS, REAL, ROOT, TINY
 from tests.helpers import here, losses_of, program, save_image, settings_of, torchrun, weights_of
 from tests.helpers import write_folder

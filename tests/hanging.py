@@ -3,7 +3,7 @@ import itertools
 import time
 
 import simsiam
-from harness import ends
+from harness.training import ends
 
 if __name__ == "__main__":
     train_step = simsiam.train_step

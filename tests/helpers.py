@@ -26,8 +26,9 @@ from PIL import Image
 import lineval
 import related
 import simsiam
-from harness import ends, shapes
-from harness.source import Source
+from harness.data import shapes
+from harness.data.source import Source
+from harness.training import ends
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real images, where a folder with them lies beside the repository

@@ -1,6 +1,7 @@
 """simsiam.py, which waits three seconds for images instead of ten minutes."""
 import simsiam
-from harness import ends, loading
+from harness.data import loading
+from harness.training import ends
 
 if __name__ == "__main__":
     loading.LOADER_TIMEOUT = 3

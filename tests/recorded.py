@@ -3,7 +3,7 @@
     torchrun ... -m tests.recorded FOLDER [arguments of simsiam.py]
 
 NCCL's all_reduce returns at once, and nobody has the sum until he asks for a number on the CPU. gloo's waits.
-So the sums that harness/run.py makes are started here, and waited for only when they are read.
+So the sums that harness/training/run.py makes are started here, and waited for only when they are read.
 Process 0's last checkpoint takes two seconds. FOLDER gets, of each process, what it summed ("sums-0") and
 when it left ("left-0"); of process 0 also when its last checkpoint was written ("saved-0").
 """
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import simsiam
-from harness import ends, run
+from harness.training import ends, run
 
 FOLDER = pathlib.Path(sys.argv[1])
 SUMS = []
@@ -27,7 +27,7 @@ BROADCAST = dist.broadcast
 
 
 class Late:
-    """A sum that is on its way, with what harness/run.py and late.py do with one."""
+    """A sum that is on its way, with what harness/training/run.py and late.py do with one."""
     is_cuda = False
 
     def __init__(self, t):

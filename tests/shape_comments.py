@@ -23,11 +23,13 @@ from tests.helpers import ROOT
 DIM = r"\w+(?: [+] \w+)?"
 SHAPE = re.compile(rf"# (?:.*(?:,|->) )?\(({DIM}(?:, *{DIM})*),?\)(?: each)?(?:: .*)?$")
 SCRIPTS = ["augment", "simsiam", "lineval", "related"]
-ROOMS = [f"harness.{path.stem}" for path in sorted((ROOT / "harness").glob("[a-z]*.py"))]
+FOLDERS = ["harness.common", "harness.data", "harness.training", "harness.evaluation"]
+ROOMS = [f"{folder}.{path.stem}" for folder in FOLDERS
+         for path in sorted((ROOT / folder.replace(".", "/")).glob("[a-z]*.py"))]
 
 
 def file_of(module):
-    """harness.draws -> harness/draws.py"""
+    """harness.common.draws -> harness/common/draws.py"""
     return module.replace(".", "/") + ".py"
 
 
@@ -106,7 +108,7 @@ class ShapeCheckingImport:
 def checking_shapes():
     """In the block, our modules are others, with checks in the place of shape comments -> the importer"""
     importer = ShapeCheckingImport()
-    names = ["harness", *ROOMS, *SCRIPTS]
+    names = ["harness", *FOLDERS, *ROOMS, *SCRIPTS]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.meta_path.insert(0, importer)
     try:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 import augment
-from harness import data, loading, shapes
+from harness.data import loading, opening, shapes
+from harness.data.source import Source
 from tests.helpers import CPU, differs, slow, write_folder
 
 pytest_plugins = ["tests.fixtures"]
@@ -470,7 +471,7 @@ def the_same(a, b):
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kind, request):
     """All views of two epochs against the same from two processes, and after an interruption."""
-    source, _, _ = data.open_data(request.getfixturevalue(kind))
+    source, _, _ = opening.open_data(request.getfixturevalue(kind))
     steps = len(source) // 8
     whole = first_views(source)
     assert len(whole) == 2 * steps
@@ -486,14 +487,14 @@ def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kin
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_view_is_the_same_whatever_the_workers(large, workers):
     """All views of two epochs against those that worker processes decode."""
-    source, _, _ = data.open_data(large)
+    source, _, _ = opening.open_data(large)
     assert the_same(first_views(source), first_views(source, workers))
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_an_image_has_two_views_and_others_with_another_seed(kind, request):
     """The two views of a batch against each other, and against another seed's."""
-    source, _, _ = data.open_data(request.getfixturevalue(kind))
+    source, _, _ = opening.open_data(request.getfixturevalue(kind))
     x1, x2 = first_views(source, epochs=1)[0]
     assert x1.shape == (8, 3, 16, 16)
     difference = (x1 - x2).flatten(1).abs()
@@ -504,7 +505,7 @@ def test_an_image_has_two_views_and_others_with_another_seed(kind, request):
 
 def test_test_views_are_the_centre_of_each_image(large):
     """Views without randomness, from a worker, against resizing each image alone."""
-    source, _, _ = data.open_data(large)
+    source, _, _ = opening.open_data(large)
     policy = augment.Policy(size=56)
     batch = 0, np.array([3, 1, 8])
     (index, x), = augment.load_centres(source, policy, [batch], CPU, 1)
@@ -520,7 +521,7 @@ def test_contact_sheet_shows_an_image_beside_its_views():
     greys = torch.tensor([40, 90, 200], dtype=torch.uint8)
     pixels = torch.empty(3, 3, 32, 32, dtype=torch.uint8)
     pixels.copy_(greys.view(3, 1, 1, 1))
-    source = data.Source(pixels=pixels)
+    source = Source(pixels=pixels)
     policy = augment.Policy(size=32, jitter=0, gray=0, blur=0)
     sheet = np.array(augment.contact_sheet(source, policy, 0, pairs=2))
     tile = 96

@@ -1,12 +1,12 @@
-"""harness/captions.py: what a caption says against the image that was drawn; lists of captions; words."""
+"""harness, captions.py: what a caption says against the image that was drawn; lists of captions; words."""
 import colorsys
 import re
 
 import numpy as np
 import pytest
 
-from harness import captions, data, shapes
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import captions, opening, shapes
 from tests.helpers import save_image
 
 pytest_plugins = ["tests.fixtures"]
@@ -88,7 +88,7 @@ def listed(folder, text):
     " a.png \t a dog \nb b.png\tA cat, asleep\n"])
 def test_lists_are_read_as_people_write_them(tmp_path, text):
     """A name with a space, Windows' line ends and byte order mark, empty lines, spaces around."""
-    opened = data.open_captions(listed(tmp_path, text))
+    opened = opening.open_captions(listed(tmp_path, text))
     assert opened.train.captions == ["a dog", "A cat, asleep"]
     assert len(opened.train) == 2
     assert opened.train.pixels is not None
@@ -107,7 +107,7 @@ def test_lists_are_read_as_people_write_them(tmp_path, text):
 def test_bad_lists_are_refused_in_one_line(tmp_path, text, said):
     """With the number of the line, and what is wrong."""
     with pytest.raises(Refused) as refused:
-        data.open_captions(listed(tmp_path, text))
+        opening.open_captions(listed(tmp_path, text))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -115,7 +115,7 @@ def test_bad_lists_are_refused_in_one_line(tmp_path, text, said):
 def test_a_folder_is_no_list_of_captions(tmp_path):
     """It says what a list looks like."""
     with pytest.raises(Refused, match="captions come in a text file: on each line a path, a tab"):
-        data.open_captions(tmp_path)
+        opening.open_captions(tmp_path)
 
 
 def test_words_are_numbers():
@@ -131,7 +131,7 @@ def test_words_are_numbers():
 def test_an_inverted_range_is_refused(tmp_path):
     """As for any other data."""
     with pytest.raises(Refused, match="--range 5 1: two finite numbers, the lower one first"):
-        data.open_captions(listed(tmp_path, "a.png\tone\nb b.png\ttwo\n"), [5, 1])
+        opening.open_captions(listed(tmp_path, "a.png\tone\nb b.png\ttwo\n"), [5, 1])
 
 
 def test_a_vocabulary_of_other_words_is_refused():
@@ -144,5 +144,5 @@ def test_a_vocabulary_of_other_words_is_refused():
 
 def test_good_images_keep_their_captions(tmp_path):
     """Source.only."""
-    source = data.open_captions(listed(tmp_path, "a.png\tone\nb b.png\ttwo\n")).train
+    source = opening.open_captions(listed(tmp_path, "a.png\tone\nb b.png\ttwo\n")).train
     assert source.only(np.array([1])).captions == ["two"]

@@ -12,9 +12,11 @@ import torch
 
 import augment
 import simsiam
-from harness import late, loading, machine, processes
-from harness.batchnorm import synchronize
-from harness.errors import Refused
+from harness.common import machine
+from harness.common.errors import Refused
+from harness.data import loading
+from harness.training import processes
+from harness.training.batchnorm import synchronize
 from tests import cuda_kernels
 from tests.helpers import CPU, ROOT, TINY, tiny_model, torchrun
 
@@ -50,7 +52,7 @@ def test_numbers_are_read_when_their_event_has_come(monkeypatch):
             on_gpu.copy.copy_(on_gpu.numbers)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    on_their_way = late.OnTheirWay(on_gpu)
+    on_their_way = machine.OnTheirWay(on_gpu)
     assert on_gpu.copy.isnan().all()
     assert on_their_way.read() == [1.5, -2.0]
 
@@ -69,7 +71,7 @@ def test_an_array_goes_to_a_gpu_from_pinned_memory(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: Pinned(t))
     for device in (CUDA, "cuda"):
-        assert loading.to_device(np.arange(3), device).tolist() == [0, 1, 2]
+        assert machine.to_device(np.arange(3), device).tolist() == [0, 1, 2]
     assert pinned == [(CUDA, True), ("cuda", True)]
 
 

@@ -1,4 +1,4 @@
-"""harness/data.py, cifar.py and source.py: what DATA can be, and what is refused."""
+"""harness/data, opening.py, cifar.py and source.py: what DATA can be, and what is refused."""
 import collections
 import dataclasses
 import hashlib
@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import cifar, data, shapes
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import cifar, opening, shapes
 from tests.helpers import REAL, Hostile, python, real, slow, write_cifar, write_folder
 
 pytest_plugins = ["tests.fixtures"]
@@ -27,7 +27,7 @@ def names_of(source):
 
 def test_small_images_of_a_folder_are_held_in_memory(small):
     """Pixels, labels and classes against the files as Pillow reads them."""
-    train, val, _ = data.open_data(small)
+    train, val, _ = opening.open_data(small)
     assert train.classes == ["a", "b", "c"]
     assert train.pixels.shape == (50, 3, 16, 16)
     assert len(train) == 50
@@ -40,7 +40,7 @@ def test_small_images_of_a_folder_are_held_in_memory(small):
 
 def test_large_images_of_a_folder_stay_files(large):
     """A file's name, and its pixels, against Pillow's."""
-    train, _, _ = data.open_data(large)
+    train, _, _ = opening.open_data(large)
     assert train.pixels is None
     assert len(train) == 20
     assert names_of(train)[3] == str(large / "train/a/009.jpg")
@@ -51,14 +51,14 @@ def test_images_of_several_small_sizes_stay_files(tmp_path):
     """One image of another size, which a look at 16 files doesn't meet, is found too."""
     write_folder(tmp_path, "train", 40, 16)
     Image.new("RGB", (17, 16)).save(tmp_path / "train/a/003.png")
-    train, _, _ = data.open_data(tmp_path)
+    train, _, _ = opening.open_data(tmp_path)
     assert train.pixels is None
     assert len(train) == 40
 
 
 def test_file_list_is_one_buffer(large):
     """The size of the array against that of its names: no Python strings, whose counts workers would copy."""
-    files = data.open_data(large)[0].files
+    files = opening.open_data(large)[0].files
     assert isinstance(files, np.ndarray)
     assert files.dtype.kind == "S"
     assert files.nbytes == 20 * len(bytes(files[0]))
@@ -72,7 +72,7 @@ def test_folders_without_classes_are_searched_to_any_depth(tmp_path):
     Image.new("RGB", (80, 70)).save(tmp_path / "B.JPG")
     (tmp_path / "notes.txt").write_text("not an image")
     os.symlink(tmp_path, nested / "loop")
-    train, val, _ = data.open_data(tmp_path)
+    train, val, _ = opening.open_data(tmp_path)
     assert names_of(train) == [str(nested / "grey.png"), str(tmp_path / "B.JPG")]
     assert val is None
     assert train.labels is None
@@ -87,7 +87,7 @@ def test_a_list_names_files_relative_to_itself(tmp_path, small):
     Image.new("RGB", (80, 70)).save(tmp_path / "photos/B.JPG")
     listing = tmp_path / "list.txt"
     listing.write_text(f"photos/B.JPG\n{small}/train/a/000.png\n\n")
-    train, val, _ = data.open_data(listing)
+    train, val, _ = opening.open_data(listing)
     assert names_of(train) == [str(tmp_path / "photos/B.JPG"), f"{small}/train/a/000.png"]
     assert val is None
 
@@ -95,7 +95,7 @@ def test_a_list_names_files_relative_to_itself(tmp_path, small):
 def test_a_single_image_is_a_data_set(large):
     """One file, the one that was named."""
     path = large / "train/a/009.jpg"
-    train, val, _ = data.open_data(path)
+    train, val, _ = opening.open_data(path)
     assert names_of(train) == [str(path)]
     assert val is None
 
@@ -104,7 +104,7 @@ def test_nothing_stands_for_the_shapes(monkeypatch):
     """Which images are drawn, over the cores, against one draw of all: none is in both splits."""
     monkeypatch.setattr(shapes, "TRAINING", 60)
     monkeypatch.setattr(shapes, "VALIDATION", 20)
-    train, val, found = data.open_data(None)
+    train, val, found = opening.open_data(None)
     whole = shapes.draw_shapes(0, 0, 80)
     assert torch.equal(torch.cat([train.pixels, val.pixels]), whole.pixels)
     assert np.concatenate([train.labels, val.labels]).tolist() == whole.labels.tolist()
@@ -115,7 +115,7 @@ def test_nothing_stands_for_the_shapes(monkeypatch):
 
 def fingerprint(folder):
     """The number of a folder's training split."""
-    return data.open_data(folder)[0].fingerprint()
+    return opening.open_data(folder)[0].fingerprint()
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
@@ -149,7 +149,7 @@ def test_cifar_in_both_layouts(tmp_path, layout):
     pixels = rng.integers(0, 256, (60, 3, 32, 32), np.uint8)
     labels = rng.integers(0, 10, 60).astype(np.uint8)
     write_cifar(tmp_path, pixels, labels, 10, BATCHES)
-    train, val, _ = data.open_data(tmp_path / layout)
+    train, val, _ = opening.open_data(tmp_path / layout)
     assert np.array_equal(train.pixels, pixels[:50])
     assert np.array_equal(val.pixels, pixels[50:])
     assert train.labels.tolist() == labels[:50].tolist()
@@ -162,7 +162,7 @@ def test_a_batch_of_cifar_that_is_missing_is_named(tmp_path):
     pixels = np.zeros((30, 3, 32, 32), np.uint8)
     write_cifar(tmp_path, pixels, np.zeros(30, np.uint8), 10, BATCHES[:3])
     with pytest.raises(Refused, match=r"data_batch_4: not a batch of CIFAR-10 \(FileNotFoundError"):
-        data.open_data(tmp_path / "py")
+        opening.open_data(tmp_path / "py")
 
 
 NOT_CIFAR = {
@@ -182,7 +182,7 @@ def test_cifar_reader_admits_nothing_else(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(NOT_CIFAR[content], 2))
     with pytest.raises(Refused, match="data_batch_1: not a batch of CIFAR-10"):
-        data.open_data(tmp_path)
+        opening.open_data(tmp_path)
     assert not (tmp_path / "HACKED").exists()
 
 
@@ -203,7 +203,7 @@ def test_cifar_batches_that_do_not_fit_together_are_refused(tmp_path, damage):
     batch = {b"data": np.stack(rows), b"labels": labels}
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
     with pytest.raises(Refused, match="data_batch_1: not a batch of CIFAR-10"):
-        data.open_data(tmp_path)
+        opening.open_data(tmp_path)
 
 
 @pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["new", "old"])
@@ -221,7 +221,7 @@ def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
 def images_and_labels(folder):
     """Of both splits, sorted: a hash of each image, and its label."""
     splits = []
-    train, val, _ = data.open_data(folder)
+    train, val, _ = opening.open_data(folder)
     for source in (train, val):
         hashes = [hashlib.sha1(image).hexdigest() for image in source.pixels.numpy()]
         splits.append(sorted(zip(hashes, source.labels.tolist())))
@@ -245,7 +245,7 @@ def test_cifar_as_folder_bin_and_py_hold_the_same_images(tmp_path):
 def refusal_of(path):
     """The one line with which open_data gives up."""
     with pytest.raises(Refused) as refusal:
-        data.open_data(path)
+        opening.open_data(path)
     message = str(refusal.value)
     assert "\n" not in message
     return message
@@ -274,7 +274,7 @@ def test_a_class_that_train_lacks_makes_val_unusable(tmp_path):
     write_folder(tmp_path, "train", 6, 16)
     write_folder(tmp_path, "val", 6, 16)
     os.rename(tmp_path / "val/c", tmp_path / "val/z")
-    train, val, found = data.open_data(tmp_path)
+    train, val, found = opening.open_data(tmp_path)
     assert len(train) == 6
     assert val is None
     assert found.notes == ("val/ is not used: z is no class of the training split", )
@@ -285,7 +285,7 @@ def test_an_image_outside_the_class_folders_is_left_out(tmp_path):
     """It is counted, with its place."""
     write_folder(tmp_path, "train", 6, 16)
     Image.new("L", (16, 16)).save(tmp_path / "train/stray.png")
-    train, _, found = data.open_data(tmp_path)
+    train, _, found = opening.open_data(tmp_path)
     assert len(train) == 6
     assert +found.left_out == {"images in train/": 1}
 

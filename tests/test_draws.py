@@ -1,11 +1,11 @@
-"""harness/draws.py: are the random numbers random, and are they the hash that they claim to be?"""
+"""harness, draws.py: are the random numbers random, and are they the hash that they claim to be?"""
 import itertools
 import math
 
 import numpy as np
 import pytest
 
-from harness import draws
+from harness.common import draws
 
 N = 200_000
 KEYS = [3, 1, 4, 1, 5]  # seed, epoch, image, view, draw

@@ -1,4 +1,4 @@
-"""harness/ends.py: how a run ends before its end, by signals, dead processes and refusals."""
+"""harness, ends.py: how a run ends before its end, by signals, dead processes and refusals."""
 import contextlib
 import functools
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import simsiam
-from harness.errors import Refused
+from harness.common.errors import Refused
 from tests.helpers import LONGER, ROOT, TINY, equal, free_port, here, kill_all, log_of, losses_of
 from tests.helpers import processes_of, program, python, refusal, slow, start, stopped_at, torchrun
 from tests.helpers import wait_for_epoch, weights_of, write_folder
@@ -337,8 +337,6 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places, case):
 
 TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; what has a checkpoint goes on"),
-    "a worker's pipe": (EOFError(), "a process that decodes images was killed"),
-    "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
     "no memory for cuDNN": (RuntimeError("GET was unable to find an engine to run"), "use a smaller --batch"),
     "NCCL's network": (RuntimeError("NCCL error in: x.cpp:1, unhandled"), "NCCL_DEBUG=INFO says more"),
@@ -373,7 +371,7 @@ def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path):
     """A thread that never ends would hold an ordinary end up. The exit status is 1."""
     program = """
         import threading, time
-        from harness import ends
+        from harness.training import ends
         def run(args):
             threading.Thread(target=time.sleep, args=(100,)).start()
             raise ZeroDivisionError("a bug")

@@ -1,4 +1,4 @@
-"""harness/evaluate.py: features of many images, counting hits, checking that a network is frozen."""
+"""harness, features.py: features of many images, counting hits, checking that a network is frozen."""
 import copy
 import hashlib
 import struct
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness import evaluate
-from harness.errors import Refused
-from harness.source import Source
+from harness.common.errors import Refused
+from harness.data.source import Source
+from harness.evaluation import features
 from tests.helpers import CPU, equal, untrained
 
 pytest_plugins = ["tests.fixtures"]
@@ -35,7 +35,7 @@ def test_features_come_in_the_order_of_the_images(world_of_one):
         number = x[:, 0, 0, 0]
         return torch.stack([number, number ** 2], dim=1)
 
-    found = evaluate.extract(number_and_square, as_they_are, Source(pixels=pixels), CPU)
+    found = features.extract(number_and_square, as_they_are, Source(pixels=pixels), CPU)
     assert torch.equal(found, torch.stack([numbers, numbers ** 2], dim=1))
     assert len(batches) > 1
     assert sum(batches) == n
@@ -47,7 +47,7 @@ def test_a_calibrated_network_has_the_statistics_of_the_training_images():
     network = untrained("resnet18", 1 / 16, True)
     before = copy.deepcopy(network.state_dict())
     pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
-    found = evaluate.calibrated(network, as_they_are, Source(pixels=pixels))
+    found = features.calibrated(network, as_they_are, Source(pixels=pixels))
     with torch.no_grad():
         activations = network.conv1(pixels.float()).double().numpy()
     mean = activations.mean(axis=(0, 2, 3))
@@ -72,15 +72,15 @@ def scores_and_labels():
 def test_hits_and_accuracy_count_every_label_once(world_of_one):
     """Against a count over a full sort."""
     scores, labels, counts = scores_and_labels()
-    assert evaluate.hits(scores, labels).tolist() == counts
+    assert features.hits(scores, labels).tolist() == counts
     percent = [100 * count / 101 for count in counts]
-    assert evaluate.accuracy(lambda mine: scores[mine], labels) == pytest.approx(percent)
+    assert features.accuracy(lambda mine: scores[mine], labels) == pytest.approx(percent)
 
 
 def test_hits_among_fewer_than_five_classes():
     """All labels are among the first five."""
     labels = torch.tensor([0, 1, 0])
-    assert evaluate.hits(torch.eye(3), labels).tolist() == [2, 3]
+    assert features.hits(torch.eye(3), labels).tolist() == [2, 3]
 
 
 # --- The frozen network -------------------------------------------------------------------------------------
@@ -93,18 +93,18 @@ def test_tensor_hashes_are_the_sha256_of_the_values():
     for name, t in layer.state_dict().items():
         values = t.flatten().tolist()
         expected[name] = hashlib.sha256(struct.pack(f"={len(values)}f", *values)).hexdigest()
-    assert evaluate.tensor_hashes(layer) == expected
+    assert features.tensor_hashes(layer) == expected
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.bn1.running_var", "bn1.num_batches_tracked"])
 def test_a_backbone_that_changed_is_an_error(name):
     """The change is the last bit of each value: a weight's, a statistic's, a counter's."""
     network = untrained("resnet18", 1 / 16, True)
-    loaded = evaluate.tensor_hashes(network)
-    evaluate.check_frozen(network, loaded)
+    loaded = features.tensor_hashes(network)
+    features.check_frozen(network, loaded)
     t = network.state_dict()[name]
     changed = torch.nextafter(t, t + 1) if t.is_floating_point() else t + 1
     t.copy_(changed)
     escaped = name.replace(".", r"\.")
     with pytest.raises(Refused, match=escaped + r"; 1 tensors"):
-        evaluate.check_frozen(network, loaded)
+        features.check_frozen(network, loaded)

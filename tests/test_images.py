@@ -1,4 +1,4 @@
-"""harness/images.py, augment.py --check: odd files become RGB or are bad; a bad one is replaced and named."""
+"""harness, images.py, augment.py --check: odd files become RGB or are bad; a bad one is replaced and named."""
 import os
 import re
 import sys
@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import augment
-from harness import images
-from harness.errors import BadImage, printable
-from harness.source import Source
-from harness.walk import as_files, walk
+from harness.common.errors import BadImage, printable
+from harness.data import images
+from harness.data.source import Source
+from harness.data.walk import as_files, walk
 from tests.helpers import ROOT, obey_permissions, odd_files, python, write_folder
 
 pytest_plugins = ["tests.fixtures"]

@@ -1,4 +1,4 @@
-"""harness/layouts.py, walk.py, lists.py, labels.py: every file below DATA is used, or counted with a reason.
+"""harness/data, the tree of files: every file below DATA is used, or counted with a reason.
 
 Each tree is a table: {path: what lies there}. A picture is drawn as a level of grey; all else is bytes.
 """
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness import data, found, layouts, pictures
-from harness.data import find_data
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import layouts, opening, walk
+from harness.data.opening import find_data
+from harness.evaluation import pictures
 from tests.helpers import ROOT, TINY, here, log_of, obey_permissions, python, refusal, slow, write_folder
 
 pytest_plugins = ["tests.fixtures"]
@@ -50,7 +51,7 @@ def classes(split, names="abc", count=8, suffix=".png"):
 
 def said(what):
     """What is left out, in words; "" where nothing is."""
-    return found.describe(what.left_out) or ""
+    return walk.describe(what.left_out) or ""
 
 
 WITH_VAL = classes("train") | classes("val", count=4)
@@ -228,7 +229,7 @@ def test_a_pipe_is_left_out(tmp_path):
     """It has an image's name; to open it would take for ever."""
     plant(tmp_path, many("{}.png", 4))
     os.mkfifo(tmp_path / "pipe.png")
-    what, _, _ = data.open_data(tmp_path)
+    what, _, _ = opening.open_data(tmp_path)
     assert len(what) == 4
     assert layouts.look(tmp_path).left_out["pipes, sockets or devices"] == 1
 
@@ -316,7 +317,7 @@ def test_cifar_100(tmp_path, layout):
     archive = {"binary": "cifar-100-binary", "Python": "cifar-100-python"}[layout]
     pixels, labels = write_hundred(tmp_path / archive, layout, np.random.default_rng(0))
     for place in (tmp_path / archive, tmp_path):
-        train, val, _ = data.open_data(place)
+        train, val, _ = opening.open_data(place)
         assert np.array_equal(train.pixels.flatten(1), pixels[:20])
         assert np.array_equal(val.pixels.flatten(1), pixels[20:])
         assert np.array_equal(np.concatenate([train.labels, val.labels]), labels)

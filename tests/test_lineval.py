@@ -12,8 +12,9 @@ from PIL import Image
 import lineval
 import resnet
 import simsiam
-from harness import data, draws, shapes
-from harness.errors import Refused
+from harness.common import draws
+from harness.common.errors import Refused
+from harness.data import opening, shapes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT
 from tests.helpers import equal, here, kill_when, log_of, prefixed, python, refusal
 from tests.helpers import result_of, slow, torchrun, torchvision_names, untrained, weights_of
@@ -188,14 +189,14 @@ def test_evaluation_writes_what_it_says(judged, ten):
     assert result["note"].startswith("NOT the paper's protocol")
     classifier = torch.load(out / "classifier.pth", weights_only=True)
     assert classifier["note"] == result["note"]
-    assert classifier["classes"] == data.open_data(ten)[0].classes
+    assert classifier["classes"] == opening.open_data(ten)[0].classes
 
 
 @pytest.mark.parametrize("split, k", [("train", 0), ("val", 1)])
 def test_saved_features_are_the_networks(judged, ten, split, k):
     """Against the network on images that numpy normalised."""
     path, network = judged
-    source = data.open_data(ten)[k]
+    source = opening.open_data(ten)[k]
     recipe = simsiam.recipe("cifar10")
     mean = np.array(recipe["mean"]).reshape(3, 1, 1)
     std = np.array(recipe["std"]).reshape(3, 1, 1)

@@ -1,4 +1,4 @@
-"""harness/loading.py: which images a step gets, and what worker processes make of files, good and bad."""
+"""harness, loading.py: which images a step gets, and what worker processes make of files, good and bad."""
 import os
 import signal
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import draws, loading
-from harness.errors import STOPPING, BadImage
-from harness.source import Source
-from harness.walk import as_files, walk
+from harness.common import draws, machine
+from harness.common.errors import STOPPING, BadImage, Refused
+from harness.data import loading
+from harness.data.source import Source
+from harness.data.walk import as_files, walk
 from tests.helpers import CPU
 
 pytest_plugins = ["tests.fixtures"]
@@ -147,6 +148,38 @@ def test_workers_ignore_the_signals_that_end_a_run():
 def test_an_array_reaches_the_device():
     """A tensor of the same numbers, without a copy on the CPU."""
     array = np.arange(5.0)
-    tensor = loading.to_device(array, CPU)
+    tensor = machine.to_device(array, CPU)
     assert tensor.tolist() == array.tolist()
     assert tensor.data_ptr() == array.ctypes.data
+
+
+TROUBLES = {  # id: (what the workers' queue raises, what the one line says)
+    "a worker's pipe": (EOFError(), "a process that decodes images was killed"),
+    "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
+    "a worker": (RuntimeError("DataLoader worker (pid 1) is killed"), "was killed"),
+    "time": (RuntimeError("DataLoader timed out after 600 seconds"), "no images for 600 s"),
+}
+
+
+@pytest.mark.parametrize("raised, message", TROUBLES.values(), ids=TROUBLES)
+def test_dead_or_stuck_workers_are_told_in_one_line(raised, message):
+    """After two batches there come no more."""
+    def batches():
+        yield from (1, 2)
+        raise raised
+
+    seen = []
+    with pytest.raises(Refused, match=message):
+        for batch in loading.in_our_words(batches()):
+            seen.append(batch)
+    assert seen == [1, 2]
+
+
+def test_a_bug_behind_the_batches_stays_a_bug():
+    """What is no worker's end is raised as it is."""
+    def batches():
+        raise RuntimeError("a bug")
+        yield
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(loading.in_our_words(batches()))

@@ -1,4 +1,4 @@
-"""Two processes and one run folder: harness/folder.py's lock, and what a scheduler starts by mistake."""
+"""Two processes and one run folder: harness, folder.py's lock, and what a scheduler starts by mistake."""
 import errno
 import fcntl
 import os
@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from harness import folder, processes
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.training import folder, processes
 from tests.helpers import ROOT, TINY, here, log_of, losses_of, program, refusal, slow, start, torchrun
 from tests.helpers import wait_for_epoch, weights_of
 
@@ -222,15 +222,6 @@ def test_a_worker_that_hangs_does_not_keep_the_lock_of_a_killed_run(tmp_path, la
         folder.unlock()
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
-
-
-def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, small):
-    """It would lead to somebody's file."""
-    (tmp_path / "precious").write_text("precious")
-    (tmp_path / "run").mkdir()
-    os.symlink(tmp_path / "precious", tmp_path / "run" / folder.LOCK)
-    assert folder.LOCK in refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
-    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_the_lock_is_let_go_when_a_program_ends(tmp_path, small):

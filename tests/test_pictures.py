@@ -1,12 +1,12 @@
-"""harness/pictures.py: pixels of the pictures, against where the numbers belong."""
+"""harness, pictures.py: pixels of the pictures, against where the numbers belong."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import lineval
-from harness import pictures
-from harness.source import Source
+from harness.data.source import Source
+from harness.evaluation import pictures
 
 RED = (200, 0, 0)
 GREEN = (0, 200, 0)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import simsiam
-from harness import batchnorm, machine, processes
-from harness.errors import Refused
+from harness.common import machine
+from harness.common.errors import Refused
+from harness.training import batchnorm, processes
 from tests import cuda_kernels
 from tests.helpers import CPU, LONGER, ROOT, TINY, equal, here, log_of, losses_of, settings_of_row, torchrun
 from tests.helpers import interrupted_before, weights_of

@@ -1,4 +1,4 @@
-"""harness/processes.py, batchnorm.py, per_image.py: several processes do what one does, or say why not."""
+"""harness/training, processes, batchnorm, per_image: several processes do what one does, or say why not."""
 import datetime
 import re
 import types
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import simsiam
-from harness import data, processes
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import opening
+from harness.training import processes
 from tests import world
 from tests.helpers import CPU, ROOT, TINY, free_port, log_of, refusal, slow, torchrun, write_folder
 
@@ -107,7 +108,7 @@ def test_a_restart_forgets_that_nccl_had_failed(monkeypatch, rank, there):
 
 def test_a_batch_that_processes_do_not_divide_has_no_settings(small):
     """15 images for two processes."""
-    train, _, _ = data.open_data(small)
+    train, _, _ = opening.open_data(small)
     args = simsiam.parse([str(small), *TINY, "--batch", "15"])
     with pytest.raises(Refused, match="--batch 15: 2 processes don't divide it"):
         simsiam.settings_for(args, train, 2)

@@ -27,7 +27,8 @@ import augment
 import related
 import simsiam
 import tests.helpers
-from harness import data, processes, shapes
+from harness.data import opening, shapes
+from harness.training import processes
 from lineval import LARS
 from results.pages import write_tables
 from tests import world_related
@@ -807,7 +808,7 @@ def test_a_stand_in_brings_its_own_caption(tmp_path):
             image.write_bytes(b"no image")
     text = "".join(f"{number}.png\t{kind}\n" for number, kind in enumerate(kinds))
     (tmp_path / "list.txt").write_text(text)
-    opened = data.open_captions(tmp_path / "list.txt")
+    opened = opening.open_captions(tmp_path / "list.txt")
     processes.join_world(CPU)
     method = related.CLIP(world_related.settings("clip"), opened)
     method.build()

@@ -11,9 +11,9 @@ import torch
 
 import related
 import simsiam
-from harness.data import open_data
-from harness.shapes import draw_shapes
-from harness.source import Source
+from harness.data.opening import open_data
+from harness.data.shapes import draw_shapes
+from harness.data.source import Source
 from results.pairs import difference
 from results.speed import model_of
 from tests.helpers import ROOT, log_of, slow

@@ -1,4 +1,4 @@
-"""harness/run.py and files.py: what a run leaves in its folder, and how it goes on from there."""
+"""harness, run.py and files.py: what a run leaves in its folder, and how it goes on from there."""
 import contextlib
 import io
 import json
@@ -17,10 +17,11 @@ from PIL import Image
 
 import resnet
 import simsiam
-from harness import data, files, images, shapes
-from harness.errors import Refused, printable
-from harness.folder import folder_name
-from harness.run import Run
+from harness.common import files
+from harness.common.errors import Refused, printable
+from harness.data import images, opening, shapes
+from harness.training.folder import folder_name
+from harness.training.run import Run
 from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
 from tests.helpers import long, obey_permissions, odd_files, program, refusal, result_of, slow, weights_of
 from tests.helpers import save_image, write_folder
@@ -100,7 +101,7 @@ def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
     settings = simsiam.recipe("cifar10")
     mean, std = (np.array(settings[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     features = []
-    train, val, _ = data.open_data(small)
+    train, val, _ = opening.open_data(small)
     for source in (train, val):
         x = (source.pixels.numpy() / 255 - mean) / std
         with torch.no_grad():
@@ -313,7 +314,7 @@ def old_run(tmp_path, small):
     shutil.copytree(OLD / "old-run", out)
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 1)
-    train, _, _ = data.open_data(small)
+    train, _, _ = opening.open_data(small)
     if train.fingerprint() != checkpoint["settings"]["content"]:
         pytest.skip("this version of Pillow draws other images")
     return out
@@ -542,7 +543,7 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path):
     """Source.image against a search by hand, whoever asks first."""
     write_folder(tmp_path, "train", 12, (70, 80))
     expected = odd_files(tmp_path / "train/odd")
-    source, _, _ = data.open_data(tmp_path)
+    source, _, _ = opening.open_data(tmp_path)
     names = [os.path.basename(os.fsdecode(file)) for file in source.files]
     good = [i for i, name in enumerate(names) if expected.get(name, "good") is not None]
     assert len(good) < len(source)

@@ -1,4 +1,4 @@
-"""harness/shapes.py: the drawn data set is the same everywhere, and only form tells its classes apart."""
+"""harness, shapes.py: the drawn data set is the same everywhere, and only form tells its classes apart."""
 import hashlib
 
 import numpy as np
@@ -6,7 +6,7 @@ import PIL
 import pytest
 import torch
 
-from harness import shapes
+from harness.data import shapes
 
 DIGEST = "b44b1e58ddc6c439"  # of images 0 to 29 of seed 3, drawn by Pillow 13.0.0
 

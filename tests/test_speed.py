@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import augment
-from harness import data, shapes
+from harness.data import opening, shapes
 from results import speed
 from tests.helpers import CPU, slow
 
@@ -22,7 +22,7 @@ def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
     """Both pipelines, all of their draws: as far apart as Pillow's hue and blur are from exact ones."""
     for k, photo in enumerate(photos):
         Image.fromarray(photo).save(tmp_path / f"{k}.png")
-    source, _, _ = data.open_data(tmp_path)
+    source, _, _ = opening.open_data(tmp_path)
     index = np.arange(len(photos))
     levels = augment.Policy(size=96, mean=(0,) * 3, std=(1 / 255,) * 3)
     batches = [(epoch, index)]
@@ -54,7 +54,7 @@ def check_bench(capsys, source, policy, parts):
 
 def test_the_benchmark_measures_every_part_of_files(large, capsys):
     """The parts, of images that are decoded."""
-    source, _, _ = data.open_data(large)
+    source, _, _ = opening.open_data(large)
     parts = ["decode", *PARTS, "DataLoader, 1 and 2 workers"]
     check_bench(capsys, source, augment.Policy(size=24), parts)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import harness
-from harness import files
-from harness.errors import Refused, printable
+from harness.common import files
+from harness.common.errors import Refused, printable
 from tests.helpers import ROOT, TINY, here, log_of, program, python, refusal, slow, wait_for_epoch
 from tests.helpers import write_folder
 

@@ -1,4 +1,4 @@
-"""harness/tars.py: uncompressed tar files in the place of folders."""
+"""harness, tars.py: uncompressed tar files in the place of folders."""
 import io
 import os
 import shutil
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness import images, tars, walk
-from harness.data import find_data, open_data
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import images, tars, walk
+from harness.data.opening import find_data, open_data
 from tests.helpers import ROOT, TINY, equal, here, losses_of, odd_files, python, real, refusal, result_of
 from tests.helpers import REAL, save_image, slow, weights_of, write_folder
 

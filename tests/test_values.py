@@ -1,4 +1,4 @@
-"""harness/values.py, images.py: pixels of more than 8 bits; bad files; the small options for odd images."""
+"""harness, values.py, images.py: pixels of more than 8 bits; bad files; the small options for odd images."""
 import os
 import struct
 import subprocess
@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 
 import augment
 import lineval
-from harness import data, values
-from harness.errors import Refused
+from harness.common.errors import Refused
+from harness.data import opening, values
 from tests.helpers import CPU, REAL, ROOT, TINY, here, log_of, png_chunk, python, real, result_of, slow
 
 pytest_plugins = ["tests.fixtures"]
@@ -111,7 +111,7 @@ def test_deep_files_show_what_8_bits_show(tmp_path, kind):
     originals = [levels(k) for k in range(6)]
     for k, g in enumerate(originals):
         write(tmp_path / f"{k}{suffix}", g)
-    train, *_ = data.open_data(tmp_path)
+    train, *_ = opening.open_data(tmp_path)
     assert train.value_range is not None
     for k, g in enumerate(originals):
         shown = train.image(k)[..., 0].numpy()
@@ -145,7 +145,7 @@ def test_a_range_that_is_none_is_refused(tmp_path, given):
     """Two finite numbers, the lower one first."""
     Image.new("L", (70, 70)).save(tmp_path / "0.png")
     with pytest.raises(Refused, match="two finite numbers, the lower one first"):
-        data.open_data(tmp_path, given)
+        opening.open_data(tmp_path, given)
 
 
 def test_the_range_is_of_both_splits(tmp_path):
@@ -157,7 +157,7 @@ def test_the_range_is_of_both_splits(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             g = np.full((70, 70), 1000 * (1 + 2 * k), np.uint16)
             Image.fromarray(g if split == "val" else g.astype(np.uint8)).save(path)
-    _, val, _ = data.open_data(tmp_path)
+    _, val, _ = opening.open_data(tmp_path)
     assert val.value_range == (0, 4095)
     assert val.image(1).float().mean() > 2.9 * val.image(0).float().mean()
 
@@ -167,7 +167,7 @@ def test_a_deep_file_that_no_sample_has_met_is_shown_by_its_kind(tmp_path):
     for i in range(1000):
         Image.new("L", (65, 2), i % 255).save(tmp_path / f"{i:04}.png")
     Image.fromarray(np.full((2, 65), 4000, np.uint16)).save(tmp_path / "0001.png")
-    train, *_ = data.open_data(tmp_path)
+    train, *_ = opening.open_data(tmp_path)
     assert train.value_range is None
     assert train.image(1).float().mean().item() == pytest.approx(255 * 4000 / 65535, abs=0.5)
 
@@ -176,7 +176,7 @@ def test_brightness_between_files_is_kept(tmp_path):
     """One range for the data set: a dark picture stays darker than a bright one; NaN is black."""
     for k, level in enumerate((100, 2000, 4000)):
         Image.fromarray(np.full((70, 70), level, np.uint16)).save(tmp_path / f"{k}.png")
-    train, *_ = data.open_data(tmp_path)
+    train, *_ = opening.open_data(tmp_path)
     shown = [train.image(k).float().mean().item() for k in range(3)]
     assert shown == pytest.approx([255 * v / 4095 for v in (100, 2000, 4000)], abs=0.5)
     assert values.to_levels(np.array([np.nan, 5]), (0, 5)).tolist() == [0, 255]
@@ -188,7 +188,7 @@ def test_in_mixed_folders_8_bits_stay_as_they_are(tmp_path):
     Image.fromarray(g).save(tmp_path / "a.png")
     Image.fromarray(g.astype(np.uint16) * 16).save(tmp_path / "b.png")
     Image.fromarray(g // 2).save(tmp_path / "c.png")
-    train, *_ = data.open_data(tmp_path)
+    train, *_ = opening.open_data(tmp_path)
     shown = [train.image(k)[..., 0].numpy().astype(int) for k in range(3)]
     assert np.array_equal(shown[0], g)
     assert np.array_equal(shown[2], g // 2)
@@ -226,7 +226,7 @@ def test_the_range_is_said_and_kept_and_read_alike(tmp_path, capsys):
 def test_workers_read_with_the_same_range(tmp_path):
     """A batch from a worker against the main process's reading."""
     folder = deep_folder(tmp_path)
-    train, *_ = data.open_data(folder)
+    train, *_ = opening.open_data(folder)
     policy = augment.Policy(size=16)
     (_, by_worker), = augment.load_centres(train, policy, [(0, np.arange(8))], CPU, 1)
     for k in range(8):
@@ -350,7 +350,7 @@ def test_the_monitors_knn_judges_good_images_only(tmp_path):
 
 READER = """
 import sys
-from harness import images
+from harness.data import images
 for path in map(str.strip, sys.stdin):
     try:
         images.read_image(path.encode())
@@ -461,7 +461,7 @@ def test_features_of_images_without_labels(tmp_path):
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_vflip_turns_views_upside_down(kind, request):
     """At probability 1 each view is the mirror image of the view at 0, in memory and from files."""
-    train, *_ = data.open_data(request.getfixturevalue(kind))
+    train, *_ = opening.open_data(request.getfixturevalue(kind))
     plain = augment.Policy(size=16, jitter=0, gray=0, blur=0)
     batches = [(0, np.arange(6))]
     views = [next(augment.load_views(train, policy, 0, batches, CPU, 0))[1]
@@ -565,7 +565,7 @@ def test_other_depths_keep_the_order_of_values(tmp_path, case):
     suffix, write = OWN_DEPTHS[case]
     for k in range(4):
         write(tmp_path / f"{k}{suffix}", levels(k))
-    train, *_ = data.open_data(tmp_path)
+    train, *_ = opening.open_data(tmp_path)
     shown = np.concatenate([train.image(k)[..., 0].numpy().ravel() for k in range(4)]).astype(float)
     original = np.concatenate([levels(k).ravel() for k in range(4)]).astype(float)
     slope, start = np.polyfit(original, shown, 1)

@@ -1,4 +1,4 @@
-"""harness/weights.py: files of weights in every known layout, and damaged, foreign and crafted ones."""
+"""harness, weights.py: files of weights in every known layout, and damaged, foreign and crafted ones."""
 import argparse
 import collections
 import contextlib
@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import tarfile
-import warnings
 import zipfile
 
 import numpy as np
@@ -17,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import lineval
-from harness import checkpoint, files, unpickling, weights
-from harness.errors import Refused
+from harness.common import files, unpickling
+from harness.common.errors import Refused
+from harness.evaluation import weights
+from harness.training import folder as run_folder
 from tests.helpers import Hostile, TINY
 from tests.helpers import change, crafted_checkpoints, equal, filled, flipped, here, prefixed, refusal
 from tests.helpers import settings_of, torchvision_names, untrained, without
@@ -574,7 +575,7 @@ def test_what_lies_behind_a_file_does_not_switch_its_checksums_off(tmp_path, beh
     with pytest.raises(Refused):
         files.read(str(path))
     with pytest.raises(Refused):
-        checkpoint.newest_checkpoint(str(tmp_path))
+        run_folder.newest_checkpoint(str(tmp_path))
 
 
 def test_a_run_does_not_go_on_from_the_form_without_checksums(tmp_path):
@@ -582,7 +583,7 @@ def test_a_run_does_not_go_on_from_the_form_without_checksums(tmp_path):
     content = {"format": 1, "x": torch.ones(3)}
     torch.save(content, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(Refused, match="nothing that a run has written"):
-        checkpoint.newest_checkpoint(str(tmp_path))
+        run_folder.newest_checkpoint(str(tmp_path))
 
 
 def test_a_compressed_archive_is_refused(tmp_path):

@@ -9,8 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import simsiam
-from harness import batchnorm, ends, loading, processes, shapes
-from harness.per_image import PerImageVectors
+from harness.data import loading, shapes
+from harness.training import batchnorm, ends, processes
+from harness.training.per_image import PerImageVectors
 from tests import cuda_kernels
 from tests.helpers import CPU, tiny_model
 
@@ -79,7 +80,7 @@ def keep_vectors(file):
 
 
 def speak_together():
-    """What the small functions of harness/processes.py return."""
+    """What the small functions of harness/training/processes.py return."""
     rank = dist.get_rank()
     numbers = torch.tensor([1.0, rank], dtype=torch.float64)
     mean = processes.mean_over_processes(numbers)

@@ -10,8 +10,9 @@ from torch import nn
 import augment
 import related
 import simsiam
-from harness import ends, loading, processes, shapes
-from harness.data import Data
+from harness.data import loading, shapes
+from harness.data.opening import Data
+from harness.training import ends, processes
 from tests.helpers import CPU, TINY_BACKBONE, TINY_HEADS
 
 STEPS = 6

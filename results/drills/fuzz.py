@@ -29,12 +29,13 @@ import torch
 from PIL import Image
 
 import simsiam
-from harness import files, tars
-from harness.data import find_data
-from harness.ends import launch
-from harness.errors import BadImage, Refused
-from harness.images import read_image
-from harness.shapes import draw_shapes
+from harness.common import files
+from harness.common.errors import BadImage, Refused
+from harness.data import tars
+from harness.data.images import read_image
+from harness.data.opening import find_data
+from harness.data.shapes import draw_shapes
+from harness.training.ends import launch
 
 OPTIONS = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "
                       "--batch 16 --size 16 --base-lr 0.5 --knn-every 0 --workers 0 --epochs 2")

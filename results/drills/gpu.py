@@ -33,10 +33,10 @@ import torch.distributed as dist
 
 import augment
 import simsiam
-from harness import ends, processes
-from harness.loading import index_batches
-from harness.machine import device_name
-from harness.shapes import draw_shapes
+from harness.common.machine import device_name
+from harness.data.loading import index_batches
+from harness.data.shapes import draw_shapes
+from harness.training import ends, processes
 from results.cifar10 import records
 from results.neighbours import steps_of
 from results.speed import read_json

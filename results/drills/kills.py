@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 import simsiam
-from harness import ends
-from harness.shapes import draw_shapes
+from harness.data.shapes import draw_shapes
+from harness.training import ends
 
 PHASES = ["starting", "between steps", "in a step", "writing a checkpoint", "writing the log", "kNN", "ended"]
 OPTIONS = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "

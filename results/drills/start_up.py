@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 import augment
-from harness.data import open_data
-from harness.draws import permutation
-from harness.loading import index_batches
+from harness.common.draws import permutation
+from harness.data.loading import index_batches
+from harness.data.opening import open_data
 
 FOLDERS = 1000
 BATCH = 64

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 import augment
-from harness.data import open_data
-from harness.loading import index_batches
+from harness.data.loading import index_batches
+from harness.data.opening import open_data
 from results.drills.start_up import children, memory
 
 CLASSES = 1000

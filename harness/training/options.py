@@ -16,8 +16,8 @@ import sys
 import numpy as np
 import torch
 
-from .errors import Refused
-from .processes import cores
+from ..common.machine import cores
+from ..common.errors import Refused
 
 # What the command lines take, from and to. Both scripts check whichever of these they have. An upper limit is
 # either a matter of meaning (a probability) or far beyond what anybody needs; it catches a slip of the finger
@@ -153,7 +153,7 @@ def device_name(text):
 
 
 def add_range(parser):
-    """The option that overrides what harness/values.py finds."""
+    """The option that overrides what harness/data/values.py finds."""
     parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
                         help="the values that become 0 to 255, in files of more than 8 bits (default: by a "
                              "sample of the files)")

@@ -9,11 +9,15 @@ import signal
 import numpy as np
 import torch
 
-from .draws import permutation
-from .errors import STOPPING, Refused
+from ..common.draws import permutation
+from ..common.errors import STOPPING, Refused
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
+NO_IMAGES = ("no images for {seconds} s; is the disk or the network under DATA still there? May a process "
+             "open enough files (ulimit -n)?")
+KILLED = ("a process that decodes images was killed, usually because memory or /dev/shm ran out; use fewer "
+          "--workers")
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
 
 
@@ -34,15 +38,6 @@ def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, w
             yield epoch, order[start:start + share]
 
 
-def to_device(array, device):
-    """A numpy array as a tensor on the device. Pinned memory lets the copy to a GPU run without waiting for
-    it."""
-    tensor = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
-
-
 def decode(source, cut, batches, device, workers, waiting=iter):
     """Yield (epoch, indices, [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by worker
     processes.
@@ -61,7 +56,7 @@ def decode(source, cut, batches, device, workers, waiting=iter):
         Decoder(source, cut), batch_sampler=parts(batches), collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
     here = []  # the parts of a batch that are here: indices, and the views of each
-    for epoch, index, is_last, views, bad in waiting(iter(loader)):
+    for epoch, index, is_last, views, bad in waiting(in_our_words(iter(loader))):
         if isinstance(bad, Refused):
             raise bad
         source.note(bad)
@@ -69,6 +64,21 @@ def decode(source, cut, batches, device, workers, waiting=iter):
         if is_last:
             yield epoch, *joined(here)
             here = []
+
+
+def in_our_words(batches):
+    """Yield the same batches. Raises Refused where the workers bring none any more."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
+        raise Refused(f"{error!r}: {KILLED}") from None
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        if "DataLoader timed out" in first_line:
+            raise Refused(f"{first_line}: {NO_IMAGES.format(seconds=LOADER_TIMEOUT)}") from None
+        if "DataLoader worker" in first_line:
+            raise Refused(f"{first_line}: {KILLED}") from None
+        raise
 
 
 def parts(batches):

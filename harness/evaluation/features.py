@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .draws import permutation
-from .errors import Refused
-from .loading import to_device
-from .processes import all_sum, my_share, same_everywhere
+from ..common.machine import to_device
+from ..common.draws import permutation
+from ..common.errors import Refused
+from ..training.processes import all_sum, my_share, same_everywhere
 
 
 BATCH = 256  # images at a time

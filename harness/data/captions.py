@@ -13,7 +13,7 @@ import unicodedata
 
 import torch
 
-from .errors import Refused, printable
+from ..common.errors import Refused, printable
 from .lists import read_lines
 
 WORDINGS = (

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .errors import Refused
+from ..common.errors import Refused
 from .source import Source
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from .errors import BadImage, printable
+from ..common.errors import BadImage, printable
+from ..common.progress import warn
 from .images import read_or_replace
-from .progress import warn
 from .tars import names_of
 
 

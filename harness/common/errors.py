@@ -1,7 +1,7 @@
 """What the programs say when they can't go on, and the signals that end a run.
 
 Whoever meets input that can't be used raises Refused with one line: what, where, what to do. The scripts
-print it and exit with 1 (harness/ends.py). Everything else that is raised is a bug, and shows its
+print it and exit with 1 (harness/training/ends.py). Everything else that is raised is a bug, and shows its
 traceback.
 """
 import re

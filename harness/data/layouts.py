@@ -8,14 +8,13 @@ import collections
 import os
 from typing import NamedTuple
 
+from ..common.errors import Refused
 from . import cifar
-from .errors import Refused
-from .found import Found, Split, describe
 from .images import is_image
 from .lists import KINDS, looks_like, read_list
 from .splits import folder_with_splits, with_splits, without_splits
 from .tars import as_folder, is_tar, locate
-from .walk import Listing, as_files, entries, look_into, walk
+from .walk import Found, Listing, Split, as_files, describe, entries, look_into, walk
 
 
 class Layout(NamedTuple):
@@ -112,7 +111,7 @@ def look_at_tar(path, keep):
 
 
 def look_at_listing(root, listing):
-    """A folder of images: with splits and classes, or without (harness/splits.py)."""
+    """A folder of images: with splits and classes, or without (harness/data/splits.py)."""
     if not listing.images:
         raise Refused(nothing_there(root, listing.left_out))
     folder = folder_with_splits(root, listing.images)

@@ -1,9 +1,17 @@
-"""What the programs say of the machine, and what they choose by it: the memory layout, and the precision."""
+"""The machine: what we say of it, what we choose by it, and how numbers travel to a GPU and back."""
 import functools
+import os
 import resource
 import sys
 
 import torch
+
+
+def cores():
+    """This process's share of the machine's cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, usable // max(1, int(processes) if processes.isdigit() else 1))
 
 
 def device_name(device):
@@ -78,3 +86,36 @@ def fastest_layout(network, device):
     if device.type == "cpu" and network.conv1.out_channels < 16:
         return torch.contiguous_format
     return torch.channels_last
+
+
+# --- To the device and back -------------------------------------------------------------------------------
+
+def to_device(array, device):
+    """A numpy array as a tensor on the device. Pinned memory lets the copy to a GPU run without waiting for
+    it."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+class OnTheirWay:
+    """Numbers that are being copied from the device, so that nobody waits until they are asked for.
+
+    A GPU works through a queue, and the CPU only fills it. Whoever asks for a number of the last step waits
+    until the queue is empty; then the GPU waits for the CPU. So the copy is queued too, and read when the
+    next step is queued.
+    """
+
+    def __init__(self, numbers):
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrived = None
+        if numbers.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        """The numbers, as a list."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers.tolist()

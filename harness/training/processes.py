@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .errors import Refused
+from ..common.machine import cores
+from ..common.errors import Refused
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
 
@@ -132,13 +133,6 @@ def forget_failure(store):
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     store.delete_key("exception_dump")
-
-
-def cores():
-    """This process's share of the machine's cores."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, usable // max(1, int(processes) if processes.isdigit() else 1))
 
 
 # --- Sums over the processes ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ GPUs.
 import torch
 import torch.distributed as dist
 
-from .loading import to_device
+from ..common.machine import to_device
 from .processes import all_sum, everyones
 
 PIECE = 2 ** 16  # vectors that are brought together at a time for a checkpoint: all may not fit one GPU

@@ -5,7 +5,7 @@ tells it. The object is always lighter than its ground. Otherwise "lighter or da
 no augmentation takes away, and SimSiam would learn that first.
 
 As with CIFAR-10, the images are the same whatever the seed of a run, so that runs can be compared. Each has a
-caption, too, which says what was drawn (harness/captions.py).
+caption, too, which says what was drawn (harness/data/captions.py).
 """
 import multiprocessing
 from functools import partial
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..common.machine import cores
+from ..common.draws import SHAPES, uniforms
 from .captions import describe
-from .draws import SHAPES, uniforms
-from .processes import cores
 from .source import Source
 
 TRAINING = 12_000    # images of the data set

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import check_format
-from .errors import Refused
-from .files import has_checksums, read, refusing
-from .unpickling import Inert
+from ..common.errors import Refused
+from ..common.files import has_checksums, read, refusing
+from ..common.unpickling import Inert
+from ..training.folder import check_format
 
 ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (False, (2, 2, 2, 2)): "resnet18",

@@ -1,7 +1,7 @@
 """A run: how far it is, its folder, when it saves, and what ends it.
 
-The folder holds checkpoint.pth and the one before it (checkpoint-previous.pth), log.jsonl (harness/log.py),
-and pictures.
+The folder holds checkpoint.pth and the one before it (checkpoint-previous.pth), log.jsonl (log.py), and
+pictures.
 
 When is it saved? At the start, at the end, after a signal, and every --save-minutes. Also at the end of an
 epoch, where the last time took less than a fiftieth of what has gone by since: epochs can be as short as a
@@ -20,10 +20,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from .checkpoint import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
-from .errors import STOPPING, Refused, Stopped
-from .files import read, refusing, save
-from .late import OnTheirWay
+from ..common.machine import OnTheirWay
+from ..common.errors import STOPPING, Refused, Stopped
+from ..common.files import read, refusing, save
+from .folder import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
 from .log import Log
 from .processes import all_sum, same_everywhere
 

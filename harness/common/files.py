@@ -13,6 +13,7 @@ import warnings
 import zipfile
 
 import torch
+from PIL import PngImagePlugin
 
 from . import unpickling
 from .errors import Refused
@@ -66,7 +67,7 @@ def refusing(path, verdict):
 
 
 def read(path):
-    """A file that torch.save wrote -> the dict in it. No code in the file is run (harness/unpickling.py).
+    """A file that torch.save wrote -> the dict in it. No code in the file is run (unpickling.py).
 
     Raises Refused where it is missing, damaged or foreign. Files of torch 1.6 or later have checksums, and
     all of them are verified before anything is read.
@@ -165,3 +166,36 @@ def reason_why(error, path):
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "not enough memory for it"
     return "damaged, or nothing that torch.save wrote"
+
+
+# --- Knowing them again ---------------------------------------------------------------------------------
+# A picture that lies among somebody's images must not be taken for one of them. So each has a mark in its
+# file, and is looked for under these names anywhere, and under any name in the folder that is DATA.
+
+OURS = (b"views.png", b"curves.png", b"neighbors.png")
+MARK = "drawn by SimSiam, the reference"
+
+
+def save_picture(image, path):
+    """Write a PIL image as a PNG file with our mark. Raises Refused where it can't be written."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
+    with replacing(path) as f:
+        image.save(f, "png", pnginfo=mark)
+
+
+def is_ours(path):
+    """Whether a file of one of our names (path: bytes) is a picture of ours: of a run, perhaps of a version
+    that set no mark, or with the mark."""
+    return os.path.exists(os.path.join(os.path.dirname(path), b"log.jsonl")) or has_mark(path)
+
+
+def has_mark(path):
+    """Whether a file (path: bytes) has our mark. What is no regular file is not opened: it could block."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as f:
+            return MARK.encode() in f.read(256)
+    except OSError:  # whoever reads it says what is wrong
+        return False

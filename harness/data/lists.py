@@ -7,7 +7,7 @@ the file is, and what to do.
 import codecs
 import os
 
-from .errors import Refused, printable
+from ..common.errors import Refused, printable
 
 # What a file is, and what to do.
 ARCHIVE = "an archive; unpack it, and name the folder"

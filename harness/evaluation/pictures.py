@@ -1,49 +1,14 @@
 """The pictures that the programs draw: contact sheets, training curves, nearest neighbours."""
-import os
-
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .errors import printable
-from .files import replacing
+from ..common.errors import printable
+from ..common.files import save_picture
 
 GREEN = "#2a9d3a"
 RED = "#d62728"
 BLUE = "#1f4e9c"
 GREY = "#dddddd"
-
-# --- Knowing them again ---------------------------------------------------------------------------------
-# A picture that lies among somebody's images must not be taken for one of them. So each has a mark in its
-# file, and is looked for under these names anywhere, and under any name in the folder that is DATA.
-
-OURS = (b"views.png", b"curves.png", b"neighbors.png")
-MARK = "drawn by SimSiam, the reference"
-
-
-def save_picture(image, path):
-    """Write a PIL image as a PNG file with our mark. Raises Refused where it can't be written."""
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text("Software", MARK)
-    with replacing(path) as f:
-        image.save(f, "png", pnginfo=mark)
-
-
-def is_ours(path):
-    """Whether a file of one of our names (path: bytes) is a picture of ours: of a run, perhaps of a version
-    that set no mark, or with the mark."""
-    return os.path.exists(os.path.join(os.path.dirname(path), b"log.jsonl")) or has_mark(path)
-
-
-def has_mark(path):
-    """Whether a file (path: bytes) has our mark. What is no regular file is not opened: it could block."""
-    if not os.path.isfile(path):
-        return False
-    try:
-        with open(path, "rb") as f:
-            return MARK.encode() in f.read(256)
-    except OSError:  # whoever reads it says what is wrong
-        return False
-
 
 # --- The contact sheet ----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""DATA, from the command line to images: what lies there is looked at first (harness/layouts.py), then read.
+"""DATA, from the command line to images: what lies there is looked at first (layouts.py), then read.
 
-    nothing                                 the drawn shapes (harness/shapes.py)
-    a folder of CIFAR-10 or CIFAR-100       or one that holds such a folder (harness/cifar.py)
+    nothing                                 the drawn shapes (shapes.py)
+    a folder of CIFAR-10 or CIFAR-100       or one that holds such a folder (cifar.py)
     train/<class>/..., val/<class>/...      an image folder with labels; val/ is optional
     train/ without class folders            all images below train/, at any depth, without labels
     any other folder                        all images below it, at any depth, without labels
@@ -21,16 +21,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..common.errors import Refused
 from . import cifar
 from .captions import read_captions
-from .errors import Refused
-from .found import Found, Split, describe
 from .images import header, range_of_files
 from .layouts import look
 from .shapes import draw_data_set
 from .source import Source
 from .tars import Joined, locate
-from .walk import as_files
+from .walk import Found, Split, as_files, describe
 
 SMALL = 64  # pixels a side, up to which images of one size are held in memory
 
@@ -70,7 +69,7 @@ def open_data(path, value_range=None, keep=None):
 
 
 def open_captions(path, value_range=None, keep=None):
-    """The same of a list of images with captions (harness/captions.py), or of the drawn shapes. Sources have
+    """The same of a list of images with captions (captions.py), or of the drawn shapes. Sources have
     captions. Nothing is kept."""
     value_range = checked_range(value_range)
     if path is None:

@@ -1,6 +1,6 @@
 """How a program ends, and hints at why.
 
-    from harness.ends import run_and_leave
+    from .ends import run_and_leave
     run_and_leave("simsiam.py", pretrain, parse())
 
 Exit status: 0 at the end; 1 with one line of text where the input can't be used or the machine failed; 128
@@ -18,16 +18,11 @@ import traceback
 
 import torch.distributed as dist
 
-from . import folder, loading
-from .errors import STOPPING, Refused, Stopped, printable
-from .progress import warn
+from ..common.errors import STOPPING, Refused, Stopped, printable
+from ..common.progress import warn
+from . import folder
 
-WORKER_HINT = ("a process that decodes images was killed, mostly for want of memory or of /dev/shm; "
-               "use fewer --workers")
 HINTS = {  # words of torch's message (a regular expression): what to do
-    "DataLoader timed out": "no images for {timeout} s; is the disk or the network under DATA still there? "
-                            "May a process open enough files (ulimit -n)?",
-    "DataLoader worker": WORKER_HINT,
     "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton":
         "--compile needs one; leave it out",
     # Of CUDA, cuBLAS and cuDNN: the last says it in many ways.
@@ -63,8 +58,6 @@ def launch(script, run, args):
         if os.environ.get("RANK", "0") == "0":
             warn(f"{script}: {message}")
         return 128 + number
-    except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
-        message = f"{error!r}: {WORKER_HINT}"
     except (Refused, OSError) as error:
         message = error
     except RuntimeError as error:
@@ -101,7 +94,7 @@ def hint_for(error):
     """What to do about an error of torch's, or None where nothing is known."""
     for words, hint in HINTS.items():
         if re.search(words, str(error)):
-            return hint.format(timeout=loading.LOADER_TIMEOUT)
+            return hint
     return None
 
 

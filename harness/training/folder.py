@@ -1,9 +1,13 @@
-"""Which folder a run has, whether there is a run in it, and that nobody else writes there.
+"""The folder of a run: which it is, whether a run is in it, that nobody else writes there, its checkpoints.
 
 A run never starts in a folder that holds another one, and never goes on where there is none, unless it was
 told so: --resume auto is for job scripts, which give the same command again and again. A scheduler can start
 a job again while the old one still lives. So a run locks its folder; the system unlocks it when the process
 has ended, however it ends. All processes of a run count as one, which is process 0.
+
+checkpoint.pth is the newest, checkpoint-previous.pth the one before it; Run.save writes them. Each is a dict:
+"format", the state of each part of the run ("model", "optimizer", ...), the position ("epoch", "step"), what
+the log needs of the epoch that it is in ("sums", "seconds", "waited", "wall"), and "settings".
 """
 import fcntl
 import os
@@ -13,15 +17,17 @@ import time
 import torch
 import torch.distributed as dist
 
-from .checkpoint import NEWEST, PREVIOUS
-from .errors import Refused
+from ..common.errors import Refused, printable
+from ..common.files import has_checksums, read
+from ..common.progress import warn
 from .processes import all_sum, same_everywhere
-from .progress import warn
 
+FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
+NEWEST = "checkpoint.pth"
+PREVIOUS = "checkpoint-previous.pth"
 CHECKPOINTS = (NEWEST, PREVIOUS)
 LOCK = ".writer"   # a hidden file, so that it is nobody's data
 PATIENCE = 60      # seconds that a start waits for the lock: the old process may be about to end
-FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 locked = []        # the files that this process has locked
 
 
@@ -84,8 +90,7 @@ def lock(out, names, resuming, device):
 def take(path, out):
     """Lock a file, and write into it who has it -> None, or who has it instead."""
     os.makedirs(out, exist_ok=True)
-    # A link there would lead to somebody's file.
-    file = open(path, "r+", opener=lambda name, _: os.open(name, FLAGS, 0o666))
+    file = open(path, "a+")  # whoever has the lock stands in it: it is emptied only when it is ours
     locked.append(file)
     deadline = time.monotonic() + PATIENCE
     waiting = False
@@ -114,10 +119,62 @@ def take(path, out):
 
 
 def unlock():
-    """Let go of the folder. harness/ends.py does it when the program ends."""
+    """Let go of the folder. harness/training/ends.py does it when the program ends."""
     while locked:
         locked.pop().close()
 
 
 # A worker process gets a copy of the open file, and would keep the lock of a run that was killed.
 os.register_at_fork(after_in_child=unlock)
+
+
+# --- Its checkpoints --------------------------------------------------------------------------------------
+
+def newest_checkpoint(folder):
+    """The newest of the two checkpoints that can be read -> its content, its path, and what is wrong with
+    the newer one.
+
+    Raises Refused where none can be read.
+    """
+    newest = os.path.join(folder, NEWEST)
+    previous = os.path.join(folder, PREVIOUS)
+    try:
+        return read_checked(newest), newest, None
+    except (Refused, OSError) as error:
+        if not os.path.exists(previous):
+            raise
+        problem = printable(error)
+    return read_checked(previous), previous, problem
+
+
+def read_checked(path):
+    """A checkpoint -> its content. Raises Refused for the form without checksums too: no run has written
+    it."""
+    if os.path.exists(path) and not has_checksums(path):
+        raise Refused(f"{path}: can't be read (damaged, or nothing that a run has written)")
+    return read(path)
+
+
+def check_format(content, path):
+    """Raise Refused for a checkpoint of another format than ours."""
+    if content["format"] != FORMAT:
+        raise Refused(f"{path}: not a checkpoint in this program's format {FORMAT}")
+
+
+def compare_settings(then, now, may_change, override, path):
+    """What has changed between a checkpoint's settings and a run's, in words; empty if nothing has.
+
+    may_change  names of settings that may always differ
+    override    names of settings that may differ this time
+    Raises Refused where another setting has changed.
+    """
+    changed = {}
+    for name in sorted({*then, *now}, key=str):
+        if then.get(name) != now.get(name):
+            changed[name] = f"{name} {then.get(name)} -> {now.get(name)}"
+    to_name = [str(name) for name in changed if name not in may_change]
+    forbidden = [text for name, text in changed.items() if name not in {*may_change, *override}]
+    if forbidden:
+        raise Refused(f"{path}: was made with other settings ({'; '.join(forbidden)}); give the same "
+                      f"command, or another --out, or name what may change: --override {' '.join(to_name)}")
+    return "; ".join(changed.values())

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import Refused
-from .files import replacing
-from .progress import warn
+from ..common.errors import Refused
+from ..common.files import replacing
+from ..common.progress import warn
 
 SUFFIX = b".tar"
 BLOCK = 512       # bytes, of which a tar file is made up

@@ -22,8 +22,8 @@ import PIL
 import torch
 import torch.distributed as dist
 
-from .files import refusing, replacing
-from .machine import device_name
+from ..common.machine import device_name
+from ..common.files import refusing, replacing
 
 
 class Log:

@@ -1,9 +1,9 @@
 """Reading one image file, good or bad.
 
 What Pillow opens becomes RGB: the first frame, without transparency; EXIF turns nothing. Values of more than
-8 bits are brought to 0 to 255 by the range of the data set (harness/values.py). What Pillow can't open or
+8 bits are brought to 0 to 255 by the range of the data set (values.py). What Pillow can't open or
 decode whole is bad. A bad file never ends a run by itself: the next good one takes its place
-(read_or_replace), and the Source that the file belongs to counts it (harness/source.py).
+(read_or_replace), and the Source that the file belongs to counts it (source.py).
 """
 import concurrent.futures
 import io
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from .errors import BadImage, Refused, printable
+from ..common.errors import BadImage, Refused, printable
 from .tars import Member
 from .values import BITS, HEADERS, SAMPLE, deep_values, is_deep, range_of, to_levels, whole_range
 
