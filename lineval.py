@@ -288,7 +288,7 @@ def train_layer(job, queries):
             run.save_or_stop_if_asked()
             progress.step(lambda: f"{run.place()}  loss {L.item():.4f}  {run.rate():.0f} images/s")
         top1, top5 = test_layer(job, layer, queries)
-        record = run.record(
+        record = run.log.add(
             "epoch", epoch=run.epoch + 1, step=(run.epoch + 1) * run.steps_per_epoch,
             loss=run.means[0], lr=optimizer.param_groups[0]["lr"], top1=top1, top5=top5, **run.speed())
         progress.line("epoch {epoch}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  top-1 {top1:.2f}%  "
@@ -655,7 +655,7 @@ def evaluate(args):
             save_features(args.features, train, bank, val, queries)
         write_result(out, job, judged, bad_train + bad_val)
     if trains:
-        job.run.record("end", epochs=job.run.epoch, top1=judged.top1, top5=judged.top5)
+        job.run.log.add("end", epochs=job.run.epoch, top1=judged.top1, top5=judged.top5)
     say_result(job, judged, bad_val, out)
 
 

@@ -979,11 +979,9 @@ def pretrain(args):
     network = distribute(model, job.device, s["compile"])
     optimizer = method.optimizer()
     parts = {"model": model, "optimizer": optimizer, **method.parts(job.device)}
-    defaults = recipe(s["recipe"], method.SETTINGS)
     lock(job.out, CHECKPOINTS, job.resuming, job.device)
     follow = ["amp"] if args.amp is None else []  # a run that goes on keeps its precision
-    run = Run(job.out, parts, s, method.steps_per_epoch, job.resuming, job.device, args.override, defaults,
-              follow)
+    run = Run(job.out, parts, s, method.steps_per_epoch, job.resuming, job.device, args.override, follow)
     autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=s["amp"])
 
     # 2. Say what is going to happen, on the screen and in the log
@@ -1062,8 +1060,7 @@ def begin(run, job, progress):
         small = job
         if job.train.pixels is None:
             small = job._replace(policy=job.policy._replace(size=32))
-        with run.during("kNN"):
-            knn_pixels, *_ = small.knn(lambda x: x.flatten(1))
+        knn_pixels, *_ = small.knn(lambda x: x.flatten(1))
     run.begin(knn_pixels=knn_pixels)
     if run.first:
         sheet = augment.contact_sheet(job.train, job.policy, job.settings["seed"])
@@ -1075,10 +1072,9 @@ def finish(run, encoder, progress):
     if run.first:
         state = encoder.state_dict()
         backbone = {name: t for name, t in state.items() if not name.startswith("fc.")}
-        with run.during("writing a checkpoint"):
-            save(backbone, run.path("backbone.pth"))
+        save(backbone, run.path("backbone.pth"))
     last = run.log.epochs()[-1]
-    run.record("end", epochs=run.epoch, knn=last["knn"], backbone="backbone.pth")
+    run.log.add("end", epochs=run.epoch, knn=last["knn"], backbone="backbone.pth")
     progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 
 
@@ -1106,9 +1102,8 @@ def report_untrained(run, job, encoder, autocast, progress):
     """Epoch 0 of the log: kNN accuracy and rank of the network as it starts."""
     watched = {}
     if job.settings["knn_every"] > 0:
-        with run.during("kNN"):
-            backbone = calibrated(encoder, job.test_views, job.train).eval()
-            watched = job.watch(backbone.features, autocast) | job.method.measure(backbone, job, autocast)
+        backbone = calibrated(encoder, job.test_views, job.train).eval()
+        watched = job.watch(backbone.features, autocast) | job.method.measure(backbone, job, autocast)
     started = "as loaded" if job.settings["init"] else "untrained"
     report(run, job, progress, 0, f"  {started} (with BN calibrated)", **watched)
 
@@ -1120,10 +1115,9 @@ def report_epoch(run, job, encoder, optimizer, autocast, progress):
     loss_mean, std_mean = run.means
     watched = {}
     if s["knn_every"] > 0 and (number % s["knn_every"] == 0 or number == s["epochs"]):
-        with run.during("kNN"):
-            encoder.eval()
-            watched = job.watch(encoder.features, autocast) | job.method.measure(encoder, job, autocast)
-            encoder.train()
+        encoder.eval()
+        watched = job.watch(encoder.features, autocast) | job.method.measure(encoder, job, autocast)
+        encoder.train()
     in_trouble = job.method.collapsed(loss_mean, std_mean)
     if in_trouble and not any(record["collapsed"] for record in run.log.epochs()):
         progress.line("collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller "
@@ -1149,7 +1143,7 @@ def warn_of_low_rank(run, rank, progress):
     bound = low_rank(epochs)
     if rank is None or bound is None:
         return
-    if rank < bound and not any((record.get("rank") or bound) < bound for record in epochs):
+    if rank < bound and not any((record["rank"] or bound) < bound for record in epochs):
         progress.line(f"low rank: the features spread in {rank:.1f} directions, at the start in "
                       f"{epochs[0]['rank']:.1f}; below {bound:.1f} all runs that we saw had learned little, "
                       "whatever their loss and std. Try a smaller --base-lr, then --warmup 10")
@@ -1158,7 +1152,7 @@ def warn_of_low_rank(run, rank, progress):
 def low_rank(epochs):
     """The rank below which there is an alarm, by a log's epochs; None where the untrained network's is
     unknown."""
-    untrained = epochs[0].get("rank") if epochs else None  # an older version's log has none
+    untrained = epochs[0]["rank"] if epochs else None
     return untrained and LOW_RANK * untrained
 
 
@@ -1166,7 +1160,7 @@ def report(run, job, progress, number, note, **measured):
     """A record of an epoch, in the log, on the screen, and, with each checkpoint, in the picture."""
     shows = MEASURED | job.method.MEASURED
     values = {**dict.fromkeys(shows), **measured}
-    record = run.record("epoch", epoch=number, step=number * run.steps_per_epoch, **values)
+    record = run.log.add("epoch", epoch=number, step=number * run.steps_per_epoch, **values)
     minimum = job.method.minimum
     if run.first and run.is_saved():
         knn_pixels = run.log.records[0].get("knn_pixels")

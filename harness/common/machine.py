@@ -10,8 +10,7 @@ import torch
 def cores():
     """This process's share of the machine's cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, usable // max(1, int(processes) if processes.isdigit() else 1))
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def device_name(device):

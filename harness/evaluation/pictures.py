@@ -71,8 +71,7 @@ def draw_curves(path, records, knn_pixels, minimum, low_rank):
     ]
     last_epoch = max(1, records[-1]["epoch"])
     for k, (key, title, low, high, reference, name) in enumerate(panels):
-        # A log that an older version began has no rank.
-        points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
+        points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
         corner = k % 2 * WIDTH, k // 2 * HEIGHT
         draw_panel(pen, corner, title, points, last_epoch, low, high, reference, name)
     save_picture(image, path)

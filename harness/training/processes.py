@@ -62,15 +62,6 @@ def check_environment(environ):
     if missing:
         raise Refused(f"{', '.join(missing)} not set, but RANK is: torchrun sets them all; unset RANK for a "
                       "run in one process")
-    for name in (*needed, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
-        given = environ.get(name, "1")
-        if name != "MASTER_ADDR" and not given.isdigit():
-            raise Refused(f"{name} is '{given}', no number; torchrun sets it")
-    if not 0 < int(environ["MASTER_PORT"]) < 2 ** 16:
-        raise Refused(f"MASTER_PORT is {environ['MASTER_PORT']}: a port is a number from 1 to 65535")
-    if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
-        raise Refused(f"RANK is {environ['RANK']}, but WORLD_SIZE {environ['WORLD_SIZE']}: ranks go from 0 "
-                      "to one less; torchrun sets both")
 
 
 def own_gpu():

@@ -11,9 +11,9 @@ read. They read it one step later, because reading at once would make each step 
 and the gradient's norm are judged one step late too, for the same reason; and always before anything is
 saved, so that no checkpoint holds what isn't finite.
 """
-import contextlib
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ..common.machine import OnTheirWay
 from ..common.errors import STOPPING, Refused, Stopped
-from ..common.files import read, refusing, save
+from ..common.files import refusing, replacing, save
 from .folder import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
 from .log import Log
 from .processes import all_sum, same_everywhere
@@ -40,7 +40,6 @@ class Run:
     resuming    go on from the folder's checkpoint
     override    names of settings that may differ from the checkpoint's
     follow      names of settings that become the checkpoint's
-    defaults    {name: value} of settings that a checkpoint may lack, because it was made by an older version
 
     Raises Refused where the checkpoint is foreign or of other settings, and where both of the two are
     damaged.
@@ -48,8 +47,7 @@ class Run:
     MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile",
                   "keep_every"}
 
-    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), defaults=None,
-                 follow=()):
+    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), follow=()):
         self.out = out
         self.parts = parts
         self.settings = settings
@@ -57,7 +55,6 @@ class Run:
         self.resuming = resuming
         self.device = device
         self.first = dist.get_rank() == 0  # the process that writes files
-        self.phase = "starting"            # what the run is doing just now, in words
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0                 # in this epoch, altogether
@@ -78,7 +75,7 @@ class Run:
         self.notes = []                    # lines to be said at the start
         self.log = Log(self.path("log.jsonl"), self.first)
         if resuming:
-            self.resume(override, defaults or {}, follow)
+            self.resume(override, follow)
 
     def path(self, name):
         """A file in the run's folder."""
@@ -86,7 +83,7 @@ class Run:
 
     # --- Going on from a checkpoint ----------------------------------------------------------------------
 
-    def resume(self, override, defaults, follow):
+    def resume(self, override, follow):
         """Take position and parts from the newest checkpoint that can be read, and the log up to there."""
         checkpoint, path, problem = newest_checkpoint(self.out)
         if problem:
@@ -94,7 +91,7 @@ class Run:
             self.notes.append(f"{problem}; going on from {path}")
         with refusing(path, "doesn't fit this run"):
             check_format(checkpoint, path)
-            then = {**defaults, **checkpoint["settings"]}
+            then = checkpoint["settings"]
             self.settings.update((name, then[name]) for name in follow)
             changed = compare_settings(then, self.settings, self.MAY_CHANGE, override, path)
             if changed:
@@ -124,34 +121,20 @@ class Run:
             if isinstance(part, torch.nn.Module) and state.keys() != part.state_dict().keys():
                 raise ValueError(f"tensors of {name} are missing, or too many")
             part.load_state_dict(state)
-        state = self.parts["optimizer"].state
-        # A weight that has had no gradient yet has none of it. What one weight has, all others have.
-        if len({frozenset(kept) for kept in state.values()}) > 1:
-            raise ValueError("momentum is missing")
-        for w, kept in state.items():
+        for w, kept in self.parts["optimizer"].state.items():
             for name, t in kept.items():
-                if not t.isfinite().all():
-                    raise ValueError("momentum that is not finite")
-                if name == "step":  # AdamW counts them
-                    continue
-                if t.shape != w.shape:
-                    raise ValueError("momentum of other shapes")
-                # In the weight's layout, which is this device's: fused SGD reads both in one order.
-                kept[name] = torch.empty_like(w).copy_(t)
+                if name != "step":  # a number, which AdamW counts
+                    # In the weight's layout, which is this device's: fused SGD reads both in one order.
+                    kept[name] = torch.empty_like(w).copy_(t)
 
     def load_position(self, checkpoint, path):
-        """Take the position in the run. Raises Refused where it lies beyond the run's end, and ValueError
-        where it is none."""
+        """Take the position in the run. Raises Refused where it is beyond the run's end."""
         self.epoch = checkpoint["epoch"]
         self.step = checkpoint["step"]
-        if any(type(count) is not int for count in (self.epoch, self.step)):
-            raise ValueError("its epoch and its step are no whole numbers")
         self.seconds = float(checkpoint["seconds"])
         self.waited = float(checkpoint["waited"])
-        self.wall = float(checkpoint.get("wall", self.seconds))  # an older version has not saved it
+        self.wall = float(checkpoint["wall"])
         self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
-        if not all(map(math.isfinite, [self.seconds, self.waited, self.wall, *self.sums.tolist()])):
-            raise ValueError("its sums are not finite")
         epochs = self.settings["epochs"]
         last_step = self.steps_per_epoch if self.epoch < epochs else 0
         if not (0 <= self.epoch <= epochs and 0 <= self.step <= last_step):
@@ -165,34 +148,18 @@ class Run:
         From now on the signals in STOPPING end the run, after the step that it is in.
         """
         self.lap = time.monotonic() - self.wall
-        with self.during("writing the log"):
-            if self.resuming:
-                self.log.start("resume", self.settings, self.device, epoch=self.epoch, step=self.step)
-            else:
-                self.log.start("start", self.settings, self.device, **more)
-        if not self.resuming:
+        if self.resuming:
+            self.log.start("resume", self.settings, self.device, epoch=self.epoch, step=self.step)
+        else:
+            self.log.start("start", self.settings, self.device, **more)
             self.save()
         for number in STOPPING:
             signal.signal(number, self.on_signal)
-        self.phase = "between steps"
 
     def on_signal(self, number, frame):
         """Remember the signal. A second Ctrl-C leaves at once."""
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def during(self, phase):
-        """Within, `phase` says this."""
-        before = self.phase
-        self.phase = phase
-        yield
-        self.phase = before
-
-    def record(self, event, **values):
-        """Add a record to the log, and return it."""
-        with self.during("writing the log"):
-            return self.log.add(event, **values)
 
     # --- An epoch ----------------------------------------------------------------------------------------
 
@@ -218,9 +185,7 @@ class Run:
             batch = next(stream)
             self.step += 1
             self.seconds = time.monotonic() - self.began
-            self.phase = "in a step"
             yield self.epoch * self.steps_per_epoch + self.step - 1, batch
-            self.phase = "between steps"
         self.check_numbers()
         self.means = (self.sums / self.steps_per_epoch).tolist()  # waits for the GPU, so that its time counts
         self.seconds = time.monotonic() - self.began
@@ -230,8 +195,9 @@ class Run:
         if not self.is_saved() and (is_kept or number == self.settings["epochs"] or self.is_worth_saving()):
             self.save()
         if self.first and is_kept:
-            with self.during("writing a checkpoint"):
-                save(read(self.path(NEWEST)), self.path(f"checkpoint-{number:04}.pth"))
+            with open(self.path(NEWEST), "rb") as newest:
+                with replacing(self.path(f"checkpoint-{number:04}.pth")) as kept:
+                    shutil.copyfileobj(newest, kept)
 
     def add_to_means(self, loss, std_sqrt_d=0.0):
         """Count a step's loss and std x sqrt(d), scalars that are equal on all processes, in the epoch's
@@ -320,8 +286,7 @@ class Run:
             }
             # A damaged checkpoint must not take the place of the good one before it.
             keep = None if self.newest_is_damaged else self.path(PREVIOUS)
-            with self.during("writing a checkpoint"):
-                save(checkpoint, self.path(NEWEST), keep)
+            save(checkpoint, self.path(NEWEST), keep)
             self.newest_is_damaged = False
         self.saved = time.monotonic()
         self.saving = self.saved - began
