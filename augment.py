@@ -38,7 +38,7 @@ from harness.data.images import check_files
 from harness.data.loading import decode
 from harness.data.opening import find_data, open_data
 from harness.data.tars import Joined
-from harness.evaluation.pictures import draw_contact_sheet
+from harness.common.pictures import draw_contact_sheet
 from harness.training.ends import show_any_name
 from harness.training.options import add_range
 

@@ -43,7 +43,7 @@ from harness.data.opening import open_data
 from harness.data.tars import names_of
 from harness.evaluation.features import BATCH, accuracy, calibrated, check_frozen, check_same_images
 from harness.evaluation.features import extract, good_ones, hits, neighbours, tensor_hashes
-from harness.evaluation.pictures import draw_neighbors
+from harness.common.pictures import draw_neighbors
 from harness.evaluation.weights import describe_found, file_hash, find_resnet, load_strictly, read_weights
 from harness.evaluation.weights import whole_model
 from harness.training.ends import run_and_leave

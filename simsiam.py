@@ -53,7 +53,7 @@ from harness.data.loading import index_batches
 from harness.data.opening import SMALL, open_data
 from harness.evaluation.features import accuracy, calibrated, check_same_images, extract, good_ones
 from harness.evaluation.features import neighbours, share_bad
-from harness.evaluation.pictures import draw_curves
+from harness.common.pictures import draw_curves
 from harness.evaluation.weights import describe_found, find_resnet, load_strictly, name_groups, read_weights
 from harness.evaluation.weights import whole_model
 from harness.training.batchnorm import synchronize

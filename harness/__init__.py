@@ -1,9 +1,9 @@
 """What any training program needs, in four folders of rooms. A reader of the paper need not open them.
 
-    common      what every room may use: errors, random numbers, files, progress, the machine
+    common      what every room may use: errors, random numbers, files, pictures, progress, the machine
     data        from DATA on the command line to batches on the device
     training    a run: its processes, its folder and log, its options, and how it ends
-    evaluation  networks in files of weights, features of many images, pictures
+    evaluation  networks in files of weights, features of many images
 
 data and training use common, and know nothing of each other; evaluation uses common and training. Nothing
 here imports a script at the top level. What a room needs of them (views, a network, the kNN rule) it gets as

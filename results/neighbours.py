@@ -33,7 +33,7 @@ import simsiam
 from harness.common.machine import device_name, fastest_layout
 from harness.common.errors import Refused
 from harness.data.loading import index_batches
-from harness.evaluation.pictures import BLUE, RED
+from harness.common.pictures import BLUE, RED
 from harness.training.processes import join_world
 from results.cifar10 import SMALL, SUBSET, Interrupted, cell, do, open_cifar10, records, subset
 from results.cores import results_of

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from harness.common.files import save_picture
-from harness.evaluation.pictures import GREY
+from harness.common.pictures import GREY
 
 
 def write_tables(page, tables):

@@ -32,7 +32,7 @@ sys.path.insert(0, os.getcwd())
 
 import simsiam
 from harness.common.errors import Refused
-from harness.evaluation.pictures import BLUE, RED
+from harness.common.pictures import BLUE, RED
 from results.cifar10 import Interrupted, cell, do, records
 from results.cores import results_of
 from results.pages import Panel, draw_rows, tick, write_tables

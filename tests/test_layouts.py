@@ -13,7 +13,7 @@ from PIL import Image
 from harness.common.errors import Refused
 from harness.data import layouts, opening, walk
 from harness.data.opening import find_data
-from harness.evaluation import pictures
+from harness.common import pictures
 from tests.helpers import ROOT, TINY, here, log_of, obey_permissions, python, refusal, slow, write_folder
 
 pytest_plugins = ["tests.fixtures"]

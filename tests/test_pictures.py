@@ -6,7 +6,7 @@ from PIL import Image
 
 import lineval
 from harness.data.source import Source
-from harness.evaluation import pictures
+from harness.common import pictures
 
 RED = (200, 0, 0)
 GREEN = (0, 200, 0)

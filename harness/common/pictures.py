@@ -2,8 +2,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..common.errors import printable
-from ..common.files import save_picture
+from .errors import printable
+from .files import save_picture
 
 GREEN = "#2a9d3a"
 RED = "#d62728"
