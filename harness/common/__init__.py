@@ -5,5 +5,5 @@
     files       files that are whole at every instant, and reading them with suspicion
     progress    the line with the time left, and lines on stderr
     pictures    contact sheets, training curves, nearest neighbours
-    machine     its cores, memory and fastest layout, and numbers on their way to and from a GPU
+    machine     the machine: its cores, memory and fastest layout, and numbers on their way to and from a GPU
 """
