@@ -109,7 +109,7 @@ def new_parser(script, description, data, out, amp):
     """A parser with the options that both scripts have. data, out, amp: the help's words for their
     defaults."""
     parser = argparse.ArgumentParser(
-        prog=script, description=description,
+        prog=script, description=description, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
     # argparse would print the usage, which is two screens long here. One line says what is wrong.
     parser.error = lambda message: sys.exit(f"{script}: {message}; see --help")
@@ -166,9 +166,10 @@ def add_prefix(parser, option):
                              "like this (default: the one that is trained)")
 
 
-def add_setting(parser, name, kind, defaults, choices=None):
+def add_setting(parser, name, kind, defaults, words, choices=None):
     """Add an option for a row of a table of settings.
 
+    words       what it is, for the help
     kind        str, int, bool, number, or (int or number, how many): the option takes so many of them
     defaults    one per recipe, for the help
     """
@@ -184,7 +185,7 @@ def add_setting(parser, name, kind, defaults, choices=None):
     if len(set(shown)) == 1:
         shown = shown[:1]
     option = "--" + name.replace("_", "-")
-    parser.add_argument(option, help=" | ".join(shown), **options)
+    parser.add_argument(option, help=f"{words} ({' | '.join(shown)})", **options)
 
 
 def as_text(value):

@@ -102,6 +102,7 @@ class Run:
         if not same_everywhere(position, self.device):
             raise Refused(f"{path}: the processes have read different ones; --out must be a folder that all "
                           "machines share")
+        self.notes.append(f"continuing after {self.epoch} epochs and {self.step} steps")
         # Epoch 0's record, of the untrained network, is written after the first checkpoint.
         self.log.read(last_epoch=self.epoch if position > 0 else -1)
 

@@ -1,0 +1,203 @@
+"""What a run says of itself: the start block, a line and a record for each epoch, and the curves."""
+import math
+import textwrap
+
+from ..common.errors import printable
+from ..common.machine import hardware, peak_memory
+from ..common.pictures import draw_curves
+from .features import calibrated, neighbours, share_bad
+
+LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had 0.34 at least (docs/operations.md)
+FEW_STEPS = 4000  # a small data set needs so many (docs/own-data.md)
+WIDTH = 108       # columns of the start block
+
+# What the log has of each epoch besides its number and its step: null where it doesn't exist.
+RECORDED = ("loss", "std", "lr", "knn", "knn_images", "rank", "images_per_s", "data_wait", "seconds",
+            "wall_seconds", "memory_mb", "collapsed", "bad_images")
+
+
+class Report:
+    """The voice of a run.
+
+    run, job, method    what is running, on what
+    watch               features (images -> (N, D)) -> {"knn": ..., "knn_images": ..., "rank": ...}
+    progress            a Progress, whose screen it uses
+    """
+
+    def __init__(self, run, job, method, watch, progress):
+        self.run = run
+        self.job = job
+        self.method = method
+        self.watch = watch
+        self.progress = progress
+
+    def untrained(self, encoder):
+        """Epoch 0: kNN accuracy and rank of the network as it starts."""
+        watched = {}
+        if self.job.settings["knn_every"] > 0:
+            watched = self.measured(calibrated(encoder, self.job.test_views, self.job.train))
+        self.record(0, **watched)
+
+    def epoch(self, encoder, optimizer):
+        """An epoch that is done: what was measured in it, and kNN and rank where they are due."""
+        s = self.job.settings
+        number = self.run.epoch + 1
+        loss, std = self.run.means
+        watched = {}
+        if s["knn_every"] > 0 and (number % s["knn_every"] == 0 or number == s["epochs"]):
+            watched = self.measured(encoder)
+        collapsed = self.method.collapsed(loss, std)
+        self.warn_of_collapse(collapsed)
+        self.warn_of_low_rank(watched.get("rank"))
+        sources = [source for source in (self.job.train, self.job.val) if source]
+        self.record(
+            number,
+            loss=loss,
+            std=std,
+            lr=optimizer.param_groups[0]["lr"],
+            memory_mb=peak_memory(self.job.device),
+            collapsed=collapsed,
+            bad_images=sum(share_bad(source, self.job.device) for source in sources),
+            **watched,
+            **self.run.speed())
+
+    def measured(self, encoder):
+        """What an encoder is worth: {"knn": ..., "rank": ..., what the method measures}"""
+        encoder.eval()
+        found = self.watch(encoder.features) | self.method.measure(encoder, self.job)
+        encoder.train()
+        return found
+
+    def warn_of_collapse(self, collapsed):
+        """Say once that the run has collapsed."""
+        if collapsed and not any(record["collapsed"] for record in self.run.log.epochs()):
+            self.progress.line(
+                "collapsed: all outputs are (nearly) the same vector. Try, in this order: a smaller "
+                f"--base-lr; --warmup 10; a larger --batch; {self.method.REMEDY}; and look at views.png: "
+                "are the images different from each other?")
+
+    def warn_of_low_rank(self, rank):
+        """Say once that the rank is far below the untrained network's: loss and std can look healthy then."""
+        epochs = self.run.log.epochs()
+        bound = low_rank(epochs)
+        if rank is None or bound is None or rank >= bound:
+            return
+        earlier = [record["rank"] for record in epochs if record["rank"] is not None]
+        if min(earlier) >= bound:
+            self.progress.line(
+                f"low rank: the features spread in {rank:.1f} directions, at the start in "
+                f"{epochs[0]['rank']:.1f}; below {bound:.1f} all runs that we saw had learned little, "
+                "whatever their loss and std. Try a smaller --base-lr, then --warmup 10")
+
+    def record(self, number, **measured):
+        """An epoch's record: in the log, on the screen and, with each checkpoint, in the picture."""
+        run = self.run
+        values = dict.fromkeys(RECORDED + tuple(self.method.MEASURED)) | measured
+        record = run.log.add("epoch", epoch=number, step=number * run.steps_per_epoch, **values)
+        if run.first and run.is_saved():
+            epochs = run.log.epochs()
+            knn_pixels = run.log.records[0].get("knn_pixels")
+            draw_curves(run.path("curves.png"), epochs, knn_pixels, self.method.minimum, low_rank(epochs))
+        self.progress.line(self.line_of(record))
+
+    def line_of(self, record):
+        """A record as a line of the screen."""
+        s = self.job.settings
+        words = [f"epoch {record['epoch']}/{s['epochs']}"]
+        if record["epoch"] == 0:
+            started = "as loaded" if s["init"] else "untrained"
+            words.append(f"{started} (with BN calibrated)")
+        else:
+            words.append(f"loss {record['loss']:.4f} (minimum {self.method.minimum:.4g})")
+            words.append(f"std x sqrt(d) {record['std']:.3f}")
+            words.append(f"lr {record['lr']:.4g}")
+        if record["knn"] is not None:
+            words.append(f"kNN {record['knn']:.2f}% of {record['knn_images']}")
+        if record["rank"] is not None:
+            words.append(f"rank {record['rank']:.1f}")
+        for name in self.method.MEASURED:
+            if record[name] is not None:
+                words.append(f"{name.replace('_', ' ')} {record[name]:.2f}%")
+        if record["epoch"] > 0:
+            words.append(f"{record['images_per_s']:.0f} images/s")
+            words.append(f"{record['data_wait']:.0%} waiting for data")
+            words.append(f"{record['memory_mb']} MiB")
+        return "  ".join(words)
+
+
+def low_rank(epochs):
+    """The rank below which there is a warning, by a log's epochs; None where the untrained one is unknown."""
+    if not epochs or epochs[0]["rank"] is None:
+        return None
+    return LOW_RANK * epochs[0]["rank"]
+
+
+# --- The start block ---------------------------------------------------------------------------------------
+
+def start_block(rows):
+    """{heading: text} -> the lines that a run starts with, headings on the left."""
+    lines = []
+    for heading, text in rows.items():
+        lines += textwrap.wrap(
+            printable(text), WIDTH, initial_indent=f"{heading:12}", subsequent_indent=" " * 12,
+            break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def describe_run(job, method, recipe, own_steps, watches_knn):
+    """What one must know of a run before it starts: {heading: text}
+
+    recipe      {setting: value}: what the settings would be if nothing were changed
+    own_steps   of that recipe on its own data
+    watches_knn whether kNN is going to be measured
+    """
+    s = job.settings
+    world = s["world"]
+    rows = {"recipe": describe_recipe(s, recipe)}
+    if s["experiment"] != method.NAME:
+        rows["experiment"] = describe_experiment(method)
+    rows["training"] = (
+        f"{s['epochs']} epochs of {method.steps_per_epoch} steps, {method.total_steps:,} in all (the recipe "
+        f"on its own data: {own_steps:,}), global batch {s['batch']}, lr {method.lr:.4g}")
+    if method.total_steps < min(FEW_STEPS, own_steps):
+        epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
+        rows["too short"] = (
+            "on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained network, 1,500 "
+            "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md); "
+            f"--epochs {epochs}, or a smaller --batch, gives {FEW_STEPS:,}")
+    rows["processes"] = (
+        f"{world} x {s['batch'] // world} images, BN over {s['batch']}, {hardware(s, job.device)}")
+    rows["kNN"] = describe_knn(job, watches_knn)
+    return rows | method.rows() | {"writes to": job.out}
+
+
+def describe_recipe(s, recipe):
+    """The recipe's name, and which settings differ from it."""
+    changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
+    return ", ".join([s["recipe"], *changed])
+
+
+def describe_experiment(method):
+    """The experiment, the paper's result, and which of its values this recipe scales, or leaves."""
+    s = method.s
+    changes, paper = method.EXPERIMENTS[s["experiment"]]
+    changes = changes | method.ON_IMAGENET.get(s["experiment"], {})
+    text = f"{s['experiment']} (the paper on ImageNet: {paper})"
+    scaled = [f"{name} {s[name]}" for name in changes if s[name] != changes[name]]
+    if scaled:
+        text += f"; here {', '.join(scaled)}, not what the row says"
+    kept = [name for name in ("k", "base_lr", "weight_decay") if name in changes and s[name] == changes[name]]
+    if kept and s["recipe"] != "imagenet":
+        text += f"; {', '.join(kept)} as for ImageNet"
+    return text
+
+
+def describe_knn(job, watches_knn):
+    """How often kNN is measured, with how many neighbours, and on what."""
+    every = job.settings["knn_every"]
+    if every == 0:
+        return "none (--knn-every 0)"
+    if not watches_knn:
+        return f"none (needs labels, and an image of val/ for each process); the rank every {every} epochs"
+    k = neighbours(len(job.train), len(job.train.classes))
+    return f"every {every} epochs, k {k} (a fifth of a class, 200 at most), on {len(job.val)} images"

@@ -1,0 +1,98 @@
+"""What a run asks of a method of pre-training."""
+import torch
+
+
+class Method:
+    """A method of pre-training: its tables, its model, its algorithm. By default it does nothing more.
+
+    An object belongs to one run, which asks, in this order: build, then (the model on its device, its BN
+    synchronised) parts and optimizer; set_lr and train_step for each step; measure now and then. What a
+    method remembers from step to step must be among its parts, or a resumed run would lack it.
+
+    NAME            of the method, and of the experiment that changes nothing
+    SETTINGS        {setting: (type, its default in each recipe)}
+    HELP            {setting: what it is}
+    CHOICES         {setting: what it can be}
+    ABLATIONS       the settings that only experiments need
+    EXPERIMENTS     {name: (the paper's result, what changes)}
+    ON_IMAGENET     {experiment: {setting: value}}: what it changes besides, in ImageNet's recipe
+    REMEDY          what to try against a collapse, after a smaller lr and more warm-up
+    MEASURED        names of what `measure` finds, in percent
+    views           of an image, that a step takes
+    minimum         of the loss, or a bound below it
+    lr              after the warm-up, at its highest
+    """
+    NAME = ""
+    SETTINGS = {}
+    HELP = {}
+    CHOICES = {}
+    ABLATIONS = ()
+    EXPERIMENTS = {}
+    ON_IMAGENET = {}
+    REMEDY = ""
+    MEASURED = ()
+    views = 2
+    minimum = 0
+    lr = None
+
+    def __init__(self, s, data, device):
+        """s: the settings of the run. data: what it trains on, with sources train and val"""
+        self.s = s
+        self.data = data
+        self.device = device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])
+        self.steps_per_epoch = s["images"] // s["batch"]
+        self.total_steps = s["epochs"] * self.steps_per_epoch
+        self.warmup_steps = s["warmup"] * self.steps_per_epoch
+        self.model = None  # until it is built
+
+    @staticmethod
+    def open(data, value_range):
+        """DATA -> what the method trains on."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check(s):
+        """Raise Refused for settings of the method that conflict."""
+
+    def build(self):
+        """Make self.model. Its encoder is a ResNet."""
+        raise NotImplementedError
+
+    def parts(self):
+        """What a checkpoint holds besides the model and the optimiser: {name: with a state_dict}"""
+        return {}
+
+    def optimizer(self):
+        """The optimiser. Its first group is the encoder's."""
+        raise NotImplementedError
+
+    def set_lr(self, optimizer, step):
+        """Set the lr, before each step."""
+        raise NotImplementedError
+
+    def train_step(self, network, optimizer, step, index, views):
+        """One step, on the views of the images `index` -> the loss, and what the std is watched of.
+
+        network: the model, or its DistributedDataParallel
+        """
+        raise NotImplementedError
+
+    def measure(self, encoder, job):
+        """What is measured besides kNN and rank, as often: {name in MEASURED: percent}
+
+        encoder: in eval mode
+        """
+        return {}
+
+    def collapsed(self, loss, std_sqrt_d):
+        """Whether an epoch of this mean loss and std x sqrt(d) shows a collapse."""
+        raise NotImplementedError
+
+    def numbers(self):
+        """Numbers that must be the same on all processes, besides those of the images."""
+        return []
+
+    def rows(self):
+        """What the start block says of the method alone: {heading: text}"""
+        return {}

@@ -1,0 +1,169 @@
+"""From a method's tables to the settings of a run, by way of the command line.
+
+A method has a row for each setting: its type, and its value in each recipe (harness/training/method.py). An
+experiment changes some of them, the command line others.
+"""
+import argparse
+import os
+
+from ..common.errors import Refused
+from ..common.machine import bf16_pays
+from .folder import folder_name
+from .options import add_prefix, add_setting, check_batch, check_limits, new_parser
+
+RECIPES = ("imagenet", "cifar10", "shapes")
+OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # of each recipe's own data
+# Where a recipe's value is smaller than ImageNet's, these settings of an experiment shrink in the same
+# proportion. Warm-up shrinks with the epochs.
+SCALED_BY = {"batch": "batch", "dim": "dim", "pred_dim": "pred_dim", "epochs": "epochs", "warmup": "epochs"}
+
+
+# --- The command line -----------------------------------------------------------------------------------
+
+def options(script, description, method):
+    """The parser of a program that trains this method (a class)."""
+    parser = new_parser(
+        script, description, data="drawn shapes",
+        out="runs/<name of the data>, and -<method> or -<experiment>",
+        amp="on cuda, and on a CPU with instructions for bf16 from --width 1/4 up")
+    parser.set_defaults(method=method)
+    parser.add_argument("--recipe", choices=RECIPES,
+                        help="default: shapes without DATA, cifar10 for images of one size up to "
+                             "64 pixels a side, else imagenet")
+    parser.add_argument("--experiment", choices=(*method.EXPERIMENTS, "list"), default=method.NAME,
+                        metavar="NAME",
+                        help="a row of the paper; list shows them all (default: %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="fuse the operations of the network and of the colour changes with "
+                             "torch.compile, which takes a minute or more at the start and a C++ compiler "
+                             "on a CPU (default: no)")
+    parser.add_argument("--init", metavar="FILE",
+                        help="start from the weights in a file: of a whole model, or of a backbone alone, "
+                             "in any layout that lineval.py reads")
+    add_prefix(parser, "--init")
+    recipe_group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
+    ablations = parser.add_argument_group("for the paper's ablations (the same defaults)")
+    for name, (kind, *defaults) in method.SETTINGS.items():
+        group = ablations if name in method.ABLATIONS else recipe_group
+        add_setting(group, name, kind, defaults, method.HELP[name], method.CHOICES.get(name))
+    return parser
+
+
+def list_experiments(methods):
+    """Print the table of these methods' experiments."""
+    rows = [(method, name, *row) for method in methods for name, row in method.EXPERIMENTS.items()]
+    longest = max(len(name) for _, name, *_ in rows)
+    print(f"{'experiment':{longest}}  {'the paper, on ImageNet':31}  what changes there")
+    for method, name, paper, changes in rows:
+        changes = changes | method.ON_IMAGENET.get(name, {})
+        shown = ", ".join(f"{key} {value}" for key, value in changes.items())
+        print(f"{name:{longest}}  {paper:31}  {shown}")
+
+
+def default_folder(args):
+    """runs/ and the name of the data, and of the experiment."""
+    name = folder_name(args.data)
+    if args.experiment != "simsiam":
+        name = f"{name}-{args.experiment}"
+    return os.path.join("runs", name)
+
+
+# --- The settings of a run ------------------------------------------------------------------------------
+
+def recipe(name, table):
+    """The settings of a recipe, from a table such as SETTINGS: {setting: value}"""
+    column = 1 + RECIPES.index(name)
+    return {setting: row[column] for setting, row in table.items()}
+
+
+def recipe_for(data, train, name, table):
+    """The settings of the recipe of this name, or else of the one that suits the data."""
+    small = train.pixels is not None
+    if name is None and data is None:
+        name = "shapes"
+    elif name is None:
+        name = "cifar10" if small else "imagenet"
+    settings = {"recipe": name, **recipe(name, table)}
+    if small and data is not None and name == "cifar10":
+        settings["size"] = max(train.pixels.shape[2:])  # small images are trained on at their own size
+    return settings
+
+
+def experiment_settings(method, experiment, settings):
+    """What a row of a method's experiments changes, scaled to a recipe's settings: {setting: value}"""
+    imagenet = recipe("imagenet", method.SETTINGS)
+    _, row = method.EXPERIMENTS[experiment]
+    if settings["recipe"] == "imagenet":
+        row = row | method.ON_IMAGENET.get(experiment, {})
+    changes = {}
+    for name, value in row.items():
+        if name in SCALED_BY:
+            measure = SCALED_BY[name]
+            scale = settings[measure] / imagenet[measure]
+            if scale < 1:
+                value = max(1, round(scale * value))
+        changes[name] = value
+    return changes
+
+
+def settings_for(args, train, world):
+    """The settings of a run: recipe, then experiment, then the options given. Raises Refused."""
+    method = args.method
+    settings = recipe_for(args.data, train, args.recipe, method.SETTINGS)
+    settings |= experiment_settings(method, args.experiment, settings)
+    settings |= given_settings(args)
+    if args.warmup is None:  # a run that is shorter than its warm-up would be nothing else
+        settings["warmup"] = min(settings["warmup"], settings["epochs"] - 1)
+    settings["experiment"] = args.experiment
+    settings["init"] = args.init
+    settings["seed"] = args.seed
+    settings["data"] = args.data
+    settings["images"] = len(train)
+    settings["range"] = train.value_range
+    settings["device"] = args.device
+    settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
+    settings["compile"] = args.compile
+    settings["world"] = world
+    settings["workers"] = args.workers
+    settings["save_minutes"] = args.save_minutes
+    settings["keep_every"] = args.keep_every
+    check_limits(settings)
+    check_together(settings)
+    method.check(settings)
+    return settings
+
+
+def given_settings(args):
+    """The settings that the command line names: {setting: value}"""
+    given = {}
+    for name in args.method.SETTINGS:
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+def check_together(s):
+    """Raise Refused for settings that are valid alone but conflict."""
+    check_batch(s)
+    if s["batch"] < 2:
+        raise Refused("--batch must be at least 2: BN needs two images")
+    for name in ("area", "aspect", "sigma"):
+        low, high = s[name]
+        if low > high:
+            raise Refused(f"--{name} {low:g} {high:g}: the lower bound must come first")
+    if s["strength"][3] > 0.5:
+        hue = s["strength"][3]
+        raise Refused(f"--strength: the last number, hue, must be at most 0.5, not {hue:g}: half a turn "
+                      "either way is every hue")
+    if s.get("affine") and not s["bn"][1]:
+        bn = " ".join(map(str, s["bn"]))
+        raise Refused(f"--affine needs the projection's output BN, which --bn {bn} turns off")
+    if s["warmup"] >= s["epochs"]:
+        raise Refused(f"--warmup {s['warmup']} must be less than --epochs {s['epochs']}")
+
+
+def own_steps(s, method):
+    """The steps of a run's recipe on the recipe's own data."""
+    own = recipe(s["recipe"], method.SETTINGS)
+    return own["epochs"] * (OWN_IMAGES[s["recipe"]] // own["batch"])
