@@ -389,6 +389,7 @@ class Related(Method):
         """SimSiam's model; but the last BN scale of each residual block may start at 1."""
         self.model = SimSiam(**{name: self.s[name] for name in OF_THE_MODEL if name in self.s})
         start_last_bn(self.model.encoder, self.s["last_bn"])
+        return self.model
 
     def modules(self):
         """The parts of the model that the optimiser tells apart, the encoder first."""
@@ -454,6 +455,7 @@ class SimCLR(Related):
         super().build()
         if self.s["affine"]:  # SimCLR's output BN has a scale; its offset stays 0
             self.model.encoder.fc[-1].bias.requires_grad_(False)
+        return self.model
 
     def train_step(self, network, optimizer, step, index, views):
         s = self.s
@@ -599,6 +601,7 @@ class SwAV(Related):
         self.prototypes = Prototypes(s["dim"], s["prototypes"])
         named = collections.OrderedDict(h=h, prototypes=self.prototypes)
         self.model.predictor = nn.Sequential(named)
+        return self.model
 
     def modules(self):
         h, prototypes = self.model.predictor
@@ -657,6 +660,7 @@ class CLIP(Related):
         encoder = resnet.ARCHS[s["arch"]](width=s["width"], cifar_stem=s["cifar_stem"])
         start_last_bn(encoder, s["last_bn"])
         self.model = ImageAndText(encoder, s["dim"], len(self.vocabulary.words), s["words_width"], s["scale"])
+        return self.model
 
     def modules(self):
         model = self.model

@@ -58,8 +58,7 @@ from harness.training.method import Method
 from harness.training.options import number
 from harness.training.per_image import PerImageVectors
 from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
-from harness.training.recipes import default_folder, list_experiments, options, own_steps, recipe_for
-from harness.training.recipes import settings_for
+from harness.training.recipes import default_folder, list_experiments, options, settings_for
 from harness.training.run import Run
 
 # --- 1. The loss, and one step of Algorithm 1 (Sec. 3) ---------------------------------------------------
@@ -316,8 +315,7 @@ def pretrain(args):
 
     # Model and optimiser
     torch.manual_seed(s["seed"])
-    method.build()
-    model = method.model
+    model = method.build()
     rows = data.rows()
     if args.init and not resuming:
         rows["init"] = load_init(model, s, args.prefix)
@@ -334,15 +332,11 @@ def pretrain(args):
     lock(out, CHECKPOINTS, resuming, device)
     follow = ["amp"] if args.amp is None else []  # a run that goes on keeps its precision
     run = Run(out, parts, s, method.steps_per_epoch, resuming, device, args.override, follow)
-    first_step = run.epoch * method.steps_per_epoch + run.step
-    progress = Progress(method.total_steps - first_step, quiet=not run.first)
+    progress = Progress(method.total_steps - run.position(), quiet=rank > 0)
     report = Report(run, job, method, partial(watch, job, method.autocast), progress)
-    own = recipe_for(args.data, data.train, args.recipe, method.SETTINGS)
-    rows |= describe_run(job, method, own, own_steps(s, method), watches_knn(job))
-    progress.line(start_block(rows))
+    rows |= describe_run(job, method, watches_knn(job))
+    progress.line("\n".join([start_block(rows), *run.notes]))
     run.begin(knn_pixels=None if resuming else knn_of_pixels(job, policy))
-    for note in run.notes:
-        progress.line(note)
     if rank == 0 and not resuming:
         save_picture(augment.contact_sheet(data.train, policy, s["seed"]), run.path("views.png"))
     if not run.log.epochs():
@@ -353,12 +347,10 @@ def pretrain(args):
         s["seed"], len(data.train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
     views = augment.load_views(
         data.train, policy, s["seed"], batches, device, s["workers"], method.views, run.waiting_for)
-    train(run, views,
-          set_lr=partial(method.set_lr, optimizer),
-          train_step=partial(method.train_step, network, optimizer),
-          optimizer=optimizer,
-          progress=progress,
-          after_epoch=partial(report.epoch, model.encoder, optimizer))
+    set_lr = partial(method.set_lr, optimizer)
+    train_step = partial(method.train_step, network, optimizer)
+    after_epoch = partial(report.epoch, model.encoder, optimizer)
+    train(run, views, set_lr, train_step, optimizer, progress, after_epoch)
 
     # The result: the backbone alone, under torchvision's names
     backbone = {name: t for name, t in model.encoder.state_dict().items() if not name.startswith("fc.")}
@@ -782,6 +774,7 @@ class SimSiamMethod(Method):
 
     def build(self):
         self.model = SimSiam(**{name: self.s[name] for name in OF_THE_MODEL})
+        return self.model
 
     def parts(self):
         if self.s["eta"] == "alternate":

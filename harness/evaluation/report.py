@@ -5,6 +5,7 @@ import textwrap
 from ..common.errors import printable
 from ..common.machine import hardware, peak_memory
 from ..common.pictures import draw_curves
+from ..training.recipes import own_steps, recipe_for
 from .features import calibrated, neighbours, share_bad
 
 LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had 0.34 at least (docs/operations.md)
@@ -144,22 +145,19 @@ def start_block(rows):
     return "\n".join(lines)
 
 
-def describe_run(job, method, recipe, own_steps, watches_knn):
-    """What one must know of a run before it starts: {heading: text}
-
-    recipe      {setting: value}: what the settings would be if nothing were changed
-    own_steps   of that recipe on its own data
-    watches_knn whether kNN is going to be measured
-    """
+def describe_run(job, method, watches_knn):
+    """What one must know of a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
     s = job.settings
     world = s["world"]
-    rows = {"recipe": describe_recipe(s, recipe)}
+    unchanged = recipe_for(s["data"], job.train, s["recipe"], method.SETTINGS)
+    on_its_own = own_steps(s, method)
+    rows = {"recipe": describe_recipe(s, unchanged)}
     if s["experiment"] != method.NAME:
         rows["experiment"] = describe_experiment(method)
     rows["training"] = (
         f"{s['epochs']} epochs of {method.steps_per_epoch} steps, {method.total_steps:,} in all (the recipe "
-        f"on its own data: {own_steps:,}), global batch {s['batch']}, lr {method.lr:.4g}")
-    if method.total_steps < min(FEW_STEPS, own_steps):
+        f"on its own data: {on_its_own:,}), global batch {s['batch']}, lr {method.lr:.4g}")
+    if method.total_steps < min(FEW_STEPS, on_its_own):
         epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
         rows["too short"] = (
             "on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained network, 1,500 "

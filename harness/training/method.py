@@ -56,7 +56,7 @@ class Method:
         """Raise Refused for settings of the method that conflict."""
 
     def build(self):
-        """Make self.model. Its encoder is a ResNet."""
+        """Make self.model, and return it. Its encoder is a ResNet."""
         raise NotImplementedError
 
     def parts(self):

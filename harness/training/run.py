@@ -98,7 +98,7 @@ class Run:
                 self.notes.append(f"other settings than so far: {changed}")
             self.load_parts(checkpoint)
             self.load_position(checkpoint, path)
-        position = self.epoch * self.steps_per_epoch + self.step
+        position = self.position()
         if not same_everywhere(position, self.device):
             raise Refused(f"{path}: the processes have read different ones; --out must be a folder that all "
                           "machines share")
@@ -292,6 +292,10 @@ class Run:
         self.saved = time.monotonic()
         self.saving = self.saved - began
         self.saved_at = self.epoch, self.step
+
+    def position(self):
+        """How many steps of the whole run are done."""
+        return self.epoch * self.steps_per_epoch + self.step
 
     def place(self):
         """Where the run is, for people."""
