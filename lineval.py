@@ -51,7 +51,8 @@ from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.training.options import add_prefix, add_setting, check_batch, check_limits, new_parser, number
 from harness.training.processes import all_sum, join_world, mean_over_processes, same_everywhere
 from harness.training.run import Run
-from simsiam import cosine, initial_lr, knn_accuracy, l2_normalize, recipe_for
+from harness.training.recipes import recipe_for
+from simsiam import SETTINGS, cosine, initial_lr, knn_accuracy, l2_normalize
 
 # --- The layer and its optimisers (supplement A) ---------------------------------------------------------
 
@@ -526,7 +527,7 @@ def parse(argv=None):
     parser.add_argument("--features", metavar="FILE.npz", help="save features, labels and file names of "
                                                                "both splits there")
     for name, kind in (("size", int), ("mean", (number, 3)), ("std", (number, 3))):
-        add_setting(parser, name, kind, ["of the views (default: the pre-training's, or else the recipe's)"])
+        add_setting(parser, name, kind, ["the pre-training's, or else the recipe's"], "of the views")
     parser.add_argument("--export", choices=("torchvision", "released"),
                         help="write the network in this layout, and evaluate nothing")
     return parser.parse_args(argv)
@@ -680,7 +681,7 @@ def open_all(args):
         raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
                       f"or CIFAR-10 (--features needs none){why}")
     # How images are shown to the network: as they were in its pre-training, or else as the data suggest.
-    recipe = saved or recipe_for(args.data, data.train)
+    recipe = saved or recipe_for(args.data, data.train, None, SETTINGS)
     given = {name: getattr(args, name) for name in ("size", "mean", "std")}
     recipe = recipe | {name: value for name, value in given.items() if value is not None}
     if is_random:

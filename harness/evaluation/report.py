@@ -178,7 +178,7 @@ def describe_recipe(s, recipe):
 def describe_experiment(method):
     """The experiment, the paper's result, and which of its values this recipe scales, or leaves."""
     s = method.s
-    changes, paper = method.EXPERIMENTS[s["experiment"]]
+    paper, changes = method.EXPERIMENTS[s["experiment"]]
     changes = changes | method.ON_IMAGENET.get(s["experiment"], {})
     text = f"{s['experiment']} (the paper on ImageNet: {paper})"
     scaled = [f"{name} {s[name]}" for name in changes if s[name] != changes[name]]
