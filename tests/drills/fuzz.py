@@ -1,6 +1,6 @@
 """Damaged files: what do the readers of images, checkpoints and tar files make of them?
 
-    python results/drills/fuzz.py --count 1000 --seed 0
+    python tests/drills/fuzz.py --count 1000 --seed 0
 
 Start it from the repository's root; it takes some minutes on one CPU core. It flips, cuts off, zeroes,
 doubles, inserts or drops bytes anywhere in a file. The reader must refuse a damaged image or read it as an

@@ -1,7 +1,7 @@
 """What a CPU can't show. A line for each check, and exit status 1 if one has failed.
 
-    python results/drills/gpu.py                    some minutes on one GPU
-    python results/drills/gpu.py --device cpu --only views gradients      the script itself, anywhere
+    python tests/drills/gpu.py                    some minutes on one GPU
+    python tests/drills/gpu.py --device cpu --only views gradients      the script itself, anywhere
 
 Start it from the repository's root. What a GPU has shown is kept in results/drills/gpu.json; a check that is
 made again takes the place of its last outcome.

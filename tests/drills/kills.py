@@ -1,6 +1,6 @@
 """kill -9 at random instants of a run. The resumed run must end with the weights of a run that nobody killed.
 
-    python results/drills/kills.py --kills 120 --seed 0
+    python tests/drills/kills.py --kills 120 --seed 0
 
 Start it from the repository's root, on Linux; it takes some minutes on 2 CPU cores. After each kill it
 resumes the run. When the run has ended, its weights and momentum must be, bit for bit, those of the

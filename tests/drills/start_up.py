@@ -1,6 +1,6 @@
 """A data set with as many files as ImageNet: how long a run takes to start, and the memory that it needs.
 
-    python results/drills/start_up.py --files 1300000
+    python tests/drills/start_up.py --files 1300000
 
 Start it from the repository's root, on Linux. It needs a folder with as many free inodes: TMPDIR. The files
 are links to one JPEG as large as a photograph, in 1000 folders.

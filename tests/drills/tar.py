@@ -1,7 +1,7 @@
 """Tar files in the place of folders: how long a start takes with ImageNet's 1.3 million, how fast and in how
 much memory images are read.
 
-    python results/drills/tar.py --files 1300000
+    python tests/drills/tar.py --files 1300000
 
 Start it from the repository's root, on Linux; TMPDIR needs 2 GB. The large file is a tar of 1000 tars, as
 ILSVRC2012_img_train.tar is; its members have a few bytes instead of 110,000, so that its headers lie closer
@@ -28,7 +28,7 @@ from PIL import Image
 import augment
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
-from results.drills.start_up import children, memory
+from tests.drills.start_up import children, memory
 
 CLASSES = 1000
 PHOTOS = 600
