@@ -25,8 +25,8 @@ from harness.common.errors import Refused
 from harness.data import cifar
 from harness.data.opening import open_data
 from results.pages import cell, page_with, table
-from results.rows import (Kept, Runs, epochs_of, evaluate, last, make_missing, parser_for, pretrain, records,
-                          results_of, run_script, top1_of)
+from results.rows import (Kept, Runs, epochs_of, evaluate, last, make_missing, minutes_of, parser_for, pretrain,
+                          records, results_of, run_script, top1_of)
 
 PAGE = "results/cifar10.md"
 README = "README.md"
@@ -206,12 +206,6 @@ def accuracies(runs):
     for protocol in ("sgd", "lars", "cached"):
         cells.append(cell([top1_of(run, protocol) for run in runs if protocol in run["evaluations"]]))
     return cells
-
-
-def minutes_of(run):
-    """Of all epochs, with everything; of logs that are older than that, the steps alone."""
-    _, *epochs = epochs_of(run)
-    return sum(epoch.get("wall_seconds", epoch["seconds"]) for epoch in epochs) / 60
 
 
 def machine_of(run):

@@ -27,7 +27,7 @@ sys.path.insert(0, os.getcwd())
 import simsiam
 from harness.evaluation.pictures import BLUE, RED
 from results.pages import Panel, T95, cell, difference, draw_rows, half_interval, page_with, table
-from results.rows import Kept, Runs, do, epochs_of, last, make_missing, parser_for, run_script, top1_of
+from results.rows import Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script, top1_of
 
 KEPT = Kept("results/paper_rows", "runs/paper_rows")
 PAGE = "results/paper_rows.md"
@@ -351,8 +351,7 @@ def rank_kept(result):
 
 def minutes(runs):
     """The mean over some runs, as a cell."""
-    seconds = [sum(record["wall_seconds"] for record in epochs_of(run)[1:]) for run in runs.values()]
-    return f"{statistics.mean(seconds) / 60:.1f}"
+    return f"{statistics.mean(map(minutes_of, runs.values())):.1f}"
 
 
 def differences_table(kept):
