@@ -9,7 +9,6 @@ much longer. rows.py says how they are made and kept. What they gave becomes the
 """
 import os
 import shlex
-import statistics
 import sys
 
 sys.path.insert(0, os.getcwd())
@@ -19,7 +18,8 @@ import simsiam
 from harness.common.errors import Refused
 from results.cifar10 import open_cifar10
 from results.pages import cell, page_with, table
-from results.rows import Kept, Runs, last, make_missing, parser_for, read_json, run_script, top1_of, write_json
+from results.rows import (Kept, Runs, columns, make_missing, parser_for, read_json, run_script, top1_of,
+                          write_json)
 from results.speed import in_turn, make_step, processor
 
 KEPT = Kept("results/bf16", "runs/bf16")
@@ -49,9 +49,9 @@ def make_runs(args, deadline):
     if args.data is None:
         raise Refused("name a CIFAR-10 folder, or --speed, or --show")
     open_cifar10(args.data)
-    group = [Runs(name, f"simsiam.py {shlex.quote(args.data)} {OPTIONS} {option}", SEEDS, EVALUATIONS)
+    rows = [Runs(name, f"simsiam.py {shlex.quote(args.data)} {OPTIONS} {option}", SEEDS, EVALUATIONS)
              for name, option in PRECISIONS.items()]
-    make_missing(KEPT, [group], deadline, args.data)
+    make_missing(KEPT, rows, deadline, args.data)
 
 
 def measure_speed(rounds=7):
@@ -64,7 +64,8 @@ def measure_speed(rounds=7):
         made = {precision: make_step(scaled, batch, amp=precision == "bf16") for precision in PRECISIONS}
         seconds[words] = in_turn(made, rounds)
         print(words, seconds[words], flush=True)
-    write_json(SPEED, {"command": "results/bf16.py --speed", "device": f"{processor()}, {os.cpu_count()} cores",
+    write_json(SPEED, {"command": "results/bf16.py --speed",
+                       "device": f"{processor()}, {os.cpu_count()} cores",
                        "torch": torch.__version__, "rounds": rounds, "seconds": seconds})
 
 
@@ -73,16 +74,10 @@ def rows_table():
     lines = []
     for precision in PRECISIONS:
         runs = list(KEPT.of(precision).values())
-        if runs:
-            lines.append([precision, len(runs), mean_of(runs, "loss"), mean_of(runs, "std"),
-                          cell([last(run, "knn") for run in runs]),
-                          *(cell([top1_of(run, name) for run in runs]) for name in EVALUATIONS)])
+        linear = [cell([top1_of(run, name) for run in runs]) for name in EVALUATIONS]
+        lines.append([precision, *columns(runs), *linear])
     return table(["pre-training", "seeds", "loss", "std x sqrt(d)", "kNN", "cached linear: float32 features",
                   "bf16"], lines)
-
-
-def mean_of(runs, key):
-    return f"{statistics.mean(last(run, key) for run in runs):.3f}"
 
 
 def speed_table():

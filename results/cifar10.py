@@ -25,8 +25,8 @@ from harness.common.errors import Refused
 from harness.data import cifar
 from harness.data.opening import open_data
 from results.pages import cell, page_with, table
-from results.rows import (Kept, Runs, epochs_of, evaluate, last, make_missing, minutes_of, parser_for, pretrain,
-                          records, results_of, run_script, top1_of)
+from results.rows import (Kept, Runs, columns, epochs_of, evaluate, last, make_missing, minutes_of,
+                          parser_for, pretrain, records, results_of, run_script, top1_of)
 
 PAGE = "results/cifar10.md"
 README = "README.md"
@@ -60,7 +60,7 @@ ON_A_CPU = {
 }
 BASE_LRS = {"sgd": (0.3, 1, 3, 10, 30), "lars": (0.1, 0.3, 1, 3, 10, 30)}  # tried on held-out images
 IN_README = {  # run: what the README calls it
-    "800-epochs": "the same here: `python simsiam.py CIFAR`, then `lineval.py`",
+    "800-epochs": "the same here, 800 epochs: `python simsiam.py CIFAR`, then `lineval.py`",
     "50-epochs": "`50-epochs`: a sixteenth of it, one H200",
     "small": "`small`: an eighth of the width, 10,000 training images",
     "small-decayed-predictor": "`small-decayed-predictor`: `--pred-lr cosine`",
@@ -134,13 +134,13 @@ def make_runs(args, deadline):
     if not torch.cuda.is_available():
         programme, data = ON_A_CPU, subset(train, val, 10_000, SUBSET)
     rows = [runs_of(name, plan, data, {}) for name, plan in programme.items()]
-    todo = [(KEPT, runs, seed, deadline) for runs, seed in KEPT.missing([rows])]
+    todo = [(KEPT, runs, seed, deadline) for runs, seed in KEPT.missing(rows)]
     for _ in results_of(pretrain, todo):
         pass
     first, *_ = rows
     choose(first, hold_out(data), deadline)
-    rows = [runs_of(name, plan, data, base_lrs(first.name)) for name, plan in programme.items()]
-    make_missing(KEPT, [[runs] for runs in rows], deadline, args.data)
+    for name, plan in programme.items():
+        make_missing(KEPT, [runs_of(name, plan, data, base_lrs(first.name))], deadline, args.data)
 
 
 def runs_of(name, plan, data, lrs):
@@ -184,50 +184,30 @@ def base_lrs(name):
 
 def rows_table(title, programme):
     """A programme's rows, of each what its last epochs have, and its evaluations."""
-    heads = [title, "seeds", "epochs", "loss", "kNN", "linear: sgd", "lars", "cached",
-             "minutes of training", "machine"]
     lines = []
     for name in programme:
         runs = list(KEPT.of(name).values())
-        if not runs:
-            lines.append([name, "not run", *[""] * (len(heads) - 2)])
-            continue
-        lines.append([
-            name, len(runs), last(runs[0], "epoch"), f"{statistics.mean(last(r, 'loss') for r in runs):.3f}",
-            *accuracies(runs), f"{statistics.mean(map(minutes_of, runs)):.1f}",
-            ", ".join(sorted({machine_of(run) for run in runs})),
-        ])
-    return table(heads, lines)
+        if runs:
+            pixels = cell([run["log"][0]["knn_pixels"] for run in runs])
+            untrained = cell([epochs_of(run)[0]["knn"] for run in runs])
+            lines.append([name, last(runs[0], "epoch"), *columns(runs), pixels, untrained, *linear(runs),
+                          f"{statistics.mean(map(minutes_of, runs)):.1f}",
+                          ", ".join(sorted({machine_of(run) for run in runs}))])
+        else:
+            lines.append([name, "not run", *["-"] * 11])
+    return table([title, "epochs", "seeds", "loss", "std x sqrt(d)", "kNN", "raw pixels", "untrained",
+                  "linear: sgd", "lars", "cached", "minutes of training", "machine"], lines)
 
 
-def accuracies(runs):
-    """As cells: kNN, and a linear layer by each protocol."""
-    cells = [cell([last(run, "knn") for run in runs])]
-    for protocol in ("sgd", "lars", "cached"):
-        cells.append(cell([top1_of(run, protocol) for run in runs if protocol in run["evaluations"]]))
-    return cells
+def linear(runs):
+    """A linear layer's accuracy by each protocol, as cells."""
+    return [cell([top1_of(run, protocol) for run in runs if protocol in run["evaluations"]])
+            for protocol in ("sgd", "lars", "cached")]
 
 
 def machine_of(run):
     start, *_ = run["log"]
     return f"{start['device']}, torch {start['torch']}"
-
-
-def curves_table():
-    """kNN of all runs at the first and the last epoch, and at some eight between."""
-    lines = []
-    for name in ON_A_GPU | ON_A_CPU:
-        runs = list(KEPT.of(name).values())
-        if runs:
-            measured = [r["epoch"] for r in epochs_of(runs[0]) if r["knn"] is not None]
-            every = max(1, len(measured) // 8)
-            shown = dict.fromkeys([*measured[::every], measured[-1]])
-            lines.append([name, ", ".join(f"{epoch}: {knn_at(runs, epoch)}" for epoch in shown)])
-    return table(["run", "kNN after so many epochs"], lines)
-
-
-def knn_at(runs, epoch):
-    return cell([r["knn"] for run in runs for r in epochs_of(run) if r["epoch"] == epoch])
 
 
 def held_out_table():
@@ -246,14 +226,17 @@ def readme_table():
     lines = [["the paper (supplement D), ResNet-18", 800, "-", "91.8", "-", "-"]]
     for name, words in IN_README.items():
         runs = list(KEPT.of(name).values())
-        epochs = last(runs[0], "epoch") if runs else 800
-        lines.append([words, epochs, *(accuracies(runs) if runs else ["not run"] * 4)])
+        if runs:
+            *_, knn = columns(runs)
+            lines.append([words, last(runs[0], "epoch"), knn, *linear(runs)])
+        else:
+            lines.append([words, "-", *["not run"] * 4])
     return table(["CIFAR-10, top-1 in percent", "epochs", "kNN", "linear: sgd", "lars", "cached"], lines)
 
 
 def pages():
     tables = [rows_table("as in supplement D, on a GPU", ON_A_GPU), rows_table("small, on a CPU", ON_A_CPU),
-              curves_table(), held_out_table()]
+              held_out_table()]
     return page_with(PAGE, tables) | page_with(README, [readme_table()])
 
 

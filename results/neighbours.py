@@ -14,7 +14,6 @@ seeds 7 and 8; nothing was chosen on CIFAR-10, nor on seeds 0 to 4.
 import contextlib
 import os
 import shlex
-import statistics
 import sys
 
 sys.path.insert(0, os.getcwd())
@@ -30,7 +29,7 @@ from harness.evaluation.pictures import BLUE, RED
 from harness.training.processes import join_world
 from results.cifar10 import SMALL, SUBSET, open_cifar10, subset
 from results.pages import Panel, cell, difference, draw_rows, page_with, table
-from results.rows import (Kept, Runs, last, make_missing, parser_for, read_json, run_script, top1_of,
+from results.rows import (Kept, Runs, columns, last, make_missing, parser_for, read_json, run_script, top1_of,
                           write_json)
 from results.speed import in_turn
 
@@ -108,19 +107,19 @@ def make_runs(args, deadline):
     if args.speed:
         measure_speed(folder_of(args))
         return
-    group = []
+    rows = []
     for (data, row), command in commands(folder_of(args)).items():
-        group.append(Runs(name_of(data, row), command, tuple(range(SEEDS[data]))))
-    make_missing(KEPT, [group], deadline)
+        rows.append(Runs(name_of(data, row), command, tuple(range(SEEDS[data]))))
+    make_missing(KEPT, rows, deadline)
 
 
 # --- The pages ------------------------------------------------------------------------------------
 
 def measured():
-    """Yield data, row, runs {seed: line} of all rows that have some."""
+    """Yield data, row, runs of all rows that have some."""
     for data, rows in ROWS.items():
         for row in rows:
-            runs = KEPT.of(name_of(data, row))
+            runs = list(KEPT.of(name_of(data, row)).values())
             if runs:
                 yield data, row, runs
 
@@ -130,33 +129,20 @@ def rows_table():
     seconds = read_json(SPEED)["seconds"]
     lines = []
     for data, row, runs in measured():
-        step = seconds[data].get(row)
-        lines.append([
-            data, row, len(runs), f"{mean_of(runs, 'loss'):.3f}", f"{mean_of(runs, 'std'):.2f}",
-            knn(runs), cell([top1_of(run) for run in runs.values()]),
-            f"{step:.3f}" if step else "-",
-            max(last(run, "memory_mb") for run in runs.values()), PAPER[row],
-        ])
+        lines.append([data, row, *columns(runs), cell([top1_of(run) for run in runs]),
+                      f"{seconds[data][row]:.3f}", max(last(run, "memory_mb") for run in runs), PAPER[row]])
     return table(["data", "row", "seeds", "loss", "std x sqrt(d)", "kNN", "cached linear", "s a step", "MiB",
                   "the paper"], lines)
-
-
-def mean_of(runs, key):
-    return statistics.mean(last(run, key) for run in runs.values())
-
-
-def knn(runs, key="knn"):
-    return cell([last(run, key) for run in runs.values()])
 
 
 def readme_table():
     """kNN of each method; of CLIP, zero-shot accuracy too."""
     lines = []
     for method, changes in CHANGES.items():
-        runs = KEPT.of(name_of("shapes", method))
-        shown = knn(runs)
+        runs = KEPT.of(name_of("shapes", method)).values()
+        shown = cell([last(run, "knn") for run in runs])
         if method == "clip":
-            shown += f"; zero-shot {knn(runs, 'zero_shot')}"
+            shown += f"; zero-shot {cell([last(run, 'zero_shot') for run in runs])}"
         lines.append([f"`--method {method}`", changes, shown])
     return table(["`python related.py`", "what it changes in SimSiam", "drawn shapes, 6 epochs: kNN"], lines)
 
@@ -169,7 +155,7 @@ def picture():
     """The accuracies of all rows with their spread, a panel for each data set."""
     panels = {data: Panel(title, []) for data, title in TITLES.items()}
     for data, row, runs in measured():
-        accuracies = [[last(run, "knn") for run in runs.values()], [top1_of(run) for run in runs.values()]]
+        accuracies = [[last(run, "knn") for run in runs], [top1_of(run) for run in runs]]
         panels[data].rows.append((f"{row} ({len(runs)})", accuracies))
     draw_rows(PICTURE, panels.values(), {"kNN": BLUE, "cached linear": RED})
 
@@ -194,8 +180,8 @@ def comparison():
         between = difference(mine, theirs)
         if between:
             told = verdict(claim, between.low, between.high)
-            lines.append([row, f"{PAPER[without]} -> {PAPER[row]}", len(between.pairs), f"{between.mean:+.2f}",
-                          between.interval(), f"{claim}: {told}"])
+            lines.append([row, f"{PAPER[without]} -> {PAPER[row]}", len(between.pairs),
+                          f"{between.mean:+.2f}", between.interval(), f"{claim}: {told}"])
     return table(["row", "the paper", "seeds", "cached linear, difference", "95%",
                   "the paper's finding, in kind"], lines)
 

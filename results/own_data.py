@@ -23,14 +23,15 @@ from harness.common.errors import Refused
 from harness.evaluation.features import hits
 from results.cifar10 import open_cifar10, subset
 from results.pages import page_with, table
-from results.rows import do, evaluate, last, parser_for, records, results_of, run_script
+from results.rows import (Kept, Runs, evaluate, last, make, minutes_of, parser_for, records, results_of,
+                          run_script, top1_of)
 from simsiam import knn, l2_normalize
 
 LINES = "results/own-data.jsonl"
 PAGE = "docs/own-data.md"
 RUNS = "runs/own-data"
 SMALL = ("--recipe cifar10 --width 1/4 --proj-hidden 512 --dim 512 --pred-dim 128 --knn-every 1000 "
-         "--workers 0").split()
+         "--workers 0")
 TEST = 2000
 UNTRAINED = (0, 0, 0)  # batch, lr, steps
 # Images, batch, lr, steps. The order is that of their use: the first rows tell the most.
@@ -63,29 +64,23 @@ def make_runs(args, deadline):
 
 def judged_run(folder, n, batch, lr, steps, deadline):
     """Train and judge -> a record."""
+    name = f"{n}-{batch}-{lr}-{steps}"
+    features = f"{RUNS}/{name}.npz"
+    judging = f"--cached --features {features}"
     record = {"images": n, "batch": batch, "lr": lr, "asked": steps, "seed": 0, "torch": torch.__version__}
-    out = f"{RUNS}/{n}-{batch}-{lr}-{steps}-0"
     if steps == 0:
-        return record | {"steps": 0, "epochs": 0} | judged(folder, ["random:resnet18", "--width", "1/4"],
-                                                           out, deadline)
+        words = [folder, "--ckpt", "random:resnet18", "--width", "1/4", *judging.split(), "--workers", "0"]
+        found = evaluate(words, f"{RUNS}/{name}", deadline)
+        return record | {"steps": 0, "epochs": 0, "cached": found["top1"], "knn": knn_of(features)}
     epochs = round(steps * batch / (n // batch * batch))
-    options = ["--batch", f"{batch}", "--base-lr", f"{lr * 256 / batch}", "--epochs", f"{epochs}"]
-    do(["simsiam.py", folder, *SMALL, *options, "--out", out, "--resume", "auto"], deadline)
-    line = {"log": records(f"{out}/log.jsonl")}
-    start, *_ = line["log"]
-    seconds = sum(r["wall_seconds"] for r in line["log"] if r.get("wall_seconds"))
-    return {
-        **record, "steps": epochs * (n // batch), "epochs": epochs,
-        "loss": last(line, "loss"), "rank": last(line, "rank"), "seconds": round(seconds),
-        "command": f"python {start['command']}",
-        **judged(folder, [f"{out}/checkpoint.pth"], f"{out}/lineval", deadline),
+    options = f"{SMALL} --batch {batch} --base-lr {lr * 256 / batch} --epochs {epochs}"
+    runs = Runs(name, f"simsiam.py {folder} {options}", (0,), {"cached": judging})
+    _, line = make(Kept(None, RUNS), runs, 0, deadline)
+    return record | {
+        "steps": epochs * (n // batch), "epochs": epochs, "loss": last(line, "loss"),
+        "rank": last(line, "rank"), "seconds": round(60 * minutes_of(line)), "cached": top1_of(line),
+        "knn": knn_of(features), "command": line["command"],
     }
-
-
-def judged(folder, checkpoint, out, deadline):
-    """Cached top-1 and kNN by the number of neighbours of a backbone."""
-    words = [folder, "--ckpt", *checkpoint, "--cached", "--features", f"{out}.npz", "--workers", "0"]
-    return {"cached": evaluate(words, out, deadline)["top1"], "knn": knn_of(f"{out}.npz")}
 
 
 def knn_of(path):
@@ -106,14 +101,15 @@ def way_of(record):
     return record["images"], record["batch"], record["lr"], record["asked"]
 
 
+def gain(r, untrained):
+    """Points above the untrained network, judged with as many images."""
+    return r["cached"] - untrained[r["images"]]["cached"]
+
+
 def rows_table(trained, untrained):
-    lines = []
-    for r in trained:
-        lines.append([
-            f"{r['images']:,}", r["batch"], r["lr"], r["epochs"], f"{r['steps']:,}", f"{r['loss']:.3f}",
-            f"{r['rank']:.1f}", f"{r['cached']:.1f}", f"{r['cached'] - untrained[r['images']]['cached']:+.1f}",
-            f"{r['seconds'] / 60:.0f}",
-        ])
+    lines = [[f"{r['images']:,}", r["batch"], r["lr"], r["epochs"], f"{r['steps']:,}", f"{r['loss']:.3f}",
+              f"{r['rank']:.1f}", f"{r['cached']:.1f}", f"{gain(r, untrained):+.1f}",
+              f"{r['seconds'] / 60:.0f}"] for r in trained]
     return table(["images", "batch", "lr", "epochs", "steps", "loss", "rank", "cached linear",
                   "above untrained", "minutes"], lines)
 
@@ -132,8 +128,7 @@ def gains_table(trained, untrained):
     """By the steps alone, whatever the number of images."""
     lines = []
     for steps in sorted({r["asked"] for r in trained}):
-        gains = [r["cached"] - untrained[r["images"]]["cached"] for r in trained
-                 if way_of(r) == (r["images"], 32, 0.1, steps)]
+        gains = [gain(r, untrained) for r in trained if way_of(r)[1:] == (32, 0.1, steps)]
         lines.append([f"{steps:,}", f"{min(gains):+.1f} to {max(gains):+.1f}"])
     return table(["steps, about", "points above the untrained network, batch 32, lr 0.1"], lines)
 

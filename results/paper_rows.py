@@ -27,7 +27,8 @@ sys.path.insert(0, os.getcwd())
 import simsiam
 from harness.evaluation.pictures import BLUE, RED
 from results.pages import Panel, T95, cell, difference, draw_rows, half_interval, page_with, table
-from results.rows import Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script, top1_of
+from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script,
+                          top1_of)
 
 KEPT = Kept("results/paper_rows", "runs/paper_rows")
 PAGE = "results/paper_rows.md"
@@ -145,15 +146,16 @@ def rows_on_cifar10(folder, epochs, seeds):
 
 def make_runs(args, deadline):
     if args.data is not None:
-        groups = [rows_on_cifar10(args.data, args.epochs, tuple(args.seeds))]
-        make_missing(on_cifar10(args.epochs), groups, deadline, args.data)
+        rows = rows_on_cifar10(args.data, args.epochs, tuple(args.seeds))
+        make_missing(on_cifar10(args.epochs), rows, deadline, args.data)
         return
     if not os.path.exists(UNTRAINED):
         size = simsiam.parse(SETTING.split()).size
         do(["lineval.py", "--ckpt", "random:resnet18", "--size", f"{size}", "--cached", "--workers", "0",
             "--out", f"{KEPT.scratch}/untrained"], deadline)
         shutil.copy(f"{KEPT.scratch}/untrained/lineval.json", UNTRAINED)
-    make_missing(KEPT, programme(), deadline)
+    for rows in programme():
+        make_missing(KEPT, rows, deadline)
 
 
 def on_cifar10(epochs):
@@ -423,12 +425,12 @@ def factors_table(kept):
 
 def mean_gap(kept, name, cells):
     """{seed: a row's accuracy less that of (c), the mean over some cells of the closer look}"""
-    gaps = []
+    gaps = {seed: [] for seed in LOOKING}
     for lr, layers in cells:
         mine, default = (looked_at(kept, row, lr, layers) for row in (name, CONSTANT))
-        gaps.append({seed: top1(mine[seed]) - top1(default[seed]) for seed in mine.keys() & default.keys()})
-    seeds = set.intersection(*map(set, gaps))
-    return {seed: statistics.mean(gap[seed] for gap in gaps) for seed in seeds}
+        for seed in mine.keys() & default.keys():
+            gaps[seed].append(top1(mine[seed]) - top1(default[seed]))
+    return {seed: statistics.mean(its) for seed, its in gaps.items() if len(its) == len(cells)}
 
 
 def looked_at(kept, name, lr, layers):
@@ -471,8 +473,8 @@ def pages():
 
 def cifar10_page(kept):
     """A page of its own for the rows on the full CIFAR-10."""
-    return {f"{kept.folder}.md": "The paper's rows on the full CIFAR-10, by `results/paper_rows.py`; "
-                                 f"paper_rows.md has the rules.\n\n{rows_table(kept)}\n{differences_table(kept)}"}
+    title = "The paper's rows on the full CIFAR-10, by `results/paper_rows.py`; paper_rows.md has the rules."
+    return {f"{kept.folder}.md": f"{title}\n\n{rows_table(kept)}\n{differences_table(kept)}"}
 
 
 def main():

@@ -15,6 +15,7 @@ and all of it on the CPU. Steps are SimSiam's on the same network: forward of tw
 import argparse
 import os
 import sys
+from functools import partial
 
 sys.path.insert(0, os.getcwd())
 
@@ -28,12 +29,12 @@ import augment
 import resnet
 import simsiam
 from harness.common.machine import cpu_has_bf16
-from harness.data.images import read_image
 from harness.data.opening import open_data
+from harness.data.source import Source
 from harness.training.processes import join_world
 from results.pages import page_with, table, write
 from results.rows import read_json, write_json
-from results.speed import in_turn, make_step
+from results.speed import CPU, do_part, in_turn, make_step
 
 RESULT = "results/peers.json"
 PAGE = "results/peers.md"
@@ -44,6 +45,7 @@ STEPS = {  # recipe, batch
 }
 PHOTOS = 24
 SMALL = 256  # images of 32 pixels a batch
+THREADS = 2  # of the steps
 MEAN, STD = augment.Policy().mean, augment.Policy().std
 
 
@@ -72,7 +74,7 @@ def rates(seconds, images):
     return {name: round(images / value, 1) for name, value in seconds.items()}
 
 
-# --- Views at 224 pixels --------------------------------------------------------------------------
+# --- Views ----------------------------------------------------------------------------------------
 
 def released_transforms(size, blur):
     """The released code's, by torchvision, and its own blur."""
@@ -95,62 +97,47 @@ def pillow_blur(image):
     return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
 
 
-def decoded(path):
-    """A file as a PIL image."""
-    with Image.open(os.fsdecode(path)) as image:
-        return image.convert("RGB")
+def views_elsewhere(size, blur, images):
+    """The variants of other libraries. images: a function that gives PIL images"""
+    variants = {}
+    if imported("torchvision"):
+        released = released_transforms(size, blur)
+        variants["the released transforms, by torchvision"] = lambda: [
+            [released(image), released(image)] for image in images()]
+    if imported("torchvision") and imported("lightly"):
+        from lightly.transforms import SimSiamTransform
+        lightlys = SimSiamTransform(input_size=size, gaussian_blur=0.5 if blur else 0.0)
+        variants["lightly"] = lambda: [lightlys(image) for image in images()]
+    return variants
 
 
 def views_of_photos(photos):
     """Two views of each of some photographs, from their files."""
     files = open_data(photos).train.files
-    files = files[np.linspace(0, len(files) - 1, PHOTOS).astype(int)]
-    policy = augment.Policy()
+    source = Source(files=files[np.linspace(0, len(files) - 1, PHOTOS).astype(int)])
 
-    def cut(f, i):
-        return augment.cut_views(policy, 0, 2, read_image(f), 0, i)
-
-    def whole():
-        cuts = [cut(f, i) for i, f in enumerate(files)]
-        x = torch.cat([torch.stack([views[v] for views in cuts]) for v in range(2)])
-        colours = [augment.draw_colour(policy, 0, 0, np.arange(PHOTOS), v) for v in range(2)]
-        return augment.photometric(x, augment.Colour(*map(np.concatenate, zip(*colours))), policy)
+    def ours(part):
+        return partial(do_part, part, source, augment.Policy(), CPU, np.arange(PHOTOS), None)
 
     variants = {
-        "ours: a worker's part": lambda: [cut(f, i) for i, f in enumerate(files)],
-        "ours: all on the CPU": whole,
-        "decoding alone": lambda: [decoded(f).load() for f in files],
+        "ours: a worker's part": ours("decode and cut"),
+        "ours: all on the CPU": ours("all"),
+        "decoding alone": ours("decode"),
+        **views_elsewhere(224, True, ours("decode")),
     }
-    if imported("torchvision"):
-        released = released_transforms(224, blur=True)
-        variants["the released transforms, by torchvision"] = lambda: [
-            [released(image), released(image)] for image in map(decoded, files)]
-    if imported("torchvision") and imported("lightly"):
-        from lightly.transforms import SimSiamTransform
-        lightlys = SimSiamTransform(input_size=224)
-        variants["lightly"] = lambda: [lightlys(decoded(f)) for f in files]
     return rates(in_turn(variants, 7), PHOTOS)
 
-
-# --- Views at 32 pixels ---------------------------------------------------------------------------
 
 def views_of_small_images(cifar):
     """Two views of each image of a batch in memory, without blur."""
     train = open_data(cifar).train
-    index = np.arange(SMALL)
     pixels = train.pixels[:SMALL]
-    policy = augment.Policy(size=32, blur=0)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
-    cpu = torch.device("cpu")
-    variants = {"ours": lambda: next(augment.load_views(train, policy, 0, [(0, index)], cpu, 0))}
-    if imported("torchvision"):
-        released = released_transforms(32, blur=False)
-        variants["the released transforms, by torchvision"] = lambda: [
-            [released(image), released(image)] for image in pictures]
-    if imported("torchvision") and imported("lightly"):
-        from lightly.transforms import SimSiamTransform
-        lightlys = SimSiamTransform(input_size=32, gaussian_blur=0.0)
-        variants["lightly"] = lambda: [lightlys(image) for image in pictures]
+    policy = augment.Policy(size=32, blur=0)
+    variants = {
+        "ours": partial(do_part, "all", train, policy, CPU, np.arange(SMALL), None),
+        **views_elsewhere(32, False, lambda: pictures),
+    }
     if imported("kornia"):
         import kornia.augmentation as K
         kornias = nn.Sequential(
@@ -193,9 +180,9 @@ def lightlys_step(arch, cifar_stem, batch, size):
     return step
 
 
-def steps(threads):
+def steps():
     """{case: {variant: seconds, and the share of what a large product reaches}}"""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     peak = {amp: matmul_rate(torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
     out = {"a large product, GFLOP/s": {"float32": round(peak[False]), "bf16": round(peak[True])}}
     for case, (recipe, batch) in STEPS.items():
@@ -259,13 +246,13 @@ def measure(args):
         if version is None:
             print(f"{name} is not installed: left out")
     torch.set_num_threads(1)
-    command = f"python results/peers.py --photos PHOTOS --cifar CIFAR --threads {args.threads}"
     write_json(RESULT, {
-        "command": command, "torch": torch.__version__, **versions,
-        "cores": len(os.sched_getaffinity(0)), "threads of a step": args.threads,
+        "command": "python results/peers.py --photos PHOTOS --cifar CIFAR",
+        "torch": torch.__version__, **versions,
+        "cores": len(os.sched_getaffinity(0)), "threads of a step": THREADS,
         "views of 224 pixels": views_of_photos(args.photos),
         "views of 32 pixels": views_of_small_images(args.cifar),
-        "steps": steps(args.threads),
+        "steps": steps(),
     })
 
 
@@ -273,7 +260,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", help="a folder of photographs")
     parser.add_argument("--cifar", help="a CIFAR-10 folder")
-    parser.add_argument("--threads", type=int, default=2, help="of the steps (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="measure nothing: make the page anew")
     args = parser.parse_args()
     if not args.show:

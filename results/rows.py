@@ -14,6 +14,7 @@ import os
 import queue
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from harness.common.errors import Refused
-from results.pages import write
+from results.pages import cell, write
 
 
 class Runs(NamedTuple):
@@ -62,13 +63,11 @@ class Kept:
         with open(self.path(name), "a") as f:
             f.write(text + "\n")
 
-    def missing(self, groups):
-        """[(Runs, seed)] of those that lack a line, or an evaluation in it; in each group a seed of all its
-        runs before the next seed."""
-        jobs = [(number, seed, runs) for number, group in enumerate(groups) for runs in group
-                for seed in runs.seeds if not self.has(runs, seed)]
-        jobs.sort(key=lambda job: job[:2])
-        return [(runs, seed) for _, seed, runs in jobs]
+    def missing(self, rows):
+        """[(Runs, seed)] of those that lack a line, or an evaluation in it; one seed of all rows, then the
+        next."""
+        jobs = [(runs, seed) for runs in rows for seed in runs.seeds if not self.has(runs, seed)]
+        return sorted(jobs, key=lambda job: job[1])
 
     def has(self, runs, seed):
         line = self.of(runs.name).get(seed)
@@ -116,11 +115,17 @@ def top1_of(line, evaluation="cached"):
     return line["evaluations"][evaluation]["top1"]
 
 
+def columns(runs):
+    """Of a row's runs, as cells: how many; of their last epochs the mean loss and std, and kNN."""
+    loss, std = (statistics.mean(last(run, key) for run in runs) for key in ("loss", "std"))
+    return [len(runs), f"{loss:.3f}", f"{std:.2f}", cell([last(run, "knn") for run in runs])]
+
+
 # --- Making runs ------------------------------------------------------------------------------------------
 
-def make_missing(kept, groups, deadline, data=None):
+def make_missing(kept, rows, deadline, data=None):
     """Make the runs that are missing, and keep them. data: as in Kept.add"""
-    todo = kept.missing(groups)
+    todo = kept.missing(rows)
     for runs, seed in todo:
         print(f"missing: {runs.name}, seed {seed}")
     for name, line in results_of(make, [(kept, runs, seed, deadline) for runs, seed in todo]):

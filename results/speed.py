@@ -337,27 +337,6 @@ def steps_that_fit(device, recipe, batch, n):
     return steps(device, recipe, batch // 2, n)
 
 
-def communication():
-    """By counting: what each process gives to others in a step, for two recipes."""
-    return [communication_of(recipe) for recipe in ("imagenet", "cifar10")]
-
-
-def communication_of(recipe):
-    """MiB of gradients, and of BN's sums: for forward and backward, of both views."""
-    model = model_of(simsiam.recipe(recipe))
-    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)
-    norms = [module for module in model.modules() if isinstance(module, kinds)]
-    gradients = 4 * sum(w.numel() for w in model.parameters())
-    sums = 4 * 2 * sum(4 * norm.num_features + 1 for norm in norms)
-    return {
-        "recipe": recipe,
-        "gradients, MiB": round(gradients / 2 ** 20, 1),
-        "BN layers": len(norms),
-        "BN collectives": 2 * 2 * len(norms),
-        "BN, MiB": round(sums / 2 ** 20, 2),
-    }
-
-
 # --- kNN, and whole runs --------------------------------------------------------------------------
 
 def imagenet_knn(device):
@@ -415,17 +394,11 @@ def seconds_of_command(*command):
 # --- All parts ------------------------------------------------------------------------------------
 
 def drawn_photos(folder):
-    """JPEGs about as large, and as hard to decode, as photographs."""
+    """JPEGs as large as photographs."""
     rng = np.random.default_rng(0)
     for k in range(64):
-        image = 0
-        for s in (64, 16, 4, 1):  # noise in squares of s pixels
-            noise = rng.normal(size=(3, 375 // s + 1, 500 // s + 1))
-            squares = np.kron(noise, np.ones((s, s)))
-            image = image + s * squares[:, :375, :500]
-        pixels = (128 + 0.6 * image).clip(0, 255).astype(np.uint8)
-        picture = Image.fromarray(pixels.transpose(1, 2, 0))
-        picture.save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
+        noise = rng.integers(0, 256, (47, 63, 3), np.uint8)
+        Image.fromarray(noise).resize((500, 375)).save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
 
 
 def parts_for(photos, cifar, device):
@@ -443,7 +416,6 @@ def parts_for(photos, cifar, device):
         "in memory": partial(bench, small, augment.Policy(size=32, blur=0), device),
         "photos": partial(bench, large, augment.Policy(), device),
         "run, compiled": partial(run_of, data, *options, "--compile"),
-        "communication": communication,
     }
 
 
@@ -496,9 +468,9 @@ def table_of(records):
 def section(found):
     """One machine's section of the page: a list of paragraphs."""
     machine = f"{found['processor']}, {found['cores']} cores; torch {found['torch']}"
-    out = [f"## {found['device']}",
-           f"`{found['command']}`: {machine}. Medians of interleaved repeats. Of the steps, plain is NCHW, the "
-           "default SGD, no autocast; ours is simsiam.py's, but in float32 on a CPU."]
+    how = ("Medians of interleaved repeats. Of the steps, plain is NCHW, the default SGD, no autocast; ours "
+           "is simsiam.py's, but in float32 on a CPU.")
+    out = [f"## {found['device']}", f"`{found['command']}`: {machine}. {how}"]
     for name, title in (("photos", "photographs, two views of 224 pixels"),
                         ("in memory", "32-pixel images in memory, two views")):
         if name in found:
@@ -555,9 +527,6 @@ def pages():
     paragraphs = ["# Speed", "Made by `results/speed.py`; README.md says what it means."]
     for found in machines:
         paragraphs += section(found)
-    counted = [found["communication"] for found in machines if "communication" in found]
-    if counted:  # the same on all machines
-        paragraphs += ["## Communication", "What a step sends, by counting:", table_of(counted[0])]
     return {PAGE: "\n\n".join(paragraph.strip() for paragraph in paragraphs) + "\n"}
 
 
