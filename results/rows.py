@@ -225,10 +225,11 @@ def parser_for(doc):
 def run_script(parser, make_runs, pages, draw=None):
     """make_runs(args, deadline), until the time is up; then pages() -> {path: text}, and draw() a picture."""
     args = parser.parse_args()
-    state = "all is done"
+    state = "the pages are made"
     try:
         if not args.show:
             make_runs(args, time.monotonic() + 60 * args.minutes)
+            state = "all is done"
     except Interrupted:
         state = "time is up; the same command goes on"
     except (Refused, OSError, RuntimeError) as error:
