@@ -1,6 +1,6 @@
 """What a CPU can't show. A line for each check, and exit status 1 if one has failed.
 
-    python tests/drills/gpu.py                    some minutes on one GPU
+    python tests/drills/gpu.py                      some minutes on one GPU
     python tests/drills/gpu.py --device cpu --only views gradients      the script itself, anywhere
 
 Start it from the repository's root. What a GPU has shown is kept in results/drills/gpu.json; a check that is
@@ -17,7 +17,6 @@ two         two processes on the one GPU, by gloo: NCCL takes a GPU for one proc
 """
 import argparse
 import concurrent.futures
-import json
 import os
 import shlex
 import signal
@@ -37,25 +36,20 @@ from harness.common.machine import device_name
 from harness.data.loading import index_batches
 from harness.data.shapes import draw_shapes
 from harness.training import ends, processes
-from results.cifar10 import records
 from results.neighbours import steps_of
-from results.speed import read_json
+from results.rows import read_json, records, write_json
 
 KEPT = "results/drills/gpu.json"
 SHORT = "--epochs 1 --workers 2"
+METHODS = [f"related.py --method {method}" for method in ("simclr", "mocov2", "byol", "swav", "clip")]
+EXPERIMENT = "simsiam.py --experiment"
 COMMANDS = [
     "simsiam.py", "simsiam.py --no-amp", "simsiam.py --compile",
-    "simsiam.py --experiment sec52-1-step", "simsiam.py --experiment sec52-moving-average",
-    "simsiam.py --experiment table1-b-fixed-predictor", "simsiam.py --experiment sec46-asymmetric-2x",
-    "related.py --method simclr", "related.py --method mocov2", "related.py --method byol",
-    "related.py --method swav", "related.py --method clip",
+    f"{EXPERIMENT} sec52-1-step", f"{EXPERIMENT} sec52-moving-average",
+    f"{EXPERIMENT} table1-b-fixed-predictor", f"{EXPERIMENT} sec46-asymmetric-2x", *METHODS,
 ]
 PROTOCOLS = ["--knn", "--cached", "--sgd --epochs 2", "--lars --epochs 2 --batch 512"]
-WATCHED = [
-    "simsiam.py", "simsiam.py --experiment sec52-moving-average", "simsiam.py --experiment sec52-10-step",
-    "related.py --method simclr", "related.py --method mocov2", "related.py --method byol",
-    "related.py --method swav", "related.py --method clip",
-]
+WATCHED = ["simsiam.py", f"{EXPERIMENT} sec52-moving-average", f"{EXPERIMENT} sec52-10-step", *METHODS]
 
 
 def waits(device):
@@ -79,9 +73,9 @@ def place_of_a_wait(command, device):
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__)
-                if frame.filename.startswith(os.getcwd())]
-        return f"{os.path.relpath(ours[-1].filename)}, line {ours[-1].lineno}: {error}".splitlines()[0]
+        *_, place = (frame for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename.startswith(os.getcwd()))
+        return f"{os.path.relpath(place.filename)}, line {place.lineno}: {error}".splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ""
@@ -117,22 +111,24 @@ def gradients(device):
     _, pair = next(augment.load_views(source, augment.Policy(size=32), 0, batches, device, 0))
     found = []
     for amp in (False, True):
-        optimizer = simsiam.sgd(model, 0.9, 0.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-        simsiam.train_step(model, simsiam.loss, optimizer, autocast, pair)
-        found.append(torch.cat([w.grad.flatten().float() for w in model.parameters()]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            p, z = model(*pair)
+        gradient = torch.autograd.grad(simsiam.loss(*p, *z), list(model.parameters()))
+        found.append(torch.cat([g.flatten().float() for g in gradient]))
     torch.backends.cudnn.allow_tf32 = True
     cosine = torch.nn.functional.cosine_similarity(*found, dim=0).item()
     return cosine > 0.98, f"cosine {cosine:.4f}"
 
 
+def words_of(command, device):
+    """A program's command line, by this Python."""
+    return [sys.executable, *shlex.split(command), "--device", device.type]
+
+
 def run(command, device):
     """A program in a process of its own -> its exit status, and its last line. If it fails, what it said goes
     to the screen."""
-    words = [sys.executable, *shlex.split(command), "--device", device.type]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
+    done = subprocess.run(words_of(command, device), capture_output=True, text=True)
     if done.returncode:
         print(f"--- {command}\n{done.stdout}\n{done.stderr}", file=sys.stderr, flush=True)
     said = (done.stderr.strip() or done.stdout.strip() or "not a word").splitlines()
@@ -161,36 +157,27 @@ def stop(device):
     """Exit status 143, and then 0."""
     with tempfile.TemporaryDirectory() as folder:
         command = f"simsiam.py --epochs 4 --workers 2 --out {folder}/run"
-        words = [sys.executable, *shlex.split(command), "--device", device.type]
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while not has_an_epoch(f"{folder}/run/log.jsonl") and process.poll() is None:
-                time.sleep(0.1)
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(words_of(command, device), **silent) as process:
+            while len(records(f"{folder}/run/log.jsonl")) < 3 and process.poll() is None:
+                time.sleep(0.1)  # until start, untrained network and an epoch stand in the log
             process.send_signal(signal.SIGTERM)
             stopped = process.wait()
         status, _ = run(f"{command} --resume", device)
     return (stopped, status) == (143, 0), f"exit status {stopped}, then {status}"
 
 
-def has_an_epoch(log):
-    """Whether an epoch of training stands in a log; the one of number 0 is the untrained network's."""
-    return any(record["event"] == "epoch" and record["epoch"] > 0 for record in records(log))
-
-
 def two(device):
     """The loss of an epoch against that of one process. In float32 and at a low lr, so that roundings don't
     grow; of few steps, because gloo brings each sum to the CPU and back."""
-    options = f"{SHORT} --no-amp --batch 256 --base-lr 0.1"
+    options = f"--as-process {SHORT} --no-amp --batch 256 --base-lr 0.1"
     losses = []
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
-            words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc-per-node={count}", __file__, "--as-process",
-                     *shlex.split(f"{options} --out {folder}/{count}"),
-                     "--device", device.type]
-            done = subprocess.run(words, capture_output=True, text=True, cwd=os.getcwd())
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return False, (done.stderr.strip() or "not a word").splitlines()[-1]
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {count}"
+            status, said = run(f"{launcher} {shlex.quote(__file__)} {options} --out {folder}/{count}", device)
+            if status:
+                return False, said
             losses.append(records(f"{folder}/{count}/log.jsonl")[2]["loss"])
     return abs(losses[0] - losses[1]) < 0.001, f"losses {losses[0]:.4f} and {losses[1]:.4f}"
 
@@ -208,13 +195,6 @@ def as_process(arguments):
 
 
 CHECKS = {check.__name__: check for check in (waits, views, gradients, commands, stop, two)}
-
-
-def keep(outcomes):
-    """Write these outcomes in the place of the checks' last ones."""
-    kept = read_json(KEPT) | outcomes
-    with open(KEPT, "w") as f:
-        f.write(json.dumps(kept, indent=1) + "\n")
 
 
 def main():
@@ -238,7 +218,7 @@ def main():
         outcomes[name] = {"good": is_good, "seen": seen, "seconds": seconds,
                           "device": device_name(device), "torch": torch.__version__}
         if args.device == "cuda":
-            keep(outcomes)
+            write_json(KEPT, read_json(KEPT) | outcomes)
     dist.destroy_process_group()
     sys.exit(not all(outcome["good"] for outcome in outcomes.values()))
 

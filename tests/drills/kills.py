@@ -12,9 +12,9 @@ share tells what the killed process was doing.
 """
 import argparse
 import collections
-import json
 import mmap
 import os
+import pathlib
 import random
 import shlex
 import shutil
@@ -25,16 +25,15 @@ import time
 
 sys.path.insert(0, os.getcwd())
 import torch
-from PIL import Image
 
 import simsiam
-from harness.data.shapes import draw_shapes
 from harness.training import ends
+from results.rows import write_json
+from tests.helpers import TINY, equal, write_folder
 
+KEPT = "results/drills/kills.json"
 PHASES = ["starting", "between steps", "in a step", "writing a checkpoint", "writing the log", "kNN", "ended"]
-OPTIONS = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "
-                      "--batch 16 --size 16 --base-lr 0.5 --knn-every 1 --workers 0 --epochs 3 "
-                      "--save-minutes 0")
+OPTIONS = [*TINY, *shlex.split("--workers 0 --save-minutes 0")]
 SHARED = mmap.mmap(-1, 1)  # the number of the child's phase
 
 
@@ -91,29 +90,12 @@ def weights(out):
     return found
 
 
-def same(a, b):
-    if a.keys() != b.keys():
-        return False
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def draw_images(folder):
-    """An image folder of shapes, with labels -> its path"""
-    data = os.path.join(folder, "data")
-    for split, start, count in (("train", 0, 480), ("val", 4000, 60)):
-        source = draw_shapes(0, start, count, 16)
-        for i, label in enumerate(source.labels):
-            place = os.path.join(data, split, str(label))
-            os.makedirs(place, exist_ok=True)
-            image = source.image(i).numpy()
-            Image.fromarray(image).save(os.path.join(place, f"{i:04}.png"))
-    return data
-
-
 def drill(folder, kills, seed):
     """So many kills, or a few more, until the last run has ended -> {phase: kills}, runs"""
     rng = random.Random(seed)
-    data = draw_images(folder)
+    data = os.path.join(folder, "data")
+    for split, count in (("train", 480), ("val", 60)):
+        write_folder(pathlib.Path(data), split, count, 16)
     uninterrupted = os.path.join(folder, "whole")
     killed = os.path.join(folder, "killed")
     _, whole_time = live(data, uninterrupted)
@@ -129,7 +111,7 @@ def drill(folder, kills, seed):
                 hits[phase] += 1
             told = f"{hits.total()} kills, {runs} runs ended as they should; now {phase}"
             print(told, file=sys.stderr, flush=True)
-        if not same(weights(killed), wanted):
+        if not equal(weights(killed), wanted):
             sys.exit(f"kills.py: after {hits.total()} kills, other weights than the uninterrupted run's")
         runs += 1
         shutil.rmtree(killed)
@@ -147,7 +129,7 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         hits, runs = drill(folder, args.kills, args.seed)
-    result = {
+    write_json(KEPT, {
         "command": shlex.join(["python", *sys.argv]),
         "kills": hits.total(),
         "hits": {phase: hits[phase] for phase in PHASES[:-1]},
@@ -156,11 +138,8 @@ def main():
         "seed": args.seed,
         "torch": torch.__version__,
         "device": f"CPU, {torch.get_num_threads()} threads",
-    }
-    text = json.dumps(result, indent=1)
-    with open("results/drills/kills.json", "w") as f:
-        f.write(text + "\n")
-    print(text)
+    })
+    print(f"{hits.total()} kills in {runs} runs, all as they should: {KEPT}")
 
 
 if __name__ == "__main__":
