@@ -335,7 +335,7 @@ def collapsed(excess, std_sqrt_d, n):
 
 
 RANKED = 2000       # training images whose features' rank is watched
-LOW_RANK = 0.3      # of the untrained network's rank: healthy runs had 0.34 at least (results/operations.md)
+LOW_RANK = 0.3      # of the untrained network's rank: healthy runs had 0.34 at least (docs/operations.md)
 MOST_RAW = 100_000  # training images up to which raw pixels are measured too, to compare with
 
 
@@ -568,7 +568,7 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "centre":       (number, 224 / 256,       1.0,             1.0),             # released code (test view)
     "knn_every":    (int,    10,              5,               3),               # -
 }
-# Images of each recipe's own data; and how many steps a small data set needs at least (results/own-data.md).
+# Images of each recipe's own data; and how many steps a small data set needs at least (docs/own-data.md).
 OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}
 FEW_STEPS = 4_000
 
@@ -1215,7 +1215,7 @@ def warn_of_few_steps(method):
         return {}
     epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
     return {"too short": "on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained "
-                         "network, 1,500 gained 7 to 11, and 4,000 gained 14 to 17 (results/own-data.md); "
+                         "network, 1,500 gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md); "
                          f"--epochs {epochs}, or a smaller --batch, gives {FEW_STEPS:,}"}
 
 
