@@ -29,8 +29,9 @@ import simsiam
 from harness.data import shapes
 from harness.data.source import Source
 from harness.training import ends
+from tests import children
+from tests.children import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real images, where a folder with them lies beside the repository
 CPU = torch.device("cpu")
 
@@ -361,14 +362,17 @@ PROTOCOL_OPTIONS = {
 }
 
 
-def python(*arguments, **options):
-    """Run Python in a process of its own -> CompletedProcess."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+def python(*command, **options):
+    """Run Python to its end -> CompletedProcess. Our scripts and the modules of the tests run in a child of
+    the forkserver; the rest, and what needs preexec_fn, in a process of its own."""
+    if children.can_run(command) and "preexec_fn" not in options:
+        return children.run(*command, **options)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=children.HANGS, **options)
 
 
 def program(*arguments, **options):
-    """Run simsiam.py in a process of its own."""
+    """Run simsiam.py in a child."""
     return python(ROOT / "simsiam.py", *arguments, **options)
 
 
@@ -412,17 +416,18 @@ def refusal(name, *arguments):
 
 
 def torchrun(*command, **options):
-    """Run a script in two processes."""
-    launcher = shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2")
-    return python(*launcher, *command, **options)
+    """Run one of our scripts in two children that are one run."""
+    return children.run_two(*command, **options)
 
 
 @contextlib.contextmanager
 def start(*command, **options):
-    """A Python process that does not outlive the block."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(command, **pipes, **options)
+    """A process of Python, or a child where one can run the command, that does not outlive the block."""
+    if children.can_run(command):
+        process = children.Child(*command, **options)
+    else:
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
     try:
         yield process
     finally:
@@ -523,16 +528,14 @@ def saved_position(folder):
 
 
 def kill_when(command, folder, epoch):
-    """Start a run, kill -9 it once a checkpoint lies within an epoch, from `epoch` on -> that checkpoint."""
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, start_new_session=True, **silent)
-    deadline = time.monotonic() + 120
-    try:
+    """Start a run, kill -9 it once a checkpoint lies within an epoch, from `epoch` on -> that checkpoint.
+
+    command: that of subprocess, of which Python itself is the first word.
+    """
+    deadline = time.monotonic() + children.HANGS
+    with start(*command[1:]) as process:
         while saved_position(folder)["epoch"] < epoch or saved_position(folder)["step"] > 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)  # busy waiting would take a core from the run
-    finally:
-        kill_all(folder)
-        process.wait()
     return saved_position(folder)

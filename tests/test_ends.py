@@ -67,7 +67,7 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_last_steps(tmp_path
     """As a scheduler sends SIGTERM, and a terminal SIGINT: to the loader's workers too."""
     out = tmp_path / "run"
     options = [*LONGER, "--epochs", "500", "--workers", "2"]
-    with start(ROOT / "simsiam.py", large, *options, "--out", out, start_new_session=True) as process:
+    with start(ROOT / "simsiam.py", large, *options, "--out", out) as process:
         wait_for_epoch(process, out)
         os.killpg(process.pid, number)
         _, said = process.communicate(timeout=100)
