@@ -420,6 +420,11 @@ def torchrun(*command, **options):
     return children.run_two(*command, **options)
 
 
+def real_torchrun(*command):
+    """The same by torchrun itself, in processes of their own."""
+    return python(*shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2"), *command)
+
+
 @contextlib.contextmanager
 def start(*command, **options):
     """A process of Python, or a child where one can run the command, that does not outlive the block."""
