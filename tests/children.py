@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers"])  # which imports the programs
+# The first imports our programs. The second is imported by an optimiser's first step, and takes as long as torch.
+CONTEXT.set_forkserver_preload(["tests.helpers", "torch._dynamo"])
 HANGS = 300  # seconds after which a child that has not ended hangs; no test measures time by it
 
 
