@@ -33,9 +33,10 @@ def can_run(command):
     return pathlib.Path(first).parent == ROOT or (first == "-m" and second.startswith("tests."))
 
 
-def become(command, environ, folder, output):
+def become(command, environ, folder, output, start_method):
     """In the child: run the command, its output in two files."""
     os.setsid()
+    multiprocessing.set_start_method(start_method, force=True)  # a child of a forkserver would take its own
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
@@ -67,7 +68,8 @@ class Child:
         self.output = output or tempfile.TemporaryDirectory()
         place = os.fspath(cwd or os.getcwd())
         self.process = CONTEXT.Process(
-            target=become, args=(self.args, dict(env or os.environ), place, self.output.name))
+            target=become,
+            args=(self.args, dict(env or os.environ), place, self.output.name, multiprocessing.get_start_method()))
         with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for what the forkserver imports
             forkserver.ensure_running()
         self.process.start()
