@@ -507,6 +507,11 @@ def processes_of(*words):
     return [pid for pid in found if pid != os.getpid()]
 
 
+def children_of(pid):
+    """The processes that a process has started: of a run, its workers."""
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def kill_all(folder):
     """kill -9 every process that names the run folder: torchrun starts its own in sessions of their own."""
     for pid in processes_of(folder):
@@ -516,7 +521,7 @@ def kill_all(folder):
 
 def wait_for_epoch(process, folder, epoch=2):
     """Wait until the run's log has this epoch."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + children.HANGS
     log = folder / "log.jsonl"
     while not log.exists() or f'"epoch": {epoch},' not in log.read_text():
         assert process.poll() is None
