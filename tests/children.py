@@ -40,14 +40,9 @@ def become(command, environ, folder, output, start_method):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
-    if "PYTHONIOENCODING" in environ:  # which Python reads at its start alone
-        encoding, _, errors = environ["PYTHONIOENCODING"].partition(":")
-        sys.stdout.reconfigure(encoding=encoding, errors=errors or "strict")
-        sys.stderr.reconfigure(encoding=encoding)
+    encoding, _, errors = environ.get("PYTHONIOENCODING", "utf-8").partition(":")
+    sys.stdout = writer(1, output / "stdout", encoding=encoding, errors=errors or "strict")
+    sys.stderr = writer(2, output / "stderr", encoding=encoding, errors="backslashreplace", buffering=1)
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
@@ -56,24 +51,42 @@ def become(command, environ, folder, output, start_method):
         runpy.run_path(command[0], run_name="__main__")
 
 
+def writer(number, path, **options):
+    """A stream to the end of a file, which takes the place of stdout (1) or stderr (2)."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, number)
+    os.close(file)
+    return open(number, "w", closefd=False, **options)
+
+
 class Child:
-    """A child that runs a command, with what the tests use of subprocess.Popen.
+    """A child that runs a command, with what the tests use of subprocess.Popen. It does not outlive a `with`.
 
     env, cwd    its environment and working directory; this process's where they are not given
-    output      a folder for its output, which several children can share
+    output      a folder for its output, in the files "stdout" and "stderr"; several children can share it
     """
 
     def __init__(self, *command, env=None, cwd=None, output=None):
         self.args = [str(part) for part in command]
-        self.output = output or tempfile.TemporaryDirectory()
+        if output is None:
+            self.temporary = tempfile.TemporaryDirectory()  # as long as this object
+            output = self.temporary.name
+        self.output = pathlib.Path(output)
         place = os.fspath(cwd or os.getcwd())
-        self.process = CONTEXT.Process(
-            target=become,
-            args=(self.args, dict(env or os.environ), place, self.output.name, multiprocessing.get_start_method()))
+        method = multiprocessing.get_start_method()
         with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for what the forkserver imports
             forkserver.ensure_running()
+        self.process = CONTEXT.Process(
+            target=become, args=(self.args, dict(env or os.environ), place, self.output, method))
         self.process.start()
         self.pid = self.process.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.kill()
+        self.wait()
 
     @property
     def returncode(self):
@@ -98,7 +111,7 @@ class Child:
 
     def written(self, name):
         """What it has written so far."""
-        file = pathlib.Path(self.output.name, name)
+        file = self.output / name
         return file.read_text() if file.exists() else ""
 
     def send_signal(self, number):
@@ -115,11 +128,8 @@ class Child:
 
 def run(*command, **options):
     """Run a command in a child, to its end -> CompletedProcess."""
-    child = Child(*command, **options)
-    try:
+    with Child(*command, **options) as child:
         stdout, stderr = child.communicate()
-    finally:
-        child.kill()
     return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
@@ -134,30 +144,27 @@ def run_two(*command, **options):
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    output = tempfile.TemporaryDirectory()
-    children = []
-    try:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(tempfile.TemporaryDirectory())
+        pair = []
         for rank in ("0", "1"):
             environ = os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
-            children.append(Child(*command, env=environ, output=output, **options))
-        finish_together(children)
-        stdout, stderr = children[0].communicate()
-    finally:
-        for child in children:
-            child.kill()
-    failed = any(child.returncode for child in children)
-    return subprocess.CompletedProcess(children[0].args, int(failed), stdout, stderr)
+            pair.append(stack.enter_context(Child(*command, env=environ, output=output, **options)))
+        finish_together(pair)
+        stdout, stderr = pair[0].communicate()
+    failed = any(child.returncode for child in pair)
+    return subprocess.CompletedProcess(pair[0].args, int(failed), stdout, stderr)
 
 
-def finish_together(children):
-    """Wait for the end of all children. Where one fails, the others get SIGTERM."""
+def finish_together(pair):
+    """Wait for the end of both children. Where one fails, the other gets SIGTERM."""
     deadline = time.monotonic() + HANGS
-    told = False
-    while None in (statuses := [child.poll() for child in children]):
+    running = list(pair)
+    while running:
         assert time.monotonic() < deadline, "a child hangs"
-        if any(statuses) and not told:
-            told = True
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGTERM)
         time.sleep(0.01)
+        ended = [child for child in running if child.poll() is not None]
+        running = [child for child in running if child not in ended]
+        if any(child.returncode for child in ended):
+            for child in running:
+                child.send_signal(signal.SIGTERM)

@@ -429,15 +429,15 @@ def real_torchrun(*command):
 def start(*command, **options):
     """A process of Python, or a child where one can run the command, that does not outlive the block."""
     if children.can_run(command):
-        process = children.Child(*command, **options)
-    else:
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+        with children.Child(*command, **options) as process:
+            yield process
+        return
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def free_port():
