@@ -1,5 +1,6 @@
-"""simsiam.py, whose tenth step hangs and says so."""
+"""simsiam.py, whose third step hangs. It says so, and says when the run has noticed a Ctrl-C."""
 import itertools
+import signal
 import time
 
 import simsiam
@@ -10,9 +11,12 @@ if __name__ == "__main__":
     count = itertools.count(1)
 
     def hanging(*arguments):
-        if next(count) == 10:
+        if next(count) == 3:
             print("hangs", flush=True)
-            time.sleep(100)
+            while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:  # which Run.on_signal sets
+                time.sleep(0.01)
+            print("noticed", flush=True)
+            time.sleep(1000)
         return train_step(*arguments)
 
     simsiam.train_step = hanging

@@ -519,14 +519,20 @@ def kill_all(folder):
             os.kill(pid, signal.SIGKILL)
 
 
-def wait_for_epoch(process, folder, epoch=2):
-    """Wait until the run's log has this epoch."""
+def wait_until(met, process):
+    """Wait until met() is true of a process that goes on -> what it has returned."""
     deadline = time.monotonic() + children.HANGS
-    log = folder / "log.jsonl"
-    while not log.exists() or f'"epoch": {epoch},' not in log.read_text():
+    while not (found := met()):
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.01)  # busy waiting would take a core from the run
+    return found
+
+
+def wait_for_epoch(process, folder, epoch=2):
+    """Wait until the run's log has this epoch."""
+    log = folder / "log.jsonl"
+    wait_until(lambda: log.exists() and f'"epoch": {epoch},' in log.read_text(), process)
 
 
 def saved_position(folder):
@@ -542,10 +548,10 @@ def kill_when(command, folder, epoch):
 
     command: that of subprocess, of which Python itself is the first word.
     """
-    deadline = time.monotonic() + children.HANGS
+    def within_an_epoch():
+        position = saved_position(folder)
+        return position["epoch"] >= epoch and position["step"] <= 2
+
     with start(*command[1:]) as process:
-        while saved_position(folder)["epoch"] < epoch or saved_position(folder)["step"] > 2:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # busy waiting would take a core from the run
+        wait_until(within_an_epoch, process)
     return saved_position(folder)

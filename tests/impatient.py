@@ -1,8 +1,8 @@
-"""simsiam.py, which waits three seconds for images instead of ten minutes."""
+"""simsiam.py, which waits a second for images instead of ten minutes."""
 import simsiam
 from harness.data import loading
 from harness.training import ends
 
 if __name__ == "__main__":
-    loading.LOADER_TIMEOUT = 3
+    loading.LOADER_TIMEOUT = 1
     ends.run_and_leave("simsiam.py", simsiam.pretrain, simsiam.parse())
