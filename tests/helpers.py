@@ -549,8 +549,12 @@ def kill_when(command, folder, epoch):
     command: that of subprocess, of which Python itself is the first word.
     """
     def within_an_epoch():
+        process.send_signal(signal.SIGSTOP)  # so that the run does not go on while we look
         position = saved_position(folder)
-        return position["epoch"] >= epoch and position["step"] <= 2
+        if position["epoch"] >= epoch and 0 < position["step"] <= 4:
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
 
     with start(*command[1:]) as process:
         wait_until(within_an_epoch, process)
