@@ -4,7 +4,6 @@ import functools
 import os
 import shlex
 import signal
-import textwrap
 
 import pytest
 import torch
@@ -79,7 +78,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, longer_alone):
     """In a step that hangs: the first waits for it, the second does not. The run can go on."""
     out = tmp_path / "run"
     options = [*LONGER, "--save-minutes", "0", "--out", out]
-    with start("-m", "tests.hanging", small, *options, cwd=ROOT) as process:
+    with start("-m", "tests.odd_runs", "hanging", small, *options, cwd=ROOT) as process:
         for said in ("hangs", "noticed"):
             wait_until(lambda: said in process.written("stdout"), process)
             process.send_signal(signal.SIGINT)
@@ -228,7 +227,7 @@ def stuck(tmp_path):
 
 def test_a_worker_that_is_stuck_ends_the_run_with_a_hint(stuck):
     """After LOADER_TIMEOUT, one line about the disk."""
-    done = python("-m", "tests.impatient", *stuck, cwd=ROOT)
+    done = python("-m", "tests.odd_runs", "impatient", *stuck, cwd=ROOT)
     assert done.returncode == 1
     assert "is the disk or the network under DATA still there" in done.stderr
     assert "Traceback" not in done.stderr
@@ -263,16 +262,12 @@ REFUSALS = {  # id: (arguments, what the one line says)
     "too much hue": ("{small} --strength 0.4 0.4 0.4 0.6", "the last, hue, at most 0.5"),
     "no step after the warm-up": ("{small} --warmup 3", "--warmup 3: less than --epochs 3"),
     "too small a width": ("{small} --width 1/1000", "--width"),
-    "an infinite width": ("{small} --width 1/0", "--width"),
-    "a negative momentum": ("{small} --momentum -1", "--momentum"),
     "no number": ("{small} --momentum x", "--momentum"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "goes with --objective symmetric"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
     "a run is there": ("{small} --out {whole}", "holds a run already"),
     "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),
-    "another seed": ("{small} --out {whole} --resume --seed 5", "seed 0 -> 5"),
-    "a damaged checkpoint": ("{small} --out {damaged} --resume", "can't be read"),
     "a folder in a file": ("{small} --out {small}/train/a/000.png/run", "000.png"),
 }
 
@@ -280,15 +275,10 @@ REFUSALS = {  # id: (arguments, what the one line says)
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, small, finished):
     """Folders that the refusals are about: {name: path}"""
-    folder = tmp_path_factory.mktemp("places")
-    damaged = folder / "damaged"
-    damaged.mkdir()
-    whole = (finished[0] / "checkpoint.pth").read_bytes()
-    (damaged / "checkpoint.pth").write_bytes(whole[:5000])
-    broken = write_folder(folder / "broken", "train", 20, (70, 80), suffix=".jpg")
+    broken = write_folder(tmp_path_factory.mktemp("broken"), "train", 20, (70, 80), suffix=".jpg")
     for path in broken.rglob("*.jpg"):
         path.write_bytes(b"no image")
-    return {"small": small, "whole": finished[0], "damaged": damaged, "broken": broken}
+    return {"small": small, "whole": finished[0], "broken": broken}
 
 
 def refused(places, arguments, out):
@@ -312,10 +302,9 @@ def test_data_without_a_good_image_is_refused_in_one_line(tmp_path, places):
     assert message in refusal("simsiam.py", *refused(places, "{broken}", tmp_path / "new"))
 
 
-@pytest.mark.parametrize("case", ["less than a batch", pytest.param("a range upside down", marks=slow)])
-def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places, case):
+def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
     """A process of its own: nothing but the line on stderr, and no traceback."""
-    arguments, message = REFUSALS[case]
+    arguments, message = REFUSALS["less than a batch"]
     out = program(*refused(places, arguments, tmp_path / "new"))
     assert out.returncode == 1
     assert message in out.stderr
@@ -345,30 +334,12 @@ def test_what_may_happen_in_a_run_is_said_in_one_line(monkeypatch, raised, messa
     assert message in refusal("simsiam.py")
 
 
-def test_a_bug_shows_its_traceback(monkeypatch):
-    """An error that nobody expects is not turned into a line."""
-    def fail(args):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(simsiam, "pretrain", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        here("simsiam.py")
-
-
-def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path):
-    """A thread that never ends would hold an ordinary end up. The exit status is 1."""
-    program = """
-        import threading, time
-        from harness.training import ends
-        def run(args):
-            threading.Thread(target=time.sleep, args=(100,)).start()
-            raise ZeroDivisionError("a bug")
-        ends.run_and_leave("a script", run, None)
-    """
-    out = python("-c", textwrap.dedent(program), cwd=ROOT)
+def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path, small):
+    """An error that nobody expects is not turned into a line, and a thread holds nothing up."""
+    out = python("-m", "tests.odd_runs", "buggy", small, *TINY, "--out", tmp_path / "run", cwd=ROOT)
     assert out.returncode == 1
     assert "Traceback" in out.stderr
-    assert out.stderr.strip().endswith("ZeroDivisionError: a bug")
+    assert out.stderr.endswith("ZeroDivisionError: a bug\n")
 
 
 def test_after_a_run_signals_do_what_they_did(monkeypatch):

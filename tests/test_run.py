@@ -19,7 +19,7 @@ import resnet
 import simsiam
 from harness.common import files
 from harness.common.errors import Refused, printable
-from harness.data import images, opening, shapes
+from harness.data import opening, shapes
 from harness.training.folder import folder_name
 from harness.training.run import Run
 from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
@@ -437,20 +437,6 @@ def test_a_run_goes_on_without_its_bad_images(tmp_path, workers, capfd):
     assert sorted(named) == sorted(map(printable, bad))
     epochs = [r for r in log_of(tmp_path / "run") if r["event"] == "epoch"]
     assert [r["bad_images"] for r in epochs[1:]] == [len(bad)] * 2
-
-
-def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path):
-    """Source.image against a search by hand, whoever asks first."""
-    write_folder(tmp_path, "train", 12, (70, 80))
-    expected = odd_files(tmp_path / "train/odd")
-    source, _, _ = opening.open_data(tmp_path)
-    names = [os.path.basename(os.fsdecode(file)) for file in source.files]
-    good = [i for i, name in enumerate(names) if expected.get(name, "good") is not None]
-    assert len(good) < len(source)
-    for i in range(len(source)):
-        following = [(i + k) % len(source) for k in range(len(source))]
-        first = next(j for j in following if j in good)
-        assert torch.equal(source.image(i), images.read_image(source.files[first]))
 
 
 def test_too_many_bad_images_end_the_run(tmp_path):
