@@ -1,5 +1,4 @@
-"""Children of a forkserver, which has imported torch and our programs: each starts in a tenth of the time that
-Python takes to import them.
+"""Children of a forkserver, which has imported torch and our programs: each starts in a tenth of a second.
 
 A child is what the same command is in a process of its own: it has its arguments, environment, working
 directory, output and session, runs the script as __main__, and ends with its exit status. The forkserver only
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-# The first imports our programs. The second is imported by an optimiser's first step, and takes as long as torch.
+# The first imports our programs. The second is what an optimiser's first step imports, in two seconds.
 CONTEXT.set_forkserver_preload(["tests.helpers", "torch._dynamo"])
 HANGS = 300  # seconds after which a child that has not ended hangs; no test measures time by it
 

@@ -66,32 +66,29 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, is_there):
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     """A machine with two GPUs, on paper: the second process the second, without TF32 where views are made. A
     machine with one is refused."""
-    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-             "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    backends = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(processes, "new_store_for_this_start", lambda: ("store", 1, 2))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: backends.append(backend))
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert processes.join_world(torch.device("cuda")) == (torch.device("cuda", 1), 1, 2)
-    assert backends == ["nccl"]
+    assert processes.own_gpu() == torch.device("cuda", 1)
     assert not torch.backends.cuda.matmul.allow_tf32
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Refused, match="2 processes on this machine, but 1 GPUs"):
-        processes.join_world(torch.device("cuda"))
+        processes.own_gpu()
 
 
-def test_a_network_gets_the_bn_that_its_device_needs(world_of_one, monkeypatch):
+@pytest.mark.parametrize("device, compiled, bn", [
+    ("cuda", False, "FusedSyncBatchNorm"),
+    ("cuda", True, "SyncBatchNorm"),
+    ("cpu", False, "SyncBatchNorm"),
+])
+def test_a_network_gets_the_bn_that_its_device_needs(world_of_one, monkeypatch, device, compiled, bn):
     """Torch's kernels on a GPU; where the network is compiled, plain operations."""
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    for device, compiled, name in [("cuda", False, "FusedSyncBatchNorm"), ("cuda", True, "SyncBatchNorm"),
-                                   ("cpu", False, "SyncBatchNorm")]:
-        network = simsiam.distribute(tiny_model(), torch.device(device), compiled)
-        norms = [m for m in network.modules() if hasattr(m, "running_mean")]
-        assert {type(m).__name__ for m in norms} == {name}
+    network = simsiam.distribute(tiny_model(), torch.device(device), compiled)
+    norms = [m for m in network.modules() if hasattr(m, "running_mean")]
+    assert {type(m).__name__ for m in norms} == {bn}
 
 
 def test_compiled_the_synchronised_bn_is_part_of_one_graph(world_of_one):

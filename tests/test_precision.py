@@ -61,8 +61,8 @@ def test_processes_of_different_precisions_are_refused(monkeypatch):
 # --- Runs ---------------------------------------------------------------------------------------------------
 
 def test_a_run_in_bf16_goes_on_bit_for_bit_and_keeps_its_precision(tmp_path, small):
-    """Interrupted within an epoch. The second start doesn't say --amp, and its default would be float32. Where
-    another precision is asked for, it is refused as any other setting."""
+    """Interrupted within an epoch. The second start doesn't say --amp, and its default would be float32.
+    Where another precision is asked for, it is refused, as any other setting."""
     options = [*LONGER, "--epochs", "2", "--save-minutes", "0"]
     assert here("simsiam.py", small, *options, "--amp", "--out", tmp_path / "alone") is None
     with interrupted_before(11):

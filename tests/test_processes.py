@@ -86,7 +86,7 @@ def test_processes_speak_together(one, two):
 # --- BN over the processes, in a world of one ---------------------------------------------------------------
 
 def synchronized(kind, **options):
-    """A BN of five channels as it is on a CPU, or on a GPU, here with the kernels of tests/cuda_kernels.py."""
+    """A BN of five channels as it is on a CPU, or on a GPU with the kernels of tests/cuda_kernels.py."""
     cuda_kernels.make_known()
     return batchnorm.synchronize(nn.BatchNorm2d(5, **options), torch.device(kind))
 
@@ -149,15 +149,20 @@ def test_a_restart_forgets_that_nccl_had_failed():
     """The key lies below all prefixes, in the store that torchrun hands to every start."""
     store = torch.distributed.HashStore()
     store.set("exception_dump", "1")
-    processes.forget_failure(torch.distributed.PrefixStore("attempt", torch.distributed.PrefixStore("x", store)))
+    attempt = torch.distributed.PrefixStore("attempt", store)
+    processes.forget_failure(torch.distributed.PrefixStore("worker", attempt))
     assert not store.check(["exception_dump"])
 
 
+SRUN = {"SLURM_NTASKS": "2"}
+STEP = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}
+HALF = {"RANK": "0", "WORLD_SIZE": "1"}
+
+
 @pytest.mark.parametrize("environ, said", [
-    pytest.param({"SLURM_NTASKS": "2"}, "SLURM has 2 tasks for this, and none", id="srun without torchrun"),
-    pytest.param({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM has 4 tasks", id="a step of four"),
-    pytest.param({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR, MASTER_PORT not set, but RANK is",
-                 id="half an environment"),
+    pytest.param(SRUN, "SLURM has 2 tasks for this, and none", id="srun without torchrun"),
+    pytest.param(STEP, "SLURM has 4 tasks", id="a step of four in a job of eight"),
+    pytest.param(HALF, "MASTER_ADDR, MASTER_PORT not set, but RANK is", id="half an environment"),
 ])
 def test_a_scheduler_that_starts_copies_by_mistake_is_told(tmp_path, small, monkeypatch, environ, said):
     """What is missing is named, and nothing is trained."""
@@ -169,9 +174,8 @@ def test_a_scheduler_that_starts_copies_by_mistake_is_told(tmp_path, small, monk
 
 @pytest.mark.parametrize("environ", [
     pytest.param({}, id="nothing"),
-    pytest.param({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, id="a step of one in a job of two"),
-    pytest.param({"SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1",
-                  "MASTER_PORT": "29500"}, id="torchrun within srun"),
+    pytest.param(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, id="a step of one in a job of two"),
+    pytest.param(SRUN | HALF | {"MASTER_ADDR": "::1", "MASTER_PORT": "29500"}, id="torchrun within srun"),
 ])
 def test_an_environment_that_is_meant_is_none_of_our_business(environ):
     """Nothing is raised."""

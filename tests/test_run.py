@@ -1,7 +1,5 @@
 """harness, run.py and files.py: what a run leaves in its folder, and how it goes on from there."""
 import contextlib
-import io
-import json
 import os
 import re
 import resource
@@ -49,17 +47,13 @@ def test_run_folder_holds_what_the_readme_promises(finished):
 
 
 def test_log_holds_what_the_readme_promises(finished):
-    """Its records, their keys and the values' ranges, for 3 epochs of 3 steps."""
+    """Its records and the values' ranges, for 3 epochs of 3 steps. tests/test_help.py has their keys."""
     start, *epochs, end = log_of(finished[0])
-    assert start["event"] == "start"
-    assert start["settings"]["recipe"] == "cifar10"
-    assert start["seed"] == 0
+    assert [start["event"], end["event"]] == ["start", "end"]
     assert 0 <= start["knn_pixels"] <= 100
-    assert {"command", "torch", "numpy", "pillow", "settings", "device"} <= start.keys()
     assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
     assert [r["step"] for r in epochs] == [0, 3, 6, 9]
     assert all(0 <= r["knn"] <= 100 for r in epochs)
-    assert end["event"] == "end"
     for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds", "wall_seconds"):
         assert epochs[0][key] is None, key
         assert all(isinstance(r[key], float) for r in epochs[1:]), key
@@ -131,42 +125,6 @@ def test_a_name_cannot_lead_out_of_the_runs_folder(name):
     """Every name of a run is one folder below runs/."""
     place = os.path.normpath(os.path.join("runs", folder_name(name)))
     assert re.fullmatch(r"runs/[^/]+", place, re.DOTALL)
-
-
-def test_the_phase_says_what_the_run_is_doing(tmp_path, small, monkeypatch):
-    """Run.phase, at the calls that make the phases what they are: the drill with kills goes by it."""
-    runs = []
-    met = {"train_step": set(), "knn_accuracy": set(), "dumps": set(), "replace": set()}
-    begin = Run.begin
-
-    def begun(run, **more):
-        runs.append(run)
-        begin(run, **more)
-
-    def watch(module, name, counts=lambda *args: True):
-        function = getattr(module, name)
-
-        def watched(*args, **options):
-            if runs and counts(*args):
-                met[name].add(runs[0].phase)
-            return function(*args, **options)
-
-        monkeypatch.setattr(module, name, watched)
-
-    monkeypatch.setattr(Run, "begin", begun)
-    watch(simsiam, "train_step")
-    watch(simsiam, "knn_accuracy")
-    watch(json, "dumps", counts=lambda record: record["event"] == "epoch")
-    watch(os, "replace", counts=lambda old, new: os.fspath(new).endswith("checkpoint.pth"))
-    options = [*TINY, "--recipe", "cifar10", "--epochs", "1", "--workers", "0", "--save-minutes", "0"]
-    assert here("simsiam.py", small, *options, "--out", tmp_path / "run") is None
-    assert met == {
-        "train_step": {"in a step"},
-        "knn_accuracy": {"kNN"},
-        "dumps": {"writing the log"},
-        "replace": {"writing a checkpoint"},
-    }
-    assert runs[0].phase == "between steps"
 
 
 # --- Going on -----------------------------------------------------------------------------------------------
@@ -544,32 +502,24 @@ def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys):
         assert one["std"] > 0.8
 
 
-@pytest.mark.parametrize("saved, loaded", [
-    pytest.param(torch.contiguous_format, torch.channels_last, id="to channels_last"),
-    pytest.param(torch.channels_last, torch.contiguous_format, id="from channels_last"),
-])
-def test_momentum_takes_the_layout_of_the_weights(saved, loaded):
-    """A checkpoint of another device has another one. Against the next step of the run that was saved: fused
-    SGD reads weights and momentum in one order. In float64."""
-    def trained(layout, steps, state=None):
-        torch.manual_seed(0)
-        layer = torch.nn.Conv2d(3, 8, 3).double().to(memory_format=layout)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
-        if state:
-            layer.load_state_dict(state["model"])
-            run = types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer})
-            Run.load_parts(run, state)
-        for step in range(steps):
-            torch.manual_seed(step + (state is not None))
-            optimizer.zero_grad()
-            layer(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
-            optimizer.step()
-        return {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-    kept = io.BytesIO()
-    torch.save(trained(saved, 1), kept)
-    kept.seek(0)
-    again = trained(loaded, 1, torch.load(kept, weights_only=True))
-    expected = trained(saved, 2)
-    for name, w in expected["model"].items():
-        assert torch.allclose(again["model"][name], w), name
+
+@pytest.mark.parametrize("saved", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("loaded", LAYOUTS.values(), ids=LAYOUTS)
+def test_momentum_takes_the_layout_of_the_weights(saved, loaded):
+    """A checkpoint of another device has another one, and fused SGD reads weights and momentum in one order.
+    A step without a gradient against w - lr 0.9 m, in float64."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 8, 3, bias=False).double().to(memory_format=loaded)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
+    w = torch.randn(8, 3, 3, 3, dtype=torch.float64)
+    m = torch.randn(8, 3, 3, 3, dtype=torch.float64)
+    state = {
+        "model": {"weight": w.to(memory_format=saved)},
+        "optimizer": optimizer.state_dict() | {"state": {0: {"momentum_buffer": m.to(memory_format=saved)}}},
+    }
+    Run.load_parts(types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer}), state)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    assert torch.allclose(layer.weight, w - 0.1 * 0.9 * m)

@@ -40,8 +40,8 @@ def small_model():
 
 
 def train(variant):
-    """Steps in float64: four, or two of a wrong variant -> the model's state_dict, and loss and std after each
-    step."""
+    """Steps in float64, four, or two of a wrong variant -> the model's state_dict, and loss and std after
+    each step."""
     torch.manual_seed(0)
     model = small_model()
     network = distribute(model, variant)
