@@ -57,7 +57,7 @@ def equal(a, b):
 def close(a, b, share=1e-9):
     """Whether two numbers, arrays or tensors differ by rounding alone: by no more than a share of the largest
     number in b. The share is one for sums in float64, which has 16 digits."""
-    a, b = (torch.as_tensor(v).detach().double() for v in (a, b))
+    a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (a, b))
     return a.shape == b.shape and bool((a - b).abs().max() <= share * b.abs().max())
 
 
