@@ -55,6 +55,13 @@ def equal(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+def close(a, b, share=1e-9):
+    """Whether two numbers, arrays or tensors differ by rounding alone: by no more than a share of the largest
+    number in b. The share is one for sums in float64, which has 16 digits."""
+    a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (a, b))
+    return a.shape == b.shape and bool((a - b).abs().max() <= share * b.abs().max())
+
+
 def differs(a, b):
     """(maximum, mean) of the difference of two arrays."""
     gap = np.abs(np.asarray(a, float) - np.asarray(b, float))
