@@ -37,14 +37,14 @@ from harness.common.machine import device_name, fastest_layout, hardware, to_dev
 from harness.common.draws import permutation
 from harness.common.errors import Refused, printable
 from harness.common.files import refusing, replacing, save
+from harness.common.pictures import draw_neighbors
 from harness.common.progress import Progress
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
 from harness.data.tars import names_of
 from harness.evaluation.features import BATCH, accuracy, calibrated, check_frozen, check_same_images
 from harness.evaluation.features import extract, good_ones, hits, neighbours, tensor_hashes
-from harness.common.pictures import draw_neighbors
-from harness.evaluation.weights import describe_found, file_hash, find_resnet, load_strictly, read_weights
+from harness.evaluation.weights import describe_found, find_resnet, load_strictly, read_weights
 from harness.evaluation.weights import whole_model
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
@@ -410,11 +410,7 @@ def read_backbone(path, width=None, prefix=None):
     if not os.path.isfile(path):
         known = ", ".join("random:" + arch for arch in resnet.ARCHS)
         raise Refused(f"{path}: no such file; nor one of {known}")
-    # A run that goes on may replace its checkpoint while we read it: then two hashes differ.
-    sha256 = file_hash(path)
-    state, epochs, settings = read_weights(path)
-    if file_hash(path) != sha256:
-        raise Refused(f"{path}: is being written; wait for it, or evaluate a copy")
+    state, epochs, settings, sha256 = read_weights(path)
     if settings:
         settings = evaluable(settings, path)
     found = find_resnet(state, path, prefix)

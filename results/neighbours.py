@@ -1,27 +1,20 @@
 """SimSiam and its neighbours under one roof: the same network, views and batch; see related.py.
 
     python results/neighbours.py [--data CIFAR] [--minutes 60]      again until it says that all is done
+    python results/neighbours.py --show                             only make the pages anew
     python results/neighbours.py [--data CIFAR] --speed             seconds a step, the rows in turn
 
-Start it from the repository's root, on Linux. Without CIFAR it makes the runs on drawn shapes alone. A run
-whose results lie in results/related is not made again; one that was interrupted goes on. Each has a core of
-its own. What they gave becomes two tables and a picture in results/related.md, and a column in the README.
+Start it from the repository's root, on Linux. Without CIFAR it makes the runs on drawn shapes alone. rows.py
+says how they are made and kept. What they gave becomes two tables and a picture in results/related.md, and a
+table in the README.
 
 What a method needs beside SimSiam's settings (temperature, tau, queue, prototypes) was chosen for shapes on
 seeds 7 and 8; nothing was chosen on CIFAR-10, nor on seeds 0 to 4.
 """
-import argparse
 import contextlib
-import json
-import math
 import os
-import pathlib
-import re
 import shlex
-import shutil
-import statistics
 import sys
-import time
 
 sys.path.insert(0, os.getcwd())
 
@@ -31,21 +24,20 @@ import augment
 import related
 import simsiam
 from harness.common.machine import device_name, fastest_layout
-from harness.common.errors import Refused
 from harness.data.loading import index_batches
 from harness.common.pictures import BLUE, RED
 from harness.training.processes import join_world
-from results.cifar10 import SMALL, SUBSET, Interrupted, cell, do, open_cifar10, records, subset
-from results.cores import results_of
-from results.pages import Panel, draw_rows, write_tables
-from results.pairs import difference
+from results.cifar10 import SMALL, SUBSET, open_cifar10, subset
+from results.pages import Panel, cell, difference, draw_rows, page_with, table
+from results.rows import (Kept, Runs, columns, last, make_missing, parser_for, read_json, run_script, top1_of,
+                          write_json)
+from results.speed import in_turn
 
-KEPT = "results/related"
-RUNS = "runs/neighbours"
-PAGE = pathlib.Path("results/related.md")
-README = pathlib.Path("README.md")
+KEPT = Kept("results/related", "runs/neighbours")
+PAGE = "results/related.md"
+README = "README.md"
 PICTURE = "results/related.png"
-SPEED = f"{KEPT}/speed.json"
+SPEED = "results/related/speed.json"
 TITLES = {"shapes": "drawn shapes, 6 epochs (seeds)", "cifar10": "CIFAR-10, 10,000 images, 40 epochs (seeds)"}
 METHODS = {  # row: the command
     "simsiam": "simsiam.py",
@@ -76,109 +68,96 @@ AS_ON_SHAPES = {  # on CIFAR-10: what was chosen for shapes, where BYOL and SwAV
     "byol": "--tau 0.9 --base-lr 0.2",
     "swav": "--temperature 0.05 --prototypes 32 --eps 0.02 --base-lr 0.2",
 }
+CHANGES = {  # for the README: what a method changes in SimSiam
+    "simclr": "+ negatives, from the batch; - predictor, - stop-gradient",
+    "mocov2": "+ negatives, from a queue, + momentum encoder; - predictor",
+    "byol": "+ momentum encoder",
+    "swav": "+ prototypes, + Sinkhorn-Knopp on the target; - predictor",
+    "clip": "captions in the place of second views",
+}
 
 
-def jobs():
-    """(data, row, seed) of all runs, in the order of their use: a seed of each row, then the next seed."""
-    for seed in range(max(SEEDS.values())):
-        for data, rows in ROWS.items():
-            if seed < SEEDS[data]:
-                yield from ((data, row, seed) for row in rows)
+# --- The runs -------------------------------------------------------------------------------------
 
-
-def name_of(data, row, seed):
-    """The name of a run's folder, and of its files in KEPT."""
-    return f"{data}-{row.replace(', ', '-').replace(' ', '-')}-{seed}"
-
-
-def kept(data, row, seed):
-    """The file that is there once a run's results are kept."""
-    return f"{KEPT}/{name_of(data, row, seed)}.json"
-
-
-def command_of(data, folder, row):
-    """The command of a row, but for its seed and its folder: a list of words."""
-    script, *options = shlex.split(ROWS[data][row])
+def command_of(data, row, folder):
+    """The command of a row, but for its seed and its folder."""
+    script, *options = ROWS[data][row].split(maxsplit=1)
     if data == "shapes":
-        return [script, *options, "--epochs", f"{EPOCHS_OF_SHAPES}", "--workers", "0"]
-    return [script, folder, *options, *shlex.split(SMALL), *shlex.split(AS_ON_SHAPES[row]), "--workers", "0"]
+        return " ".join([script, *options, f"--epochs {EPOCHS_OF_SHAPES} --workers 0"])
+    return " ".join([script, shlex.quote(folder), *options, SMALL, AS_ON_SHAPES[row], "--workers 0"])
 
 
-def run(data, folder, row, seed, deadline):
-    """A run and its linear evaluation, and their results to KEPT -> its name. Raises Interrupted at the
-    deadline."""
-    name = name_of(data, row, seed)
-    out = f"{RUNS}/{name}"
-    if not os.path.exists(f"{out}/backbone.pth"):
-        command = command_of(data, folder, row)
-        do([*command, "--seed", f"{seed}", "--out", out, "--resume", "auto"], deadline)
-    do(["lineval.py", "--ckpt", f"{out}/checkpoint.pth", "--cached", "--workers", "0"], deadline)
-    os.makedirs(KEPT, exist_ok=True)
-    shutil.copy(f"{out}/log.jsonl", f"{KEPT}/{name}.jsonl")
-    shutil.copy(f"{out}/lineval-cached/lineval.json", f"{KEPT}/{name}.json")
-    return name
+def name_of(data, row):
+    """The name of a row's file."""
+    return f"{data}-{row.replace(', ', '-').replace(' ', '-')}"
 
 
-# --- The page -------------------------------------------------------------------------------------
-
-def found_of(data, row):
-    """The kept runs of a row, {seed: figures}."""
-    paths = {seed: f"{KEPT}/{name_of(data, row, seed)}" for seed in range(SEEDS[data])}
-    return {seed: figures(path) for seed, path in paths.items() if os.path.exists(f"{path}.json")}
+def commands(folder):
+    """{(data, row): its command}; those on CIFAR-10 only where there is a folder."""
+    return {(data, row): command_of(data, row, folder) for data, rows in ROWS.items() for row in rows
+            if data == "shapes" or folder}
 
 
-def figures(path):
-    """Of a kept run: what its last epoch has, and "linear"."""
-    last = [r for r in records(f"{path}.jsonl") if r["event"] == "epoch"][-1]
-    with open(f"{path}.json") as f:
-        return {**last, "linear": json.load(f)["top1"]}
+def folder_of(args):
+    """The images of CIFAR-10 that we use; None without --data."""
+    return subset(*open_cifar10(args.data), 10_000, SUBSET) if args.data else None
 
 
-def linear_of(found):
-    """{seed: linear accuracy} of the kept runs of a row."""
-    return {seed: run_of_seed["linear"] for seed, run_of_seed in found.items()}
+def make_runs(args, deadline):
+    if args.speed:
+        measure_speed(folder_of(args))
+        return
+    rows = []
+    for (data, row), command in commands(folder_of(args)).items():
+        rows.append(Runs(name_of(data, row), command, tuple(range(SEEDS[data]))))
+    make_missing(KEPT, rows, deadline)
 
 
-def table():
-    """What was measured, a line for each row of each data set, from the files in KEPT alone."""
-    lines = [
-        "| data | row | seeds | loss | std x sqrt(d) | kNN | cached linear | s a step | MiB | the paper |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    with open(SPEED) as f:
-        seconds = json.load(f)["seconds"]
+# --- The pages ------------------------------------------------------------------------------------
+
+def measured():
+    """Yield data, row, runs of all rows that have some."""
     for data, rows in ROWS.items():
         for row in rows:
-            found = list(found_of(data, row).values())
-            if found:
-                step = seconds[data].get(row)
-                cells = [data, row, f"{len(found)}", *columns(found),
-                         f"{step:.3f}" if step else "-", memory(found)]
-                lines.append(f"| {' | '.join(cells)} | {PAPER[row]} |")
-    return "\n".join(lines) + "\n"
+            runs = list(KEPT.of(name_of(data, row)).values())
+            if runs:
+                yield data, row, runs
 
 
-def columns(found):
-    """Of some seeds, as cells: the mean loss and std, the accuracies with their standard deviation."""
-    loss, std = (statistics.mean(r[key] for r in found) for key in ("loss", "std"))
-    return [f"{loss:.3f}", f"{std:.2f}", *(cell([r[key] for r in found]) for key in ("knn", "linear"))]
+def rows_table():
+    """What was measured, a line for each row of each data set."""
+    seconds = read_json(SPEED)["seconds"]
+    lines = []
+    for data, row, runs in measured():
+        lines.append([data, row, *columns(runs), cell([top1_of(run) for run in runs]),
+                      f"{seconds[data][row]:.3f}", max(last(run, "memory_mb") for run in runs), PAPER[row]])
+    return table(["data", "row", "seeds", "loss", "std x sqrt(d)", "kNN", "cached linear", "s a step", "MiB",
+                  "the paper"], lines)
 
 
-def memory(found):
-    """The most memory that one of the runs had, as a cell."""
-    return f"{max(r['memory_mb'] for r in found)}"
-
-
-def in_readme(text):
-    """The README, with each method's kNN accuracy in its table; of CLIP, zero-shot accuracy too."""
-    for method in related.METHODS:
-        found = list(found_of("shapes", method).values())
-        shown = f"{cell([r['knn'] for r in found])}"
+def readme_table():
+    """kNN of each method; of CLIP, zero-shot accuracy too."""
+    lines = []
+    for method, changes in CHANGES.items():
+        runs = KEPT.of(name_of("shapes", method)).values()
+        shown = cell([last(run, "knn") for run in runs])
         if method == "clip":
-            shown += f"; zero-shot {cell([r['zero_shot'] for r in found])}"
-        row = rf"(\| `--method {method}` \|[^|]*\|)[^|]*\|"
-        text = re.sub(row, rf"\1 {shown} |", text)
-    return text
+            shown += f"; zero-shot {cell([last(run, 'zero_shot') for run in runs])}"
+        lines.append([f"`--method {method}`", changes, shown])
+    return table(["`python related.py`", "what it changes in SimSiam", "drawn shapes, 6 epochs: kNN"], lines)
+
+
+def pages():
+    return page_with(PAGE, [rows_table(), comparison()]) | page_with(README, [readme_table()])
+
+
+def picture():
+    """The accuracies of all rows with their spread, a panel for each data set."""
+    panels = {data: Panel(title, []) for data, title in TITLES.items()}
+    for data, row, runs in measured():
+        accuracies = [[last(run, "knn") for run in runs], [top1_of(run) for run in runs]]
+        panels[data].rows.append((f"{row} ({len(runs)})", accuracies))
+    draw_rows(PICTURE, panels.values(), {"kNN": BLUE, "cached linear": RED})
 
 
 # --- Sec. 6.2 -------------------------------------------------------------------------------------
@@ -193,23 +172,18 @@ POINT = 1.0  # a gain below this counts as none
 
 
 def comparison():
-    """Sec. 6.2's rows beside the rows without, on shapes: pairs of one seed, so of the same images, views and
-    first weights."""
-    lines = [
-        "| row | the paper | seeds | cached linear, difference | 95% | the paper's finding, in kind |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Sec. 6.2's rows beside the rows without, on shapes, by pairs of one seed."""
+    lines = []
     for row, (without, claim) in CLAIMS.items():
-        mine, theirs = (linear_of(found_of("shapes", one)) for one in (row, without))
+        mine, theirs = ({seed: top1_of(run) for seed, run in KEPT.of(name_of("shapes", one)).items()}
+                        for one in (row, without))
         between = difference(mine, theirs)
-        if between is None:
-            continue
-        told = verdict(claim, between.low, between.high)
-        interval = f"{between.low:+.1f} to {between.high:+.1f}"
-        cells = [row, f"{PAPER[without]} -> {PAPER[row]}", f"{len(between.pairs)}", f"{between.mean:+.2f}",
-                 interval]
-        lines.append(f"| {' | '.join(cells)} | {claim}: {told} |")
-    return "\n".join(lines) + "\n"
+        if between:
+            told = verdict(claim, between.low, between.high)
+            lines.append([row, f"{PAPER[without]} -> {PAPER[row]}", len(between.pairs),
+                          f"{between.mean:+.2f}", between.interval(), f"{claim}: {told}"])
+    return table(["row", "the paper", "seeds", "cached linear, difference", "95%",
+                  "the paper's finding, in kind"], lines)
 
 
 def verdict(claim, low, high):
@@ -219,52 +193,21 @@ def verdict(claim, low, high):
     return "holds" if high < POINT else "does not hold" if low > 0 else "can't be told here"
 
 
-def picture():
-    """The accuracies of all rows with their spread, a panel for each data set."""
-    panels = []
-    for data, rows in ROWS.items():
-        shown = []
-        for row in rows:
-            found = list(found_of(data, row).values())
-            if found:
-                measured = [[r[key] for r in found] for key in ("knn", "linear")]
-                shown.append((f"{row} ({len(found)})", measured))
-        if shown:
-            ends = [end for _, measured in shown for values in measured for end in ends_of(values)]
-            low = 20 * math.floor(min(ends) / 20)
-            panels.append(Panel(TITLES[data], shown, low, high=20 * math.ceil(max(ends) / 20)))
-    draw_rows(PICTURE, panels, {"kNN": BLUE, "cached linear": RED})
-
-
-def ends_of(values):
-    """The least and the most of some accuracies, and the lower end of their bar of a standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0
-    return min(min(values), statistics.mean(values) - spread), max(values)
-
-
 # --- Seconds a step -------------------------------------------------------------------------------
 
-def measure_speed(folder, rounds=12):
+def measure_speed(folder, rounds=10):
     """The median seconds of a step of each row, the rows in turn, one thread; views and all. To SPEED."""
     device, *_ = join_world(torch.device("cpu"))
     torch.set_num_threads(1)
-    steppers = {}
-    for data, rows in ROWS.items():
-        if data == "shapes" or folder:
-            for row in rows:
-                steppers[data, row] = steps_of(command_of(data, folder, row), device)
-    times = {key: [] for key in steppers}
-    for key in [key for _ in range(rounds) for key in steppers]:
-        began = time.perf_counter()
-        next(steppers[key])
-        times[key].append(time.perf_counter() - began)
+    steppers = {key: steps_of(shlex.split(command), device) for key, command in commands(folder).items()}
+    for stepper in steppers.values():
+        next(stepper)  # warms up
+    found = in_turn({key: stepper.__next__ for key, stepper in steppers.items()}, rounds)
     seconds = {data: {} for data in ROWS}
-    for (data, row), its in times.items():
-        seconds[data][row] = statistics.median(its[2:])  # the first two warm up
-    content = {"command": "results/neighbours.py --speed", "device": device_name(device),
-               "torch": torch.__version__, "rounds": rounds - 2, "seconds": seconds}
-    with open(SPEED, "w") as f:
-        f.write(json.dumps(content, indent=1) + "\n")
+    for (data, row), its in found.items():
+        seconds[data][row] = its
+    write_json(SPEED, {"command": "results/neighbours.py --speed", "device": device_name(device),
+                       "torch": torch.__version__, "rounds": rounds, "seconds": seconds})
 
 
 def steps_of(command, device, autocast=contextlib.nullcontext()):
@@ -295,45 +238,12 @@ def steps_of(command, device, autocast=contextlib.nullcontext()):
         yield
 
 
-def make_runs(folder, rows, seeds, minutes):
-    """Make the runs that are missing, for so long -> what to say of them."""
-    deadline = time.monotonic() + 60 * minutes
-    todo = [(data, folder, row, seed, deadline) for data, row, seed in jobs()
-            if (data == "shapes" or folder) and row in rows and seed in seeds
-            and not os.path.exists(kept(data, row, seed))]
-    try:
-        for name in results_of(run, todo):
-            print(f"done: {name}", flush=True)
-    except Interrupted:
-        return "time is up; the same command goes on"
-    return "all is done"
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__)
     parser.add_argument("--data", metavar="CIFAR", help="a CIFAR-10 folder")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these only (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="these only (default: all)")
     parser.add_argument("--speed", action="store_true",
                         help="measure seconds a step instead, on a machine that does nothing else")
-    parser.add_argument("--minutes", type=float, default=1e4,
-                        help="stop after so many, everything saved; the same command goes on")
-    args = parser.parse_args()
-    try:
-        folder = subset(*open_cifar10(args.data), 10_000, SUBSET) if args.data else None
-        if args.speed:
-            measure_speed(folder)
-            state = f"measured: {SPEED}"
-        else:
-            seeds = args.seeds or range(max(SEEDS.values()))
-            state = make_runs(folder, args.rows or PAPER, seeds, args.minutes)
-    except (Refused, OSError, RuntimeError) as error:
-        sys.exit(f"neighbours.py: {error}")
-    finally:
-        write_tables(PAGE, [table(), comparison()])
-        picture()
-        README.write_text(in_readme(README.read_text()))
-    print(state)
+    run_script(parser, make_runs, pages, picture)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Pages of which a part is made by a program: tables, each known by its first line; and pictures of rows of
-results with their spread."""
+"""What the scripts make of their logs: tables, each known in its page by its first line; differences between
+runs of one seed; pictures of rows of results with their spread."""
 import math
+import pathlib
 import statistics
 from typing import NamedTuple
 
@@ -10,14 +11,87 @@ from harness.common.files import save_picture
 from harness.common.pictures import GREY
 
 
+# --- Tables -----------------------------------------------------------------------------------------------
+
+def table(heads, rows):
+    """The lines of a table, each with its line end. heads: names; rows: lists of as many cells"""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
+    lines.insert(1, "|" + "---|" * len(heads))
+    return "\n".join(lines) + "\n"
+
+
+def cell(values):
+    """Mean and, of several, the standard deviation; a stroke where there is none."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} +- {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def with_tables(text, tables):
+    """A page's text, with these tables in the place of those that have the same first line."""
+    for made in tables:
+        header = made.splitlines()[0]
+        before, found, after = text.partition(header)
+        assert found, f"no table has the header {header}"
+        _, _, rest = after.partition("\n\n")
+        text = f"{before}{made}\n{rest}" if rest else before + made
+    return text
+
+
+def page_with(path, tables):
+    """{path: the page's text with these tables}"""
+    return {path: with_tables(pathlib.Path(path).read_text(), tables)}
+
+
 def write_tables(page, tables):
-    """Put tables in the place of those in a page that have the same first line."""
-    for table in tables:
-        header = table.splitlines()[0]
-        before, found, after = page.read_text().partition(header)
-        assert found, f"{page.name} has no table with the header {header}"
-        _, end, rest = after.partition("\n\n")
-        page.write_text(before + table + end[1:] + rest)
+    """Put these tables into a page."""
+    write(page_with(page, tables))
+
+
+def write(pages):
+    """pages: {path: text}"""
+    for path, text in pages.items():
+        pathlib.Path(path).write_text(text)
+
+
+# --- Differences between runs of one seed -----------------------------------------------------------------
+
+# Student's t, 95%, by the number of pairs
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+class Difference(NamedTuple):
+    """What pairs tell of a difference, in the unit of its values."""
+    pairs: list    # the differences, by seed
+    mean: float
+    error: float   # the standard error of the mean
+    low: float     # Student's interval of 95%, from
+    high: float    # to
+
+    def interval(self):
+        return f"{self.low:+.1f} to {self.high:+.1f}"
+
+
+def difference(mine, theirs):
+    """Of {seed: value} and {seed: value}, over the seeds that both have -> Difference; None for fewer than
+    two pairs, which tell nothing of its error.
+
+    Runs of one seed have the same images, views and first weights of the backbone: what the two have in
+    common by chance cancels.
+    """
+    pairs = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if len(pairs) < 2:
+        return None
+    mean = statistics.mean(pairs)
+    half = half_interval(pairs)
+    return Difference(pairs, mean, half / T95[len(pairs)], mean - half, mean + half)
+
+
+def half_interval(values):
+    """Half the width of Student's interval of 95% for the mean of some values, two at least."""
+    return T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 # --- Rows of results, as a picture ----------------------------------------------------------------------
@@ -25,9 +99,7 @@ def write_tables(page, tables):
 class Panel(NamedTuple):
     """A part of a picture, with a horizontal axis of its own."""
     title: str
-    rows: list   # of (label, [values of the first measure, of the second, ...]), the values one a seed
-    low: int     # the axis, from
-    high: int    # to
+    rows: list  # of (label, [values of the first measure, of the second, ...]), the values one a seed
 
 
 ROW = 34      # pixels from row to row
@@ -51,28 +123,33 @@ def draw_rows(path, panels, measures, half_bar=statistics.stdev):
     save_picture(image, path)
 
 
-def tick(length):
-    """From one line of an axis to the next, by the axis's length."""
-    return 20 if length > 50 else 10 if length > 20 else 5
+def axis_of(rows):
+    """-> from, to, and how far its lines are apart"""
+    values = [value for _, measured in rows for its in measured for value in its]
+    length = max(values) - min(values)
+    every = 20 if length > 50 else 10 if length > 20 else 5
+    low = every * math.floor(min(values) / every)
+    high = every * math.ceil(max(values) / every)
+    return low, max(every, high), every
 
 
 def draw_panel(pen, top, panel, measures, half_bar):
     """A panel's title, the names of the measures, the axis, and a row below the other."""
+    low, high, every = axis_of(panel.rows)
     bold = ImageFont.load_default(16)
     font = ImageFont.load_default(13)
     x0 = LABELS
     bottom = top + (len(panel.rows) + 2) * ROW - 8
 
     def at(value):
-        return x0 + AXIS * (value - panel.low) / (panel.high - panel.low)
+        return x0 + AXIS * (value - low) / (high - low)
 
     pen.text((10, top + 10), panel.title, "black", bold)
     x = x0
     for name, colour in measures.items():
         pen.text((x, top + 36), name, colour, font)
         x += pen.textlength(name, font) + 20
-    every = tick(panel.high - panel.low)
-    for value in range(every * math.ceil(panel.low / every), panel.high + 1, every):
+    for value in range(low, high + 1, every):
         pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], GREY if value else "black")
         pen.text((at(value), bottom + 4), f"{value:g}", "black", font, anchor="mt")
     for number, (label, measured) in enumerate(panel.rows):

@@ -2,44 +2,37 @@
 and whether the paper's claim holds.
 
     python results/paper_rows.py [--minutes 60]       on drawn shapes; again until it says that all is done
-    python results/paper_rows.py --show               only say what is missing, and make the pages anew
+    python results/paper_rows.py --show               only make the pages anew
     python results/paper_rows.py --data CIFAR --epochs 20 --seeds 0 1 2    on a GPU. Not run there yet
 
 Start it from the repository's root, on Linux. Three things are run: the candidates among which the setting
 was chosen (CANDIDATES, seeds 7 to 9), the rows (ROWS, seeds 0 to 4), and a closer look at Table 3 (seeds 0 to
-2). A run is `python simsiam.py` and then `python lineval.py --cached`; on a CPU each has a core of its own.
-Runs that differ in the seed alone lie in one file of results/paper_rows, a line each, with the commands, the
-log and the accuracy. A run that has its line is not made again.
+2). rows.py says how the runs are made and kept.
 
 A row is compared with another by pairs of runs of one seed, so of the same views, in the same order, and the
 same first weights of the backbone. The images are the same for all runs. What comes of that becomes the
 tables of results/paper_rows.md and results/README.md, and a picture.
 """
-import argparse
-import json
 import math
 import os
-import pathlib
 import re
 import shlex
 import shutil
 import statistics
 import sys
-import time
 from typing import NamedTuple
 
 sys.path.insert(0, os.getcwd())
 
 import simsiam
-from harness.common.errors import Refused
 from harness.common.pictures import BLUE, RED
-from results.cifar10 import Interrupted, cell, do, records
-from results.cores import results_of
-from results.pages import Panel, draw_rows, tick, write_tables
-from results.pairs import T95, difference, half_interval
+from results.pages import Panel, T95, cell, difference, draw_rows, half_interval, page_with, table
+from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script,
+                          top1_of)
 
-PAGE = pathlib.Path("results/paper_rows.md")
-FRONT = pathlib.Path("results/README.md")
+KEPT = Kept("results/paper_rows", "runs/paper_rows")
+PAGE = "results/paper_rows.md"
+FRONT = "results/README.md"
 PICTURE = "results/paper_rows.png"
 
 # The setting: the candidate whose cached linear accuracy varies the least over seeds 7 to 9, at least 30
@@ -55,6 +48,8 @@ CANDIDATES = (
 SETTING = "--size 16 --epochs 12"
 CHOOSING = (7, 8, 9)
 SEEDS = (0, 1, 2, 3, 4)
+PROGRAM = "simsiam.py --workers 0 --knn-every 1000"
+UNTRAINED = f"{KEPT.folder}/untrained.json"  # its cached accuracy at the setting's size
 
 
 class Row(NamedTuple):
@@ -107,41 +102,19 @@ LOOKING = (0, 1, 2)
 
 # --- What is to be run ------------------------------------------------------------------------------------
 
-class Runs(NamedTuple):
-    """Runs that differ in nothing but the seed."""
-    name: str     # of their file
-    options: str  # of simsiam.py
-    seeds: tuple
-
-
 def programme():
     """All Runs on shapes: groups of them, in the order of their use."""
-    return [choice(), rows_on_shapes(), looks()]
-
-
-def rows_on_shapes():
-    """The rows, and the one that some of them are compared with."""
-    return [Runs(name, f"--experiment {name} {SETTING}", SEEDS) for name in (DECAYED, *ROWS)]
-
-
-def looks():
-    """The cells of Table 3's closer look that are not the rows themselves."""
+    rows = [runs_of(name, name, "", SEEDS) for name in (DECAYED, *ROWS)]
     cells = [look(name, lr, layers) for lr in LRS for layers in LAYERS for name in TABLE_3]
-    return [cell for cell in cells if cell.name not in TABLE_3]
+    return [candidates(), rows, [runs for runs in cells if runs.name not in TABLE_3]]
 
 
-def look(name, lr, layers):
-    """The runs of a cell; at the recipe's lr and layers those of the row itself."""
-    recipe = simsiam.recipe("shapes")
-    if (lr, layers) == (recipe["base_lr"], recipe["proj_layers"]):
-        return Runs(name, f"--experiment {name} {SETTING}", SEEDS)
-    options = f"--experiment {name} {SETTING} --base-lr {lr} --proj-layers {layers}"
-    return Runs(f"{name}-lr-{lr}-layers-{layers}", options, LOOKING)
+def runs_of(name, experiment, options, seeds):
+    return Runs(name, f"{PROGRAM} --experiment {experiment} {SETTING} {options}", seeds)
 
 
-def choice():
-    """The candidates."""
-    return [Runs(name_of_candidate(options), options, CHOOSING) for options in CANDIDATES]
+def candidates():
+    return [Runs(name_of_candidate(options), f"{PROGRAM} {options}", CHOOSING) for options in CANDIDATES]
 
 
 def name_of_candidate(options):
@@ -149,82 +122,45 @@ def name_of_candidate(options):
     return re.sub("[- ]+", "-", options).strip("-")
 
 
+def look(name, lr, layers):
+    """The runs of a cell of the closer look; at the recipe's lr and layers those of the row itself."""
+    recipe = simsiam.recipe("shapes")
+    if (lr, layers) == (recipe["base_lr"], recipe["proj_layers"]):
+        return runs_of(name, name, "", SEEDS)
+    options = f"--base-lr {lr} --proj-layers {layers}"
+    return runs_of(f"{name}-lr-{lr}-layers-{layers}", name, options, LOOKING)
+
+
 def rows_on_cifar10(folder, epochs, seeds):
     """The rows on the full CIFAR-10. Warm-up, where there is one, is a tenth of the epochs, as in the
     paper."""
-    runs = []
+    group = []
     for name in (DECAYED, *ROWS):
-        options = f"{shlex.quote(folder)} --experiment {name} --epochs {epochs}"
+        command = f"{PROGRAM} {shlex.quote(folder)} --experiment {name} --epochs {epochs}"
         changes, _ = simsiam.EXPERIMENTS[name]
         if "warmup" in changes:
-            options += f" --warmup {math.ceil(epochs / 10)}"
-        runs.append(Runs(name, options, seeds))
-    return runs
+            command += f" --warmup {math.ceil(epochs / 10)}"
+        group.append(Runs(name, command, seeds))
+    return group
 
 
-class Kept:
-    """The runs whose results are kept, in a folder of files, a line for each run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def path(self, name):
-        return f"{self.folder}/{name}.jsonl"
-
-    def of(self, name):
-        """{seed: result}; one that a kill has cut short is none."""
-        return {result["seed"]: result for result in records(self.path(name))}
-
-    def add(self, name, result):
-        os.makedirs(self.folder, exist_ok=True)
-        with open(self.path(name), "a") as f:
-            f.write(json.dumps(result) + "\n")
-
-    def missing(self, groups):
-        """The jobs that are to be done: (name, options, seed); in each group a seed of all its runs before
-        the next seed."""
-        jobs = [(number, seed, one) for number, group in enumerate(groups) for one in group
-                for seed in one.seeds if seed not in self.of(one.name)]
-        jobs.sort(key=lambda job: job[:2])
-        return [(one.name, one.options, seed) for _, seed, one in jobs]
-
-
-def run(scratch, deadline, name, options, seed):
-    """A run and its linear evaluation -> name, result. Raises Interrupted at the deadline.
-
-    To diverge is a result, too: its accuracy is None then.
-    """
-    out = f"{scratch}/{name}-{seed}"
-    pretrain = ["simsiam.py", *shlex.split(options), "--seed", f"{seed}", "--workers", "0",
-                "--knn-every", "1000", "--out", out]
-    evaluate = ["lineval.py", "--ckpt", f"{out}/checkpoint.pth", "--cached", "--workers", "0"]
-    top1 = None
-    try:
-        if not os.path.exists(f"{out}/backbone.pth"):
-            do([*pretrain, "--resume", "auto"], deadline)
-        judged = f"{out}/lineval-cached/lineval.json"
-        if not os.path.exists(judged):
-            do([*evaluate, "--resume", "auto"], deadline)
-        with open(judged) as f:
-            top1 = json.load(f)["top1"]
-    except RuntimeError as error:
-        if "not finite" not in f"{error}":
-            raise
-    return name, {"seed": seed, "command": shlex.join(["python", *pretrain]),
-                  "evaluation": shlex.join(["python", *evaluate]), "top1": top1,
-                  "log": records(f"{out}/log.jsonl")}
-
-
-def measure_untrained(folder, deadline):
-    """The cached accuracy of an untrained network at the setting's size, to folder/untrained.json."""
-    kept = f"{folder}/untrained.json"
-    if not os.path.exists(kept):
+def make_runs(args, deadline):
+    if args.data is not None:
+        rows = rows_on_cifar10(args.data, args.epochs, tuple(args.seeds))
+        make_missing(on_cifar10(args.epochs), rows, deadline, args.data)
+        return
+    if not os.path.exists(UNTRAINED):
         size = simsiam.parse(SETTING.split()).size
-        out = "runs/paper_rows/untrained"
-        os.makedirs(folder, exist_ok=True)
         do(["lineval.py", "--ckpt", "random:resnet18", "--size", f"{size}", "--cached", "--workers", "0",
-            "--out", out], deadline)
-        shutil.copy(f"{out}/lineval.json", kept)
+            "--out", f"{KEPT.scratch}/untrained"], deadline)
+        shutil.copy(f"{KEPT.scratch}/untrained/lineval.json", UNTRAINED)
+    for rows in programme():
+        make_missing(KEPT, rows, deadline)
+
+
+def on_cifar10(epochs):
+    name = f"paper_rows-cifar10-{epochs}-epochs"
+    return Kept(f"results/{name}", f"runs/{name}")
 
 
 # --- What came of a run -----------------------------------------------------------------------------------
@@ -235,25 +171,11 @@ LEARNED = 5.0   # points of kNN above its untrained network: a run with less has
 
 
 def top1(result):
-    return CHANCE if result["top1"] is None else result["top1"]
-
-
-def epochs_of(result):
-    """The log's records of the epochs, without that of the untrained network."""
-    return measured(result)[1:]
-
-
-def measured(result):
-    """The log's records of the untrained network and of the epochs."""
-    return [record for record in result["log"] if record["event"] == "epoch"]
-
-
-def last(result, key):
-    return measured(result)[-1][key]
+    return CHANCE if diverged(result) else top1_of(result)
 
 
 def diverged(result):
-    return result["top1"] is None
+    return top1_of(result) is None
 
 
 def collapsed(result):
@@ -265,7 +187,8 @@ def learned_nothing(result):
     """It has neither diverged nor collapsed, and yet its kNN is hardly above the untrained network's."""
     if diverged(result) or collapsed(result):
         return False
-    return last(result, "knn") < measured(result)[0]["knn"] + LEARNED
+    untrained, *_ = epochs_of(result)
+    return last(result, "knn") < untrained["knn"] + LEARNED
 
 
 def failed(result):
@@ -279,7 +202,7 @@ def did_not_converge(result, beside):
 
 def unstable(result):
     """In some epoch the mean loss was more than RISE above that of the epoch before."""
-    losses = [record["loss"] for record in epochs_of(result)]
+    losses = [record["loss"] for record in epochs_of(result)[1:]]
     return diverged(result) or any(after > before + RISE for before, after in zip(losses, losses[1:]))
 
 
@@ -354,8 +277,8 @@ def compared(kept):
         mine, beside = kept.of(name), kept.of(row.beside)
         between = linear_difference(mine, beside)
         if between:
-            seeds = mine.keys() & beside.keys()
-            yield name, *({seed: its[seed] for seed in sorted(seeds)} for its in (mine, beside)), between
+            seeds = sorted(mine.keys() & beside.keys())
+            yield name, {s: mine[s] for s in seeds}, {s: beside[s] for s in seeds}, between
 
 
 def label(name):
@@ -363,22 +286,20 @@ def label(name):
     return "simsiam, (c)" if name == CONSTANT else name
 
 
-def linked(name):
-    """The same, as a link to its runs."""
-    return f"[{label(name)}](paper_rows/{name}.jsonl)"
+def linked(kept, name, words=None):
+    """The same, or other words, as a link to its runs."""
+    return f"[{words or label(name)}]({os.path.basename(kept.folder)}/{name}.jsonl)"
 
 
 def claims_table(kept):
     """For results/README.md: the paper's claim, what was seen and what the paper saw, n, the verdict."""
-    lines = ["| what the paper says | difference here | the paper's | n | verdict |",
-             "|---|---|---|---|---|"]
+    lines = []
     for name, mine, beside, between in compared(kept):
         row = ROWS[name]
         seen = f"{between.mean:+.1f} +- {between.error:.1f}{outcomes(mine)}"
-        words = f"[{row.words}](paper_rows/{name}.jsonl)"
         said = f"[{verdict(row.claim, mine, beside)}](paper_rows.md)"
-        lines.append(f"| {words} | {seen} | {paper_cell(name)} | {len(between.pairs)} | {said} |")
-    return "\n".join(lines) + "\n"
+        lines.append([linked(kept, name, row.words), seen, paper_cell(name), len(between.pairs), said])
+    return table(["what the paper says", "difference here", "the paper's", "n", "verdict"], lines)
 
 
 def paper_cell(name):
@@ -400,23 +321,23 @@ def outcomes(runs):
 
 def rows_table(kept):
     """What was measured of each row."""
-    lines = ["| row | seeds | loss | std x sqrt(d) | linear +- standard deviation | outcome | minutes |",
-             "|---|---|---|---|---|---|---|"]
+    heads = ["row", "seeds", "loss", "std x sqrt(d)", "rank / untrained's", "linear +- standard deviation",
+             "outcome", "minutes"]
+    lines = []
     for name in (DECAYED, *ROWS):
-        if kept.of(name):
-            lines.append(f"| {linked(name)} | {' | '.join(columns(kept.of(name)))} |")
-    return "\n".join(lines) + "\n"
-
-
-def columns(runs):
-    """Of some runs, as cells: seeds, loss, std, linear accuracy, outcome, minutes."""
-    results = list(runs.values())
-    whole = [result for result in results if not diverged(result)]
-    loss, std = (span([last(result, key) for result in whole], digits)
-                 for key, digits in (("loss", 3), ("std", 2)))
-    minutes = statistics.mean(sum(e["wall_seconds"] for e in epochs_of(r)) / 60 for r in results)
-    return [f"{len(results)}", loss, std, cell([top1(r) for r in results]),
-            outcomes(runs).removeprefix("; ") or "-", f"{minutes:.1f}"]
+        runs = kept.of(name)
+        whole = [result for result in runs.values() if not diverged(result)]
+        if runs:
+            lines.append([
+                linked(kept, name), len(runs),
+                span([last(result, "loss") for result in whole], 3),
+                span([last(result, "std") for result in whole], 2),
+                span([rank_kept(result) for result in whole], 2),
+                cell([top1(result) for result in runs.values()]),
+                outcomes(runs).removeprefix("; ") or "-",
+                minutes(runs),
+            ])
+    return table(heads, lines)
 
 
 def span(values, digits):
@@ -424,48 +345,59 @@ def span(values, digits):
     return f"{min(values):.{digits}f}, {max(values):.{digits}f}" if values else "-"
 
 
+def rank_kept(result):
+    """The last epoch's rank, in units of the untrained network's."""
+    untrained, *_ = epochs_of(result)
+    return last(result, "rank") / untrained["rank"]
+
+
+def minutes(runs):
+    """The mean over some runs, as a cell."""
+    return f"{statistics.mean(map(minutes_of, runs.values())):.1f}"
+
+
 def differences_table(kept):
     """Each row against the one beside it: the mean paired difference, and the paper's."""
-    lines = ["| row | beside | pairs | difference +- standard error | 95% | the paper's | claim | verdict |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = []
     for name, mine, beside, between in compared(kept):
         row = ROWS[name]
-        cells = [linked(name), linked(row.beside), f"{len(between.pairs)}",
-                 f"{between.mean:+.2f} +- {between.error:.2f}", f"{between.low:+.1f} to {between.high:+.1f}",
-                 paper_cell(name), row.claim, verdict(row.claim, mine, beside)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([
+            linked(kept, name), linked(kept, row.beside), len(between.pairs),
+            f"{between.mean:+.2f} +- {between.error:.2f}", between.interval(),
+            paper_cell(name), row.claim, verdict(row.claim, mine, beside),
+        ])
+    return table(["row", "beside", "pairs", "difference +- standard error", "95%", "the paper's", "claim",
+                  "verdict"], lines)
 
 
 def candidates_table(kept):
     """The candidates for the setting."""
-    lines = ["| candidate | seeds | linear, cached | standard deviation | minutes |", "|---|---|---|---|---|"]
+    lines = []
     for options in CANDIDATES:
         runs = kept.of(name_of_candidate(options))
         if len(runs) > 1:
             values = [top1(result) for result in runs.values()]
-            *_, minutes = columns(runs)
-            seeds = ", ".join(f"{seed}" for seed in sorted(runs))
             chosen = "**" if options == SETTING else ""
-            lines.append(f"| {chosen}`{options}`{chosen} | {seeds} | {statistics.mean(values):.1f} | "
-                         f"{statistics.stdev(values):.2f} | {minutes} |")
-    return "\n".join(lines) + "\n"
+            lines.append([
+                f"{chosen}`{options}`{chosen}", ", ".join(map(str, sorted(runs))),
+                f"{statistics.mean(values):.1f}", f"{statistics.stdev(values):.2f}", minutes(runs),
+            ])
+    return table(["candidate", "seeds", "linear, cached", "standard deviation", "minutes"], lines)
 
 
 def looks_table(kept):
     """Table 3 at other lrs and depths."""
-    letters = ("(c) default", "(a) no BN", "(b) hidden layers", "(d) all layers")
-    lines = [f"| --base-lr | --proj-layers | {' | '.join(letters)} |", "|---|---|---|---|---|---|"]
+    heads = ["--base-lr", "--proj-layers", "(c) default", "(a) no BN", "(b) hidden layers", "(d) all layers"]
+    lines = []
     for lr in LRS:
         for layers in LAYERS:
             cells = []
             for name in TABLE_3:
                 runs = looked_at(kept, name, lr, layers)
                 shown = cell([top1(result) for result in runs.values()]) + outcomes(runs)
-                file = f"paper_rows/{look(name, lr, layers).name}.jsonl"
-                cells.append(f"[{shown}]({file})" if runs else "not run")
-            lines.append(f"| {lr} | {layers} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+                cells.append(linked(kept, look(name, lr, layers).name, shown))
+            lines.append([lr, layers, *cells])
+    return table(heads, lines)
 
 
 def factors_table(kept):
@@ -478,30 +410,27 @@ def factors_table(kept):
         f"{three} layers, not {two}": ([(low, three), (high, three)], [(low, two), (high, two)]),
         f"{three} layers, not {two}, at lr {low}": ([(low, three)], [(low, two)]),
     }
-    lines = [f"| gap to (c) | {' | 95% | '.join(changes)} | 95% |", "|---|---|---|---|---|---|---|"]
+    heads = ["gap to (c)"]
+    for words in changes:
+        heads += [words, "95%"]
+    lines = []
     for name in TABLE_3[1:]:
         cells = [name]
         for those, these in changes.values():
             change = difference(mean_gap(kept, name, those), mean_gap(kept, name, these))
-            if change is None:
-                cells += ["-", "-"]
-            else:
-                cells += [f"{change.mean:+.1f}", f"{change.low:+.1f} to {change.high:+.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells += [f"{change.mean:+.1f}", change.interval()] if change else ["-", "-"]
+        lines.append(cells)
+    return table(heads, lines)
 
 
 def mean_gap(kept, name, cells):
     """{seed: a row's accuracy less that of (c), the mean over some cells of the closer look}"""
-    gaps = [gaps_to_c(kept, name, lr, layers) for lr, layers in cells]
-    seeds = set.intersection(*map(set, gaps))
-    return {seed: statistics.mean(gap[seed] for gap in gaps) for seed in seeds}
-
-
-def gaps_to_c(kept, name, lr, layers):
-    """{seed: a row's accuracy less that of (c)} in a cell of the closer look."""
-    mine, default = (looked_at(kept, row, lr, layers) for row in (name, CONSTANT))
-    return {seed: top1(mine[seed]) - top1(default[seed]) for seed in mine.keys() & default.keys()}
+    gaps = {seed: [] for seed in LOOKING}
+    for lr, layers in cells:
+        mine, default = (looked_at(kept, row, lr, layers) for row in (name, CONSTANT))
+        for seed in mine.keys() & default.keys():
+            gaps[seed].append(top1(mine[seed]) - top1(default[seed]))
+    return {seed: statistics.mean(its) for seed, its in gaps.items() if len(its) == len(cells)}
 
 
 def looked_at(kept, name, lr, layers):
@@ -510,24 +439,18 @@ def looked_at(kept, name, lr, layers):
     return {seed: runs[seed] for seed in LOOKING if seed in runs}
 
 
-def picture(kept, path):
+def picture():
     """The differences with their intervals, the paper's beside ours: a panel for the rows that failed in the
     paper, and one for the others."""
     fail, work = [], []
-    for name, *_, between in compared(kept):
+    for name, *_, between in compared(KEPT):
         rows = fail if ROWS[name].claim in JUDGED_BY_RUN else work
         rows.append((label(name), [between.pairs, the_papers(name)]))
-    panels = []
-    for title, rows in (("the paper saw these fail", fail),
-                        ("the paper saw these work, some less well", work)):
-        if rows:
-            values = [value for _, both in rows for its in both for value in its]
-            every = tick(max(values) - min(values))
-            low, high = every * math.floor(min(values) / every), every * math.ceil(max(values) / every)
-            panels.append(Panel(f"{title}: points against the row beside it", rows, low, max(every, high)))
+    suffix = "points against the row beside it"
+    panels = [Panel(f"the paper saw these fail: {suffix}", fail),
+              Panel(f"the paper saw these work, some less well: {suffix}", work)]
     measures = {"here: a dot a seed, 95% for their mean": BLUE, "the paper, on ImageNet": RED}
-    if panels:
-        draw_rows(path, panels, measures, half_interval)
+    draw_rows(PICTURE, panels, measures, half_interval)
 
 
 def the_papers(name):
@@ -538,67 +461,33 @@ def the_papers(name):
 
 # --- The program ------------------------------------------------------------------------------------------
 
-def write_pages(kept):
-    """The tables and the picture of what is kept of the shapes."""
-    write_tables(PAGE, [candidates_table(kept), rows_table(kept), differences_table(kept),
-                        looks_table(kept), factors_table(kept)])
-    write_tables(FRONT, [claims_table(kept)])
-    picture(kept, PICTURE)
+def tables(kept):
+    """Those of paper_rows.md."""
+    return [candidates_table(kept), rows_table(kept), differences_table(kept), looks_table(kept),
+            factors_table(kept)]
 
 
-def write_cifar10_page(kept, epochs):
+def pages():
+    return page_with(PAGE, tables(KEPT)) | page_with(FRONT, [claims_table(KEPT)])
+
+
+def cifar10_page(kept):
     """A page of its own for the rows on the full CIFAR-10."""
-    page = pathlib.Path(f"{kept.folder}.md")
-    page.write_text(f"The paper's rows on the full CIFAR-10, made by `results/paper_rows.py --data CIFAR "
-                    f"--epochs {epochs}`. paper_rows.md has the rules.\n\n"
-                    f"{rows_table(kept)}\n{differences_table(kept)}")
-
-
-def show(kept, groups):
-    """Say how many of the runs are kept, and which are missing."""
-    runs = [one for group in groups for one in group]
-    print(f"{sum(len(one.seeds) for one in runs) - len(kept.missing(groups))} runs are kept")
-    for one in runs:
-        missing = [f"{seed}" for seed in one.seeds if seed not in kept.of(one.name)]
-        if missing:
-            print(f"missing: {one.name}, seeds {' '.join(missing)}")
+    title = "The paper's rows on the full CIFAR-10, by `results/paper_rows.py`; paper_rows.md has the rules."
+    return {f"{kept.folder}.md": f"{title}\n\n{rows_table(kept)}\n{differences_table(kept)}"}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = parser_for(__doc__)
     parser.add_argument("--data", metavar="CIFAR", help="the full CIFAR-10 (default: shapes)")
     parser.add_argument("--epochs", type=int, default=20, help="on CIFAR-10 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], choices=range(max(T95)),
                         help="on CIFAR-10 (default: 0 1 2)")
-    parser.add_argument("--show", action="store_true", help="run nothing")
-    parser.add_argument("--minutes", type=float, default=1e4,
-                        help="stop after so many, everything saved; the same command goes on")
     args = parser.parse_args()
     if args.data is None:
-        kept, groups, scratch = Kept("results/paper_rows"), programme(), "runs/paper_rows"
+        run_script(parser, make_runs, pages, picture)
     else:
-        kept = Kept(f"results/paper_rows-cifar10-{args.epochs}-epochs")
-        scratch = f"runs/paper_rows-cifar10-{args.epochs}-epochs"
-        groups = [rows_on_cifar10(args.data, args.epochs, tuple(args.seeds))]
-    show(kept, groups)
-    deadline = time.monotonic() + 60 * args.minutes
-    state = "all is done"
-    try:
-        todo = [] if args.show else [(scratch, deadline, *job) for job in kept.missing(groups)]
-        if todo and args.data is None:
-            measure_untrained(kept.folder, deadline)
-        for name, result in results_of(run, todo):
-            kept.add(name, result)
-            print(f"done: {name}, seed {result['seed']}: {result['top1']}", flush=True)
-    except Interrupted:
-        state = "time is up; the same command goes on"
-    except (Refused, OSError, RuntimeError) as error:
-        sys.exit(f"paper_rows.py: {error}")
-    if args.data is None:
-        write_pages(kept)
-    else:
-        write_cifar10_page(kept, args.epochs)
-    print(state)
+        run_script(parser, make_runs, lambda: cifar10_page(on_cifar10(args.epochs)))
 
 
 if __name__ == "__main__":

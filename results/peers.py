@@ -1,6 +1,7 @@
 """Views and steps beside other libraries', where these are installed: torchvision, lightly, kornia.
 
     python results/peers.py --photos PHOTOS --cifar CIFAR
+    python results/peers.py --show                              only make the page anew
 
 Start it from the repository's root, on a CPU that does nothing else. None of the libraries is needed for
 anything else here: what is not installed is skipped, and said. Everything runs in one process with one torch,
@@ -12,12 +13,9 @@ what a worker process does (decode, crop, resize), which is to be compared with 
 and all of it on the CPU. Steps are SimSiam's on the same network: forward of two views, loss, backward, SGD.
 """
 import argparse
-import json
 import os
-import pathlib
-import statistics
 import sys
-import time
+from functools import partial
 
 sys.path.insert(0, os.getcwd())
 
@@ -30,18 +28,24 @@ from torch.utils.flop_counter import FlopCounterMode
 import augment
 import resnet
 import simsiam
-from harness.common.machine import cpu_has_bf16, fastest_layout
-from harness.data.images import read_image
+from harness.common.machine import cpu_has_bf16
 from harness.data.opening import open_data
+from harness.data.source import Source
 from harness.training.processes import join_world
-from results.pages import write_tables
-from results.speed import model_of
+from results.pages import page_with, table, write
+from results.rows import read_json, write_json
+from results.speed import CPU, do_part, in_turn, make_step
 
 RESULT = "results/peers.json"
-PAGE = pathlib.Path("results/peers.md")
+PAGE = "results/peers.md"
 LIBRARIES = ("torchvision", "lightly", "kornia")
+STEPS = {  # recipe, batch
+    "ResNet-18, 32 pixels, batch 64": ("cifar10", 64),
+    "ResNet-50, 224 pixels, batch 8": ("imagenet", 8),
+}
 PHOTOS = 24
 SMALL = 256  # images of 32 pixels a batch
+THREADS = 2  # of the steps
 MEAN, STD = augment.Policy().mean, augment.Policy().std
 
 
@@ -65,26 +69,12 @@ def name_what_is_missing():
     name_what_is_missing.keeps = library  # else the names go with it
 
 
-# --- Timing ---------------------------------------------------------------------------------------
-
-def in_turn(variants, rounds):
-    """{name: function} -> {name: median seconds of a call}, the variants in turn, after a round that counts
-    not."""
-    times = {name: [] for name in variants}
-    for _ in range(rounds + 1):
-        for name, function in variants.items():
-            began = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(its[1:]) for name, its in times.items()}
-
-
 def rates(seconds, images):
     """Images a second of each variant."""
     return {name: round(images / value, 1) for name, value in seconds.items()}
 
 
-# --- Views at 224 pixels --------------------------------------------------------------------------
+# --- Views ----------------------------------------------------------------------------------------
 
 def released_transforms(size, blur):
     """The released code's, by torchvision, and its own blur."""
@@ -107,62 +97,47 @@ def pillow_blur(image):
     return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
 
 
-def decoded(path):
-    """A file as a PIL image."""
-    with Image.open(os.fsdecode(path)) as image:
-        return image.convert("RGB")
+def views_elsewhere(size, blur, images):
+    """The variants of other libraries. images: a function that gives PIL images"""
+    variants = {}
+    if imported("torchvision"):
+        released = released_transforms(size, blur)
+        variants["the released transforms, by torchvision"] = lambda: [
+            [released(image), released(image)] for image in images()]
+    if imported("torchvision") and imported("lightly"):
+        from lightly.transforms import SimSiamTransform
+        lightlys = SimSiamTransform(input_size=size, gaussian_blur=0.5 if blur else 0.0)
+        variants["lightly"] = lambda: [lightlys(image) for image in images()]
+    return variants
 
 
 def views_of_photos(photos):
     """Two views of each of some photographs, from their files."""
     files = open_data(photos).train.files
-    files = files[np.linspace(0, len(files) - 1, PHOTOS).astype(int)]
-    policy = augment.Policy()
+    source = Source(files=files[np.linspace(0, len(files) - 1, PHOTOS).astype(int)])
 
-    def cut(f, i):
-        return augment.cut_views(policy, 0, 2, read_image(f), 0, i)
-
-    def whole():
-        cuts = [cut(f, i) for i, f in enumerate(files)]
-        x = torch.cat([torch.stack([views[v] for views in cuts]) for v in range(2)])
-        colours = [augment.draw_colour(policy, 0, 0, np.arange(PHOTOS), v) for v in range(2)]
-        return augment.photometric(x, augment.Colour(*map(np.concatenate, zip(*colours))), policy)
+    def ours(part):
+        return partial(do_part, part, source, augment.Policy(), CPU, np.arange(PHOTOS), None)
 
     variants = {
-        "ours: a worker's part": lambda: [cut(f, i) for i, f in enumerate(files)],
-        "ours: all on the CPU": whole,
-        "decoding alone": lambda: [decoded(f).load() for f in files],
+        "ours: a worker's part": ours("decode and cut"),
+        "ours: all on the CPU": ours("all"),
+        "decoding alone": ours("decode"),
+        **views_elsewhere(224, True, ours("decode")),
     }
-    if imported("torchvision"):
-        released = released_transforms(224, blur=True)
-        variants["the released transforms, by torchvision"] = lambda: [
-            [released(image), released(image)] for image in map(decoded, files)]
-    if imported("torchvision") and imported("lightly"):
-        from lightly.transforms import SimSiamTransform
-        lightlys = SimSiamTransform(input_size=224)
-        variants["lightly"] = lambda: [lightlys(decoded(f)) for f in files]
     return rates(in_turn(variants, 7), PHOTOS)
 
-
-# --- Views at 32 pixels ---------------------------------------------------------------------------
 
 def views_of_small_images(cifar):
     """Two views of each image of a batch in memory, without blur."""
     train = open_data(cifar).train
-    index = np.arange(SMALL)
     pixels = train.pixels[:SMALL]
-    policy = augment.Policy(size=32, blur=0)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
-    cpu = torch.device("cpu")
-    variants = {"ours": lambda: next(augment.load_views(train, policy, 0, [(0, index)], cpu, 0))}
-    if imported("torchvision"):
-        released = released_transforms(32, blur=False)
-        variants["the released transforms, by torchvision"] = lambda: [
-            [released(image), released(image)] for image in pictures]
-    if imported("torchvision") and imported("lightly"):
-        from lightly.transforms import SimSiamTransform
-        lightlys = SimSiamTransform(input_size=32, gaussian_blur=0.0)
-        variants["lightly"] = lambda: [lightlys(image) for image in pictures]
+    policy = augment.Policy(size=32, blur=0)
+    variants = {
+        "ours": partial(do_part, "all", train, policy, CPU, np.arange(SMALL), None),
+        **views_elsewhere(32, False, lambda: pictures),
+    }
     if imported("kornia"):
         import kornia.augmentation as K
         kornias = nn.Sequential(
@@ -176,25 +151,6 @@ def views_of_small_images(cifar):
 
 
 # --- Steps ----------------------------------------------------------------------------------------
-
-STEPS = {  # recipe, batch
-    "ResNet-18, 32 pixels, batch 64": ("cifar10", 64),
-    "ResNet-50, 224 pixels, batch 8": ("imagenet", 8),
-}
-
-
-def our_step(settings, batch, amp):
-    """A function that makes a step of ours on a CPU, on fixed views."""
-    torch.manual_seed(0)
-    model = model_of(settings)
-    layout = fastest_layout(model.encoder, torch.device("cpu"))
-    model.to(memory_format=layout)
-    optimizer = simsiam.sgd(model, 0.9, 1e-4)
-    size = settings["size"]
-    views = [torch.randn(batch, 3, size, size).contiguous(memory_format=layout) for _ in range(2)]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
-    return lambda: simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
-
 
 def lightlys_step(arch, cifar_stem, batch, size):
     """A function that makes a step of lightly's parts on our ResNet, as its example for SimSiam does."""
@@ -224,16 +180,16 @@ def lightlys_step(arch, cifar_stem, batch, size):
     return step
 
 
-def steps(threads):
+def steps():
     """{case: {variant: seconds, and the share of what a large product reaches}}"""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     peak = {amp: matmul_rate(torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
     out = {"a large product, GFLOP/s": {"float32": round(peak[False]), "bf16": round(peak[True])}}
     for case, (recipe, batch) in STEPS.items():
         settings = simsiam.recipe(recipe)
-        variants = {"ours, float32": our_step(settings, batch, False)}
+        variants = {"ours, float32": make_step(settings, batch)}
         if cpu_has_bf16():
-            variants["ours, bf16"] = our_step(settings, batch, True)
+            variants["ours, bf16"] = make_step(settings, batch, amp=True)
         if imported("torchvision") and imported("lightly"):
             arch, cifar_stem, size = (settings[name] for name in ("arch", "cifar_stem", "size"))
             variants["lightly"] = lightlys_step(arch, cifar_stem, batch, size)
@@ -259,54 +215,58 @@ def matmul_rate(dtype):
 def table_of_views(title, found):
     """Images a second, and how many times each of the others ours makes."""
     ours = next(iter(found.values()))
-    lines = [f"| {title} | images/s | ours is |", "|---|---|---|"]
-    lines += [f"| {name} | {value:,.0f} | {ours / value:.2f} |" for name, value in found.items()]
-    return "\n".join(lines) + "\n"
+    rows = [[name, f"{value:,.0f}", f"{ours / value:.2f}"] for name, value in found.items()]
+    return table([title, "images/s", "ours is"], rows)
 
 
 def table_of_steps(found):
     """Seconds a step, the share of a large product's rate, and times lightly's speed."""
-    lines = [
-        "| step | variant | s | share of a large product | times lightly's speed |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for case in STEPS:
         theirs = found[case].get("lightly", {}).get("seconds")
         for name, row in found[case].items():
             times = f"{theirs / row['seconds']:.2f}" if theirs else "not installed"
-            lines.append(f"| {case} | {name} | {row['seconds']:.3f} | {row['share']:.0%} | {times} |")
-    return "\n".join(lines) + "\n"
+            rows.append([case, name, f"{row['seconds']:.3f}", f"{row['share']:.0%}", times])
+    return table(["step", "variant", "s", "share of a large product", "times lightly's speed"], rows)
 
 
-def tables(result):
-    """All tables of the page."""
-    return [table_of_views("224 pixels, from files", result["views of 224 pixels"]),
-            table_of_views("32 pixels, in memory", result["views of 32 pixels"]),
-            table_of_steps(result["steps"])]
+def pages():
+    found = read_json(RESULT)
+    return page_with(PAGE, [
+        table_of_views("224 pixels, from files", found["views of 224 pixels"]),
+        table_of_views("32 pixels, in memory", found["views of 32 pixels"]),
+        table_of_steps(found["steps"]),
+    ])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", required=True, help="a folder of photographs")
-    parser.add_argument("--cifar", required=True, help="a CIFAR-10 folder")
-    parser.add_argument("--threads", type=int, default=2, help="of the steps (default: %(default)s)")
-    args = parser.parse_args()
+def measure(args):
     join_world(torch.device("cpu"))
     versions = {name: getattr(imported(name), "__version__", None) for name in LIBRARIES}
     for name, version in versions.items():
         if version is None:
             print(f"{name} is not installed: left out")
     torch.set_num_threads(1)
-    command = f"python results/peers.py --photos PHOTOS --cifar CIFAR --threads {args.threads}"
-    result = {"command": command, "torch": torch.__version__, **versions,
-              "cores": len(os.sched_getaffinity(0)), "threads of a step": args.threads}
-    result["views of 224 pixels"] = views_of_photos(args.photos)
-    result["views of 32 pixels"] = views_of_small_images(args.cifar)
-    result["steps"] = steps(args.threads)
-    with open(RESULT, "w") as f:
-        f.write(json.dumps(result, indent=1) + "\n")
-    write_tables(PAGE, tables(result))
-    print(json.dumps(result, indent=1))
+    write_json(RESULT, {
+        "command": "python results/peers.py --photos PHOTOS --cifar CIFAR",
+        "torch": torch.__version__, **versions,
+        "cores": len(os.sched_getaffinity(0)), "threads of a step": THREADS,
+        "views of 224 pixels": views_of_photos(args.photos),
+        "views of 32 pixels": views_of_small_images(args.cifar),
+        "steps": steps(),
+    })
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", help="a folder of photographs")
+    parser.add_argument("--cifar", help="a CIFAR-10 folder")
+    parser.add_argument("--show", action="store_true", help="measure nothing: make the page anew")
+    args = parser.parse_args()
+    if not args.show:
+        if not args.photos or not args.cifar:
+            parser.error("name --photos and --cifar, or --show")
+        measure(args)
+    write(pages())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python results/speed.py DATA                               the input pipeline on this data; prints a table
     python results/speed.py --photos PHOTOS --cifar CIFAR      everything; 15 minutes on 2 cores
+    python results/speed.py --show                             only make the page anew
 
 Start it from the repository's root. DATA is whatever simsiam.py takes. PHOTOS is a folder of photographs
 (default: drawn JPEGs of 500 x 375), CIFAR a CIFAR-10 folder (default: the drawn shapes).
@@ -34,15 +35,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import augment
 import simsiam
-from harness.common.machine import device_name, fastest_layout, peak_memory
 from harness.common.errors import BadImage, Refused, printable
-from harness.common.files import replacing
+from harness.common.machine import device_name, fastest_layout, peak_memory
 from harness.data.images import read_rgb
 from harness.data.loading import Decoder, decode
 from harness.data.opening import open_data
 from harness.data.source import Source
+from results.pages import table, write
+from results.rows import read_json, records, write_json
 
 CPU = torch.device("cpu")
+FILES = {"cuda": "results/speed-cuda.json", "cpu": "results/speed.json"}
+PAGE = "results/speed.md"
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bf16 TFLOP/s, from the data sheets
 STEPS = {  # recipe, batch, steps a repeat
     "cuda": [
@@ -55,17 +59,39 @@ STEPS = {  # recipe, batch, steps a repeat
         ("imagenet", 8, 1),
     ],
 }
-VARIANTS = {  # name: (as simsiam.py has it, compiled)
-    "plain": (False, False),
-    "ours": (True, False),
-    "ours, compiled": (True, True),
+VARIANTS = {
+    "plain": {"plain": True},
+    "ours": {},
+    "ours, compiled": {"compiled": True},
 }
 
+
+# --- Timing ---------------------------------------------------------------------------------------
 
 def wait_for(device):
     """A GPU works behind our back: wait until it has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds_of(function, device=CPU, n=1):
+    """Of one call, by the mean of n."""
+    wait_for(device)
+    began = time.perf_counter()
+    for _ in range(n):
+        function()
+    wait_for(device)
+    return (time.perf_counter() - began) / n
+
+
+def in_turn(variants, rounds, device=CPU, n=1):
+    """{name: function} -> {name: median seconds of a call}, the variants in turn, after a round that counts
+    not."""
+    times = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, function in variants.items():
+            times[name].append(seconds_of(function, device, n))
+    return {name: statistics.median(its[1:]) for name, its in times.items()}
 
 
 # --- The input pipeline, and the conventional one -------------------------------------------------
@@ -151,11 +177,8 @@ def rate(source, policy, device, part):
     crops = None
     if part == "colour":
         crops = [view.to(device) for view in cut(source, policy, device, index)]
-    wait_for(device)
-    began = time.perf_counter()
-    do_part(part, source, policy, device, index, crops)
-    wait_for(device)
-    return len(source) / (time.perf_counter() - began)
+    part_itself = partial(do_part, part, source, policy, device, index, crops)
+    return len(source) / seconds_of(part_itself, device)
 
 
 def do_part(part, source, policy, device, index, crops):
@@ -188,7 +211,7 @@ def loader_rate(source, policy, device, workers):
 
 
 def bench(source, policy, device, repeats=9):
-    """Print and return the rates of the pipeline's parts: {part: images/s on one core, on all cores}
+    """The rates of the pipeline's parts: {part: images/s on one core, on all cores}
 
     For 48 of the images, or 512 that are in memory; medians of interleaved repeats. In the first column the
     device does its part. In the second each core has a process of its own, which does all on the CPU.
@@ -197,10 +220,8 @@ def bench(source, policy, device, repeats=9):
     torch.set_num_threads(1)
     found = rates_of_all_parts(sample(source), policy, device, repeats)
     torch.set_num_threads(threads)
-    for part, (one, all_cores) in found.items():
-        found[part] = [statistics.median(one), statistics.median(all_cores)]
-    print_rates(found, device)
-    return found
+    return {part: [statistics.median(one), statistics.median(all_cores)]
+            for part, (one, all_cores) in found.items()}
 
 
 def sample(source):
@@ -233,51 +254,6 @@ def rates_of_all_parts(source, policy, device, repeats):
     return found
 
 
-def print_rates(found, device):
-    """The table. Beside each rate stands its ratio to Pillow's, and to decoding's where there is that."""
-    beside = {"times Pillow": found["all, by Pillow"]}
-    if "decode" in found:
-        beside["times decode"] = found["decode"]
-    title = f"images/s ({'; '.join(beside)})"
-    print(columns(title, f"one core, {device.type}", f"{os.cpu_count()} cores"))
-    for part, rates in found.items():
-        cells = []
-        for k, images_per_s in enumerate(rates):
-            ratios = [f"{images_per_s / other[k]:.2f}" for other in beside.values()]
-            cells.append(f"{images_per_s:.0f} ({'; '.join(ratios)})")
-        print(columns(part, *cells))
-
-
-def columns(name, one, all_cores):
-    return f"{name:40}{one:>26}{all_cores:>26}"
-
-
-def colours(source, policy, device, repeats=9):
-    """Images/s of the photometric part on one core, its colour changes plain, and compiled (--compile)."""
-    plain = augment.four_changes
-    augment.compile_colours()
-    compiled = augment.four_changes
-    ways = {"plain": plain, "compiled": compiled}
-    rates = {name: [] for name in ways}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in list(ways) * (1 + repeats):
-        augment.four_changes = ways[name]
-        rates[name].append(rate(source, policy, device, "colour"))
-    torch.set_num_threads(threads)
-    augment.four_changes = plain
-    return {name: statistics.median(found[1:]) for name, found in rates.items()}  # the first time compiles
-
-
-def colours_at_both_sizes(photos, small, device):
-    large = Source(files=photos.files[:48])
-    small = Source(pixels=small.pixels[:512])
-    return {
-        "224 pixels": colours(large, augment.Policy(), device),
-        "32 pixels": colours(small, augment.Policy(size=32, blur=0), device),
-    }
-
-
 # --- Training steps -------------------------------------------------------------------------------
 
 def model_of(settings):
@@ -286,61 +262,46 @@ def model_of(settings):
     return simsiam.SimSiam(**{name: settings[name] for name in names})
 
 
-def make_step(device, recipe, batch, ours, compiled):
-    """A training step on fixed views -> a function that makes n steps and returns the seconds of one.
+def make_step(settings, batch, device=CPU, amp=False, plain=False, compiled=False):
+    """A training step on fixed views, as a function.
 
-    ours: as simsiam.py has it, but on a CPU always in float32 (results/bf16.py has bf16 there). Otherwise
-    plainly: NCHW, the default SGD, no autocast (but TF32 in a GPU's convolutions).
+    As simsiam.py has it; plain: NCHW, the default SGD, no autocast (but TF32 in a GPU's convolutions).
     """
     torch.manual_seed(0)
-    settings = simsiam.recipe(recipe)
     size = settings["size"]
     model = model_of(settings)
-    layout = fastest_layout(model.encoder, device) if ours else torch.contiguous_format
+    layout = torch.contiguous_format if plain else fastest_layout(model.encoder, device)
     model = model.to(device, memory_format=layout)
     views = torch.randn(2, batch, 3, size, size, device=device)
     views = [x.contiguous(memory_format=layout) for x in views]
     optimizer = simsiam.sgd(model, 0.9, 1e-4)
-    if not ours:
+    if plain:
         groups = [{"params": group["params"]} for group in optimizer.param_groups]
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    bf16 = ours and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     if compiled:
         torch._dynamo.reset()  # or it would take other recipes' sizes for ones that vary
         model.compile()
-
-    def run(n):
-        wait_for(device)
-        began = time.perf_counter()
-        for _ in range(n):
-            simsiam.train_step(model, simsiam.loss, optimizer, autocast, views)
-        wait_for(device)
-        return (time.perf_counter() - began) / n
-
-    return run
+    return partial(simsiam.train_step, model, simsiam.loss, optimizer, autocast, views)
 
 
 def steps(device, recipe, batch, n, repeats=5):
     """Each variant's images/s, TFLOP/s, seconds until its first step is done, peak MiB on a GPU.
 
-    An image is two views, forward and backward.
+    An image is two views, forward and backward. On a CPU all are in float32: results/bf16.py has bf16 there.
     """
     made = {}
     found = {}
-    for name, (ours, compiled) in VARIANTS.items():
-        made[name], found[name] = first_step(device, recipe, batch, ours, compiled)
-    times = {name: [] for name in made}
-    for name in list(made) * repeats:
-        times[name].append(made[name](n))
+    for name, way in VARIANTS.items():
+        made[name], found[name] = first_step(device, recipe, batch, way)
+    seconds = in_turn(made, repeats, device, n)
     with FlopCounterMode(display=False) as counter:
-        made["plain"](1)
+        made["plain"]()
     flops = counter.get_total_flops()
-    for name, seconds in times.items():
-        ms = 1000 * statistics.median(seconds)
-        found[name]["ms"] = round(ms, 1)
-        found[name]["images/s"] = round(1000 * batch / ms, 1)
-        found[name]["TFLOP/s"] = round(flops / ms / 1e9, 2)
+    for name, its in seconds.items():
+        found[name]["ms"] = round(1000 * its, 1)
+        found[name]["images/s"] = round(batch / its, 1)
+        found[name]["TFLOP/s"] = round(flops / its / 1e12, 2)
     return {
         "recipe": recipe,
         "batch": batch,
@@ -349,17 +310,19 @@ def steps(device, recipe, batch, n, repeats=5):
     }
 
 
-def first_step(device, recipe, batch, ours, compiled):
+def first_step(device, recipe, batch, way):
     """-> a variant's step (see make_step), and what its first ones took."""
+    on_a_gpu = device.type == "cuda"
     before = 0
-    if device.type == "cuda":
+    if on_a_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() >> 20
-    run = make_step(device, recipe, batch, ours, compiled)
-    found = {"first step, s": round(run(1), 1)}
-    run(2)
-    found["MiB"] = peak_memory(device) - before if device.type == "cuda" else None
-    return run, found
+    amp = on_a_gpu and "plain" not in way
+    step = make_step(simsiam.recipe(recipe), batch, device, amp, **way)
+    found = {"first step, s": round(seconds_of(step, device), 1)}
+    seconds_of(step, device, 2)
+    found["MiB"] = peak_memory(device) - before if on_a_gpu else None
+    return step, found
 
 
 def steps_that_fit(device, recipe, batch, n):
@@ -372,27 +335,6 @@ def steps_that_fit(device, recipe, batch, n):
     # After the except block, which keeps the memory of the first attempt.
     print(f"{recipe}: a batch of {batch} doesn't fit", flush=True)
     return steps(device, recipe, batch // 2, n)
-
-
-def communication():
-    """By counting: what each process gives to others in a step, for two recipes."""
-    return [communication_of(recipe) for recipe in ("imagenet", "cifar10")]
-
-
-def communication_of(recipe):
-    """MiB of gradients, and of BN's sums: for forward and backward, of both views."""
-    model = model_of(simsiam.recipe(recipe))
-    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)
-    norms = [module for module in model.modules() if isinstance(module, kinds)]
-    gradients = 4 * sum(w.numel() for w in model.parameters())
-    sums = 4 * 2 * sum(4 * norm.num_features + 1 for norm in norms)
-    return {
-        "recipe": recipe,
-        "gradients, MiB": round(gradients / 2 ** 20, 1),
-        "BN layers": len(norms),
-        "BN collectives": 2 * 2 * len(norms),
-        "BN, MiB": round(sums / 2 ** 20, 2),
-    }
 
 
 # --- kNN, and whole runs --------------------------------------------------------------------------
@@ -411,11 +353,7 @@ def imagenet_knn(device):
         part.normal_()
     labels = torch.arange(len(bank), device=device) % 1000
     queries = torch.randn(count, 2048, device=device)
-    wait_for(device)
-    began = time.perf_counter()
-    simsiam.knn(bank, labels, queries)
-    wait_for(device)
-    seconds = time.perf_counter() - began
+    seconds = seconds_of(lambda: simsiam.knn(bank, labels, queries), device)
     return {
         "queries": count,
         "seconds for 50,000": round(seconds * 50_000 / count, 1),
@@ -433,13 +371,11 @@ def run_of(cifar, *options):
     data = [] if cifar is None else [cifar]
     shown = [] if cifar is None else ["CIFAR"]
     with tempfile.TemporaryDirectory() as folder:
-        seconds = seconds_of("simsiam.py", *data, *options, "--out", folder)
-        with open(os.path.join(folder, "log.jsonl")) as f:
-            epochs = [r for r in map(json.loads, f) if r["event"] == "epoch"]
+        seconds = seconds_of_command("simsiam.py", *data, *options, "--out", folder)
+        _, _, *epochs, _ = records(f"{folder}/log.jsonl")  # without start, untrained network and end
         linear = None
         if torch.cuda.is_available():
-            linear = seconds_of("lineval.py", "--cached", "--ckpt", os.path.join(folder, "checkpoint.pth"))
-    epochs = epochs[1:]  # without the record of the untrained network
+            linear = seconds_of_command("lineval.py", "--cached", "--ckpt", f"{folder}/checkpoint.pth")
     return {
         "command": shlex.join(["python", "simsiam.py", *shown, *options]),
         "seconds in all": seconds,
@@ -450,26 +386,19 @@ def run_of(cifar, *options):
     }
 
 
-def seconds_of(*command):
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-    return round(time.perf_counter() - began, 1)
+def seconds_of_command(*command):
+    run = partial(subprocess.run, [sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    return round(seconds_of(run), 1)
 
 
 # --- All parts ------------------------------------------------------------------------------------
 
 def drawn_photos(folder):
-    """JPEGs about as large, and as hard to decode, as photographs."""
+    """JPEGs as large as photographs."""
     rng = np.random.default_rng(0)
     for k in range(64):
-        image = 0
-        for s in (64, 16, 4, 1):  # noise in squares of s pixels
-            noise = rng.normal(size=(3, 375 // s + 1, 500 // s + 1))
-            squares = np.kron(noise, np.ones((s, s)))
-            image = image + s * squares[:, :375, :500]
-        pixels = (128 + 0.6 * image).clip(0, 255).astype(np.uint8)
-        picture = Image.fromarray(pixels.transpose(1, 2, 0))
-        picture.save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
+        noise = rng.integers(0, 256, (47, 63, 3), np.uint8)
+        Image.fromarray(noise).resize((500, 375)).save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
 
 
 def parts_for(photos, cifar, device):
@@ -487,8 +416,6 @@ def parts_for(photos, cifar, device):
         "in memory": partial(bench, small, augment.Policy(size=32, blur=0), device),
         "photos": partial(bench, large, augment.Policy(), device),
         "run, compiled": partial(run_of, data, *options, "--compile"),
-        "colours": partial(colours_at_both_sizes, large, small, device),
-        "communication": communication,
     }
 
 
@@ -503,8 +430,7 @@ def measure(parts, found, path):
             traceback.print_exc()
             continue
         print(json.dumps({name: found[name]}), flush=True)
-        with replacing(path, "w") as f:
-            f.write(json.dumps(found, indent=1) + "\n")
+        write_json(path, found)
 
 
 def conditions(args, device):
@@ -533,57 +459,35 @@ def processor():
 
 # --- The page -------------------------------------------------------------------------------------
 
-def table(heads, rows):
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in rows:
-        lines.append(f"| {' | '.join(map(str, row))} |")
-    return [*lines, ""]
-
-
 def table_of(records):
     """A table of dicts that have the same keys."""
     first, *_ = records
-    return table(list(first), [list(record.values()) for record in records])
+    return table(first, [record.values() for record in records])
 
 
-def is_of_a_cpu(found):
-    return found["device"].startswith("CPU")
-
-
-def page(found):
-    """One machine's section of speed.md."""
+def section(found):
+    """One machine's section of the page: a list of paragraphs."""
     machine = f"{found['processor']}, {found['cores']} cores; torch {found['torch']}"
-    measured = (f"`{found['command']}`: {machine}. Medians of interleaved repeats. Of the steps, plain is "
-                "NCHW, the default SGD, no autocast; ours is simsiam.py's, but in float32 on a CPU.")
-    out = [f"## {found['device']}", "", measured, ""]
-    if "photos" in found:
-        out += pipeline_section("photographs, two views of 224 pixels", found["photos"])
-    if "in memory" in found:
-        out += pipeline_section("32-pixel images in memory, two views", found["in memory"])
-    if "colours" in found:
-        out += colours_section(found["colours"])
+    how = ("Medians of interleaved repeats. Of the steps, plain is NCHW, the default SGD, no autocast; ours "
+           "is simsiam.py's, but in float32 on a CPU.")
+    out = [f"## {found['device']}", f"`{found['command']}`: {machine}. {how}"]
+    for name, title in (("photos", "photographs, two views of 224 pixels"),
+                        ("in memory", "32-pixel images in memory, two views")):
+        if name in found:
+            out += [f"**Input pipeline**, {title}, images/s:", pipeline_table(found[name])]
     for name, part in found.items():
         if name.startswith("step of "):
-            out += step_section(part, found["device"])
-    needed = {"step of imagenet", "step of cifar10", "photos", "in memory"}
-    if needed <= found.keys() and not is_of_a_cpu(found):
-        out += feeding_section(found)
+            title = f"{part['recipe']}, batch {part['batch']}, {part['GFLOP an image']} GFLOP an image"
+            out += [f"**Training step**, {title}:", step_table(part, found["device"])]
     runs = [part for name, part in found.items() if name.startswith("run")]
     if runs:
-        out += ["**Whole runs**:", "", *table_of(runs)]
+        out += ["**Whole runs**:", table_of(runs)]
     if "knn" in found:
-        out += [knn_line(found["knn"]), ""]
+        out += ["**kNN at ImageNet's size**, 1,281,167 training images:", table_of([found["knn"]])]
     return out
 
 
-def knn_line(found):
-    measured = f"{found['queries']:,} queries measured"
-    seconds = f"50,000 take {found['seconds for 50,000']:,.0f} s"
-    memory = f"{found['MiB']:,} MiB in all, {found['of these, the bank']:,} of them the bank"
-    return f"**kNN at ImageNet's size**: {measured}; at their rate {seconds}; {memory}."
-
-
-def pipeline_section(title, rates):
+def pipeline_table(rates):
     heads = ["part", "one core", "all cores", "times Pillow, one core", "all cores"]
     beside = [rates["all, by Pillow"]]
     if "decode" in rates:
@@ -595,20 +499,10 @@ def pipeline_section(title, rates):
         for other in beside:
             row += [f"{r / b:.2f}" for r, b in zip(both, other)]
         rows.append(row)
-    return [f"**Input pipeline**, {title}, images/s:", "", *table(heads, rows)]
+    return table(heads, rows)
 
 
-def colours_section(found):
-    rows = []
-    for size, rates in found.items():
-        ratio = rates["compiled"] / rates["plain"]
-        rows.append([size, *(f"{r:.0f}" for r in rates.values()), f"{ratio:.2f}"])
-    title = ("**Colour changes compiled**, which `--compile` does too, the photometric part on one core, "
-             "images/s:")
-    return [title, "", *table(["views", "plain", "compiled", "times plain"], rows)]
-
-
-def step_section(step, device):
+def step_table(step, device):
     """Of one recipe. device: its name, by which we know the peak of some GPUs."""
     peak = next((value for name, value in PEAK.items() if name in device), None)
     plain = step["variants"]["plain"]["images/s"]
@@ -624,99 +518,19 @@ def step_section(step, device):
             "first step, s": v["first step, s"],
             "MiB": v["MiB"] or "-",
         })
-    title = f"{step['recipe']}, batch {step['batch']}, {step['GFLOP an image']} GFLOP an image"
-    return [f"**Training step**, {title}:", "", *table_of(rows)]
+    return table_of(rows)
 
 
-def feeding_section(found):
-    """How many cores a GPU's fastest steps need, and the views' share of the time."""
-    imagenet = fastest(found["step of imagenet"])
-    cores = []
-    for part in ("decode and cut", "all, by Pillow"):
-        one_core, _ = found["photos"][part]
-        cores.append(f"{imagenet / one_core:.0f} cores ({part})")
-    cifar10 = fastest(found["step of cifar10"])
-    with_the_device, _ = found["in memory"]["all"]
-    views = cifar10 / with_the_device
-    epoch = 50_000 / cifar10
-    return [f"**Feeding it**: {imagenet:.0f} images/s of ResNet-50 take {' and '.join(cores)}. The views of "
-            f"CIFAR-10 take {views:.2f} of the time of their step; an epoch of steps, {epoch:.1f} s, 800 of "
-            f"them, {800 / 60 * epoch:.1f} minutes.", ""]
-
-
-def fastest(step):
-    """Images/s of the fastest variant."""
-    return max(variant["images/s"] for variant in step["variants"].values())
-
-
-def aims_section(found):
-    """The aims on a GPU, and what came of them. found: what one has measured, {} if none has"""
-    title = "The aims on a GPU, and what it has measured; README.md, \"Not run\", has the commands:"
-    return ["## Aims on a GPU", "", title, "",
-            *table(["aim", "measured"], [[aim, measured(found)] for aim, measured in AIMS.items()])]
-
-
-NOT_MEASURED = "not measured"
-
-
-def gain_seen(found):
-    """How many times as fast as the plain step the compiled one is, for each recipe."""
-    gains = []
-    for name, step in found.items():
-        if name.startswith("step of "):
-            plain, compiled = (step["variants"][way]["images/s"] for way in ("plain", "ours, compiled"))
-            gains.append(f"{step['recipe']} {compiled / plain:.2f}")
-    return ", ".join(gains) or NOT_MEASURED
-
-
-def minutes_seen(found):
-    """Of 800 epochs' steps, the views not counted."""
-    if "step of cifar10" not in found:
-        return NOT_MEASURED
-    minutes = 800 * 50_000 / 60 / fastest(found["step of cifar10"])
-    missed = "missed: " if minutes > 15 else ""
-    return f"{missed}the steps alone, of the fastest variant, take {minutes:.1f} minutes"
-
-
-def judging_seen(found):
-    """By a whole run, where it was one of CIFAR-10."""
-    if "run" not in found or "CIFAR" not in found["run"]["command"]:
-        return NOT_MEASURED
-    return f"{found['run']['lineval --cached, s']} s"
-
-
-AIMS = {
-    "a step in bf16, channels_last and compiled: 1.5 times as fast as the plain one": gain_seen,
-    "800 epochs of CIFAR-10 in 15 minutes, of which the views take a fifth at most": minutes_seen,
-    "`lineval.py --cached` of CIFAR-10 in a minute": judging_seen,
-}
-
-
-def whole_page(machines):
-    """speed.md. machines: what was found on each, a GPU's first."""
-    lines = ["Made by `results/speed.py`; what it means is in `results/README.md`.", ""]
+def pages():
+    """{path: text}, a GPU's section first."""
+    machines = [found for found in map(read_json, FILES.values()) if found]
+    paragraphs = ["# Speed", "Made by `results/speed.py`; README.md says what it means."]
     for found in machines:
-        lines += page(found)
-    counted = [found["communication"] for found in machines if "communication" in found]
-    if counted:  # the same on all machines
-        lines += ["## Communication", "", "What a step sends, by counting:", "", *table_of(counted[0])]
-    first, *_ = machines
-    lines += aims_section({} if is_of_a_cpu(first) else first)
-    return "\n".join(lines)
+        paragraphs += section(found)
+    return {PAGE: "\n\n".join(paragraph.strip() for paragraph in paragraphs) + "\n"}
 
 
 # --- The program ----------------------------------------------------------------------------------
-
-FILES = {"cuda": "results/speed-cuda.json", "cpu": "results/speed.json"}
-
-
-def read_json(path):
-    """What an earlier start has measured; nothing where there was none."""
-    if not os.path.exists(path):
-        return {}
-    with open(path) as f:
-        return json.load(f)
-
 
 def measured_here(path, now):
     """What an earlier start has measured. Raises Refused where that was another machine, or another torch."""
@@ -740,18 +554,15 @@ def measure_everything(args, device):
             drawn_photos(folder)
             photos = folder
         measure(parts_for(photos, args.cifar, device), found, path)
-    machines = [read_json(file) for file in FILES.values()]
-    with open("results/speed.md", "w") as f:
-        f.write(whole_page([found for found in machines if found]))
 
 
 def bench_of(data, device):
-    """The pipeline's table for this data, with views as large as augment.py shows them."""
+    """Print the pipeline's table for this data, with views as large as augment.py shows them."""
     train, _, _ = open_data(data)
     policy = augment.Policy()
     if train.pixels is not None:
         policy = augment.Policy(size=max(train.pixels.shape[2:]), blur=0)
-    bench(train, policy, device)
+    print(pipeline_table(bench(train, policy, device)))
 
 
 def main():
@@ -765,12 +576,15 @@ def main():
     parser.add_argument("--cifar", help="a CIFAR-10 folder (default: the drawn shapes)")
     parser.add_argument("--resume", action="store_true",
                         help="measure only the parts that an interrupted start has not")
+    parser.add_argument("--show", action="store_true", help="measure nothing: make the page")
     args = parser.parse_args()
     try:
-        if args.data is None:
-            measure_everything(args, torch.device(best))
-        else:
+        if args.data is not None:
             bench_of(args.data, torch.device(args.device))
+            return
+        if not args.show:
+            measure_everything(args, torch.device(best))
+        write(pages())
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"speed.py: {printable(error)}")
 

@@ -1,6 +1,6 @@
 """Claims: a tag that trails a line of code, `# Eq. (4): ...`, says that this line is the equation.
 
-    found = claims(SOURCES, TAG, MAP, named_after)      all claims of some files, in the order of MAP
+    found = claims(SOURCES, TAG, MAP, globals())        all claims of some files, in the order of MAP
     equation_table(found, MAP)                          the table of them, in Markdown
     mutant_of(claim, MAP)                               the module with the claimed line made wrong
 
@@ -28,25 +28,30 @@ def trailing_comments(file):
                 yield token.start[0], token.string
 
 
-def the_test_called(stem, names):
-    """The one of these names that begins with test_<stem>_."""
+def test_of(tag, names):
+    """The one of these names that is called after a tag: for Eq. (4) test_eq04_..., for Sec. 4.1 (std)
+    test_sec41_std_..., for MoCo v2 Eq. (1) test_moco_v2_eq1_..."""
+    words = re.sub(r"[^a-z0-9 ]", "", tag.lower())
+    stem = re.sub(r"(eq|alg|sec|fig) ", r"\1", words).replace(" ", "_")
+    stem = re.sub(r"^eq(\d)$", r"eq0\1", stem)
     fitting = [name for name in names if name.startswith(f"test_{stem}_")]
     assert len(fitting) == 1, f"{len(fitting)} tests called test_{stem}_..."
     return fitting[0]
 
 
-def claims(sources, tag, order, named_after):
-    """All claims of some files, in an order of tags.
+def claims(sources, pattern, equations, names):
+    """All claims of some files, in the order of MAP.
 
-    tag         what a claim's comment looks like: a pattern with the tag and the words as groups
-    named_after a tag -> the name of its test
+    pattern     of a claim's comment, with the tag and the words as groups
+    names       among which is that of each claim's test
     """
     found = []
     for file in sources:
         for line, comment in trailing_comments(file):
-            if match := tag.match(comment):
-                found.append(Claim(match[1], match[2], file, line, named_after(match[1])))
-    order = list(order)
+            if match := pattern.match(comment):
+                tag, words = match.groups()
+                found.append(Claim(tag, words, file, line, test_of(tag, names)))
+    order = list(equations)
     return sorted(found, key=lambda claim: order.index(claim.tag) if claim.tag in order else -1)
 
 
@@ -57,19 +62,34 @@ def claimed_line(claim):
 
 
 def check_claims(found, equations):
-    """Each tag is claimed by one line, in a few words without a formula; and the line is the one meant."""
+    """Each tag is claimed by one line, the one that is meant, in a few words without a formula.
+
+    The equation is whole in a Markdown table: braces match, and there is nothing that Markdown takes for
+    itself. It has a mutant, unless a test claims it.
+    """
     assert [claim.tag for claim in found] == list(equations)
     for claim in found:
+        equation, right, wrong = equations[claim.tag]
         assert len(claim.words.split()) <= 10, claim
         assert not re.search(r"[=|<>^]", claim.words), claim
-        assert claimed_line(claim).count(equations[claim.tag][1]) == 1, claim
+        assert claimed_line(claim).count(right) == 1, claim
+        assert equation.count("{") == equation.count("}"), claim
+        assert equation.count("(") == equation.count(")"), claim
+        assert not re.search(r"[|$*]|\\[^a-zA-Z]", equation), claim
+        assert (wrong is None) == ("test" in claim.file), claim
 
 
-def check_equation(equation):
-    """It is whole in a Markdown table: braces match, and there is nothing that Markdown takes for itself."""
-    assert equation.count("{") == equation.count("}")
-    assert equation.count("(") == equation.count(")")
-    assert not re.search(r"[|$*]|\\[^a-zA-Z]", equation)
+def check_departures(file, expected, page, heading):
+    """The marks of departures in a file, in order, against [(words in the line with the mark, first cell of
+    its row in the page's table under this heading)] -> the first cells of all rows."""
+    marks = [line for line in (ROOT / file).read_text().splitlines() if "DEPARTURE" in line]
+    _, after = (ROOT / page).read_text().split(heading)
+    table, *_ = after.split("\n\n")
+    rows = re.findall(r"^\| ([^|]+) \|", table, re.M)
+    for mark, (words, row) in zip(marks, expected, strict=True):
+        assert words in mark
+        assert row in rows
+    return set(rows)
 
 
 def equation_table(found, equations, back=""):

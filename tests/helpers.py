@@ -29,8 +29,9 @@ import simsiam
 from harness.data import shapes
 from harness.data.source import Source
 from harness.training import ends
+from tests import children
+from tests.children import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real images, where a folder with them lies beside the repository
 CPU = torch.device("cpu")
 
@@ -52,6 +53,13 @@ def equal(a, b):
     if a.keys() != b.keys():
         return False
     return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def close(a, b, share=1e-9):
+    """Whether two numbers, arrays or tensors differ by rounding alone: by no more than a share of the largest
+    number in b. The share is one for sums in float64, which has 16 digits."""
+    a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (a, b))
+    return a.shape == b.shape and bool((a - b).abs().max() <= share * b.abs().max())
 
 
 def differs(a, b):
@@ -198,34 +206,27 @@ def flipped(content, place, bit=0):
 def crafted_checkpoints(whole):
     """Checkpoints that torch reads without complaint, and that no run has written: {id: content}."""
     crafted = {}
-    odd = {"None": None, "a word": "x", "a list": [], "a tensor": torch.zeros(3)}
     for key in ("format", "model", "optimizer", "epoch", "step", "sums", "seconds", "settings"):
-        crafted[f"no {key}"] = {name: value for name, value in whole.items() if name != key}
-        for kind, value in odd.items():
+        crafted[f"no {key}"] = without(key, whole)
+        for kind, value in {"None": None, "a word": "x", "a list": [], "a tensor": torch.zeros(3)}.items():
             crafted[f"{key} is {kind}"] = whole | {key: value}
-    crafted["epoch is too large"] = whole | {"epoch": 10 ** 9}
-    crafted["step is too large"] = whole | {"step": 10 ** 9}
-    crafted["step is negative"] = whole | {"step": -1}
-    crafted["epoch is True"] = whole | {"epoch": True}
+    beyond = {"epoch": 10 ** 9, "step": -1, "sums": [0.0, math.nan], "seconds": math.inf}
+    for key, value in beyond.items():
+        crafted[f"{key} is {value}"] = whole | {key: value}
     crafted["step is half a step"] = whole | {"step": 0.5}
-    crafted["three sums"] = whole | {"sums": [1, 2, 3]}
-    crafted["one of the sums is not finite"] = whole | {"sums": [0.0, math.nan]}
-    crafted["seconds is infinite"] = whole | {"seconds": math.inf}
     state = whole["optimizer"]["state"]
-    good = state[0]["momentum_buffer"]
+    momentum = state[0]["momentum_buffer"]
     of_the_first_weight = {
         "one number": {"momentum_buffer": torch.zeros(1)},
-        "NaN": {"momentum_buffer": torch.full_like(good, math.nan)},
-        "no name": {},
-        "another name": {"exp_avg": good},
+        "NaN": {"momentum_buffer": torch.full_like(momentum, math.nan)},
+        "another name": {"exp_avg": momentum},
     }
     for what, kept in of_the_first_weight.items():
         optimizer = whole["optimizer"] | {"state": state | {0: kept}}
         crafted[f"momentum of {what}"] = whole | {"optimizer": optimizer}
-    for key in ("seed", "images", "batch", "size", "width", "centre", "mean", "recipe"):
+    for key in ("seed", "size", "width", "mean", "recipe"):
         crafted[f"{key} in the settings is a list"] = whole | {"settings": whole["settings"] | {key: [1]}}
-    odd_keys = {5: 6, "\x1b[2J": 7}
-    crafted["odd keys in the settings"] = whole | {"settings": whole["settings"] | odd_keys}
+    crafted["odd keys in the settings"] = whole | {"settings": whole["settings"] | {5: 6, "\x1b[2J": 7}}
     crafted["a number for a name"] = whole | {"model": {1: torch.zeros(3)}}
     expanded = dict.fromkeys(whole["model"], torch.zeros(()).expand(100, 100))
     crafted["tensors larger than their storage"] = whole | {"model": expanded}
@@ -361,14 +362,17 @@ PROTOCOL_OPTIONS = {
 }
 
 
-def python(*arguments, **options):
-    """Run Python in a process of its own -> CompletedProcess."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+def python(*command, **options):
+    """Run Python to its end -> CompletedProcess. Our scripts and the modules of the tests run in a child of
+    the forkserver; the rest, and what needs preexec_fn, in a process of its own."""
+    if children.can_run(command) and "preexec_fn" not in options:
+        return children.run(*command, **options)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=children.HANGS, **options)
 
 
 def program(*arguments, **options):
-    """Run simsiam.py in a process of its own."""
+    """Run simsiam.py in a child."""
     return python(ROOT / "simsiam.py", *arguments, **options)
 
 
@@ -412,22 +416,28 @@ def refusal(name, *arguments):
 
 
 def torchrun(*command, **options):
-    """Run a script in two processes."""
-    launcher = shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2")
-    return python(*launcher, *command, **options)
+    """Run one of our scripts in two children that are one run."""
+    return children.run_two(*command, **options)
+
+
+def real_torchrun(*command):
+    """The same by torchrun itself, in processes of their own."""
+    return python(*shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2"), *command)
 
 
 @contextlib.contextmanager
 def start(*command, **options):
-    """A Python process that does not outlive the block."""
+    """A process of Python, or a child where one can run the command, that does not outlive the block."""
+    if children.can_run(command):
+        with children.Child(*command, **options) as process:
+            yield process
+        return
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(command, **pipes, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def free_port():
@@ -497,6 +507,11 @@ def processes_of(*words):
     return [pid for pid in found if pid != os.getpid()]
 
 
+def children_of(pid):
+    """The processes that a process has started: of a run, its workers."""
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def kill_all(folder):
     """kill -9 every process that names the run folder: torchrun starts its own in sessions of their own."""
     for pid in processes_of(folder):
@@ -504,14 +519,20 @@ def kill_all(folder):
             os.kill(pid, signal.SIGKILL)
 
 
-def wait_for_epoch(process, folder, epoch=2):
-    """Wait until the run's log has this epoch."""
-    deadline = time.monotonic() + 120
-    log = folder / "log.jsonl"
-    while not log.exists() or f'"epoch": {epoch},' not in log.read_text():
+def wait_until(met, process):
+    """Wait until met() is true of a process that goes on -> what it has returned."""
+    deadline = time.monotonic() + children.HANGS
+    while not (found := met()):
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.01)  # busy waiting would take a core from the run
+    return found
+
+
+def wait_for_epoch(process, folder, epoch=2):
+    """Wait until the run's log has this epoch."""
+    log = folder / "log.jsonl"
+    wait_until(lambda: log.exists() and f'"epoch": {epoch},' in log.read_text(), process)
 
 
 def saved_position(folder):
@@ -523,16 +544,18 @@ def saved_position(folder):
 
 
 def kill_when(command, folder, epoch):
-    """Start a run, kill -9 it once a checkpoint lies within an epoch, from `epoch` on -> that checkpoint."""
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, start_new_session=True, **silent)
-    deadline = time.monotonic() + 120
-    try:
-        while saved_position(folder)["epoch"] < epoch or saved_position(folder)["step"] > 2:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # busy waiting would take a core from the run
-    finally:
-        kill_all(folder)
-        process.wait()
+    """Start a run, kill -9 it once a checkpoint lies within an epoch, from `epoch` on -> that checkpoint.
+
+    command: that of subprocess, of which Python itself is the first word.
+    """
+    def within_an_epoch():
+        process.send_signal(signal.SIGSTOP)  # so that the run does not go on while we look
+        position = saved_position(folder)
+        if position["epoch"] >= epoch and 0 < position["step"] <= 4:
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
+    with start(*command[1:]) as process:
+        wait_until(within_an_epoch, process)
     return saved_position(folder)

@@ -33,6 +33,11 @@ def file_of(module):
     return module.replace(".", "/") + ".py"
 
 
+def is_shape(comment):
+    """Whether a comment is a shape, and nothing else."""
+    return SHAPE.fullmatch(comment) is not None
+
+
 def arrays_in(value):
     """The arrays in nested tuples, in order."""
     if not isinstance(value, (tuple, list)):

@@ -1,7 +1,5 @@
 """harness, run.py and files.py: what a run leaves in its folder, and how it goes on from there."""
 import contextlib
-import io
-import json
 import os
 import re
 import resource
@@ -19,16 +17,15 @@ import resnet
 import simsiam
 from harness.common import files
 from harness.common.errors import Refused, printable
-from harness.data import images, opening, shapes
+from harness.data import opening, shapes
 from harness.training.folder import folder_name
 from harness.training.run import Run
 from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
-from tests.helpers import long, obey_permissions, odd_files, program, refusal, result_of, slow, weights_of
+from tests.helpers import long, obey_permissions, odd_files, program, refusal, slow, weights_of
 from tests.helpers import save_image, write_folder
 
 pytest_plugins = ["tests.fixtures"]
 KEPT = ROOT / "results"
-OLD = ROOT / "tests" / "data"
 
 
 # --- What is in the folder ----------------------------------------------------------------------------------
@@ -50,17 +47,13 @@ def test_run_folder_holds_what_the_readme_promises(finished):
 
 
 def test_log_holds_what_the_readme_promises(finished):
-    """Its records, their keys and the values' ranges, for 3 epochs of 3 steps."""
+    """Its records and the values' ranges, for 3 epochs of 3 steps. tests/test_help.py has their keys."""
     start, *epochs, end = log_of(finished[0])
-    assert start["event"] == "start"
-    assert start["settings"]["recipe"] == "cifar10"
-    assert start["seed"] == 0
+    assert [start["event"], end["event"]] == ["start", "end"]
     assert 0 <= start["knn_pixels"] <= 100
-    assert {"command", "torch", "numpy", "pillow", "settings", "device"} <= start.keys()
     assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
     assert [r["step"] for r in epochs] == [0, 3, 6, 9]
     assert all(0 <= r["knn"] <= 100 for r in epochs)
-    assert end["event"] == "end"
     for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds", "wall_seconds"):
         assert epochs[0][key] is None, key
         assert all(isinstance(r[key], float) for r in epochs[1:]), key
@@ -134,48 +127,6 @@ def test_a_name_cannot_lead_out_of_the_runs_folder(name):
     assert re.fullmatch(r"runs/[^/]+", place, re.DOTALL)
 
 
-def test_the_phase_says_what_the_run_is_doing(tmp_path, small, monkeypatch):
-    """A property in the place of Run.phase, read at the calls that make the phases what they are."""
-    phases = []
-    met = {"train_step": set(), "knn_accuracy": set(), "dumps": set(), "replace": set()}
-
-    def read(run):
-        return phases[-1]
-
-    def write(run, phase):
-        phases.append(phase)
-
-    def watch(module, name, counts=lambda *args: True):
-        function = getattr(module, name)
-
-        def watched(*args, **options):
-            if counts(*args):
-                met[name].add(phases[-1])
-            return function(*args, **options)
-
-        monkeypatch.setattr(module, name, watched)
-
-    monkeypatch.setattr(Run, "phase", property(read, write), raising=False)
-    watch(simsiam, "train_step")
-    watch(simsiam, "knn_accuracy")
-    watch(json, "dumps", counts=lambda record: record["event"] == "epoch")
-    watch(os, "replace", counts=lambda old, new: os.fspath(new).endswith("checkpoint.pth"))
-    options = [*TINY, "--recipe", "cifar10", "--epochs", "1", "--workers", "0", "--save-minutes", "0"]
-    assert here("simsiam.py", small, *options, "--out", tmp_path / "run") is None
-    assert set(phases) == {
-        "starting",
-        "between steps",
-        "in a step",
-        "writing a checkpoint",
-        "writing the log",
-        "kNN",
-    }
-    assert met["train_step"] == {"in a step"}
-    assert met["knn_accuracy"] == {"kNN"}
-    assert met["dumps"] == {"writing the log"}
-    assert met["replace"] == {"writing a checkpoint"}
-
-
 # --- Going on -----------------------------------------------------------------------------------------------
 
 def positions_saved(monkeypatch):
@@ -197,10 +148,9 @@ def reproducible(log):
     return [[r[key] for key in keys] for r in log if r["event"] == "epoch"]
 
 
-@pytest.mark.parametrize("experiment", ["simsiam", "sec52-moving-average"])
-def test_a_checkpoint_is_written_after_every_step(tmp_path, small, monkeypatch, experiment):
+def test_a_checkpoint_is_written_after_every_step(tmp_path, small, monkeypatch):
     """With --save-minutes 0: the positions, which are all from the second step on."""
-    options = [*LONGER, "--epochs", "2", "--experiment", experiment, "--save-minutes", "0"]
+    options = [*LONGER, "--epochs", "2", "--experiment", "sec52-moving-average", "--save-minutes", "0"]
     positions = positions_saved(monkeypatch)
     assert here("simsiam.py", small, *options, "--out", tmp_path / "run") is None
     every = [(epoch, step) for epoch in (0, 1) for step in range(1, 9)]
@@ -236,11 +186,10 @@ def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkey
 
 
 def test_waiting_for_data_is_counted_where_there_are_files(tmp_path, large):
-    """Against the seconds of the steps: decoding takes most of them here."""
+    """As a share of the seconds of the steps."""
     options = [*TINY, "--epochs", "1", "--out", tmp_path / "run"]
     assert here("simsiam.py", large, *options) is None
-    epoch = log_of(tmp_path / "run")[2]
-    assert 0.02 < epoch["data_wait"] < 1
+    assert 0 < log_of(tmp_path / "run")[2]["data_wait"] < 1
 
 
 @pytest.mark.parametrize("kind, batch, epochs, steps", [
@@ -256,8 +205,7 @@ def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     assert here("simsiam.py", *options, "--out", whole) is None
-    command = [sys.executable, ROOT / "simsiam.py", *options, "--out", killed]
-    position = kill_when([str(part) for part in command], killed, epoch=2)
+    position = kill_when([sys.executable, ROOT / "simsiam.py", *options, "--out", killed], killed, epoch=2)
     assert 0 < position["step"] < steps, "the kill came at a moment that shows nothing"
     assert position["epoch"] < epochs - 1, "the kill came at a moment that shows nothing"
     assert here("simsiam.py", *options, "--out", killed, "--resume") is None
@@ -298,93 +246,6 @@ def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
     assert log_of(out)[-2]["epoch"] == 4
     optimizer = torch.load(out / "checkpoint.pth", weights_only=True)["optimizer"]
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.1}
-
-
-# --- A checkpoint of an earlier version (commit 90de9cb) ----------------------------------------------------
-
-OLD_NETWORK = "--arch resnet18 --cifar-stem --width 1/64 --dim 8 --pred-dim 8 --proj-hidden 8"
-OLD_TRAINING = "--recipe cifar10 --size 16 --batch 10 --epochs 4 --base-lr 0.2 --knn-every 2"
-OLD_OPTIONS = f"{OLD_NETWORK} {OLD_TRAINING} --workers 0 --device cpu".split()
-
-
-@pytest.fixture
-def old_run(tmp_path, small):
-    """A run of that version on the small folder, which SIGTERM stopped in its third epoch."""
-    out = tmp_path / "old-run"
-    shutil.copytree(OLD / "old-run", out)
-    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
-    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 1)
-    train, _, _ = opening.open_data(small)
-    if train.fingerprint() != checkpoint["settings"]["content"]:
-        pytest.skip("this version of Pillow draws other images")
-    return out
-
-
-def without_settings(out, *names):
-    """Take these settings out of a run's checkpoint."""
-    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
-    for name in names:
-        del checkpoint["settings"][name]
-    torch.save(checkpoint, out / "checkpoint.pth")
-
-
-def measured(log):
-    """[epoch, loss, std, lr] of each trained epoch of a log."""
-    epochs = [r for r in log if r["event"] == "epoch" and r["epoch"] > 0]
-    return np.array([[r[key] for key in ("epoch", "loss", "std", "lr")] for r in epochs])
-
-
-def old_epochs():
-    """What that version's uninterrupted run measured."""
-    records = [json.loads(line) for line in (OLD / "old-run.jsonl").read_text().splitlines()]
-    return measured(records)
-
-
-def test_an_earlier_versions_run_goes_on(small, old_run):
-    """Resumed to its end, against the log of that version's uninterrupted run."""
-    assert here("simsiam.py", small, *OLD_OPTIONS, "--out", old_run, "--resume") is None
-    assert np.allclose(measured(log_of(old_run)), old_epochs(), rtol=0, atol=1e-4)
-    assert log_of(old_run)[-1]["event"] == "end"
-
-
-def test_a_setting_that_a_checkpoint_lacks_is_the_recipes(small, old_run):
-    """Without three settings that this run has from the recipe, against that version's run."""
-    without_settings(old_run, "affine", "objective", "m")
-    assert here("simsiam.py", small, *OLD_OPTIONS, "--out", old_run, "--resume") is None
-    assert np.allclose(measured(log_of(old_run)), old_epochs(), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("lacking, options, change", [
-    pytest.param("affine", ["--affine"], "affine False -> True", id="asked for"),
-    pytest.param("pred_lr", ["--pred-lr", "cosine"], "pred_lr constant -> cosine", id="asked for, of two"),
-    pytest.param("dim", [], "dim 2048 -> 8", id="not the recipe's in this run"),
-])
-def test_a_setting_that_a_checkpoint_lacks_is_no_other_setting(small, old_run, lacking, options, change):
-    """A run that differs from the recipe in what the checkpoint lacks is refused."""
-    without_settings(old_run, lacking)
-    said = refusal("simsiam.py", small, *OLD_OPTIONS, *options, "--out", old_run, "--resume")
-    assert change in said
-    assert said.endswith(f"--override {lacking}")
-
-
-def test_an_earlier_versions_checkpoint_is_evaluated(tmp_path, small, old_run):
-    """kNN of the resumed run's checkpoint, with a setting less, against the last one in its log."""
-    assert here("simsiam.py", small, *OLD_OPTIONS, "--out", old_run, "--resume") is None
-    without_settings(old_run, "affine")
-    options = ["--ckpt", old_run / "checkpoint.pth", "--knn", "--out", tmp_path / "knn"]
-    assert here("lineval.py", small, *options) is None
-    assert result_of(tmp_path / "knn")["top1"] == pytest.approx(log_of(old_run)[-2]["knn"])
-
-
-def test_an_earlier_versions_checkpoint_is_evaluated_as_it_is(tmp_path, small):
-    """Untouched: its size and its normalisation are in the result."""
-    options = ["--ckpt", OLD / "old-run/checkpoint.pth", "--knn", "--out", tmp_path / "knn"]
-    assert here("lineval.py", small, *options) is None
-    result = result_of(tmp_path / "knn")
-    assert result["recipe"] == "cifar10"
-    assert result["size"] == 16
-    assert result["images"] == 50
-    assert 0 <= result["top1"] <= 100
 
 
 # --- Damaged and crafted files ------------------------------------------------------------------------------
@@ -488,13 +349,10 @@ def test_a_crafted_checkpoint_is_refused_in_one_line(tmp_path, small, finished):
 
 
 @pytest.mark.parametrize("text", [
-    pytest.param("", id="empty"),
     pytest.param("\x00\udcff{{\n", id="no text"),
     pytest.param("[1]\n{}\n", id="no records"),
-    pytest.param('{"event": "start"}\n{"event": "epoch"}\n', id="an epoch without its number"),
     pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": "x"}\n', id="a word for an epoch's number"),
     pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": 1, "loss": []}\n', id="a list for a loss"),
-    pytest.param("[" * 100_000 + "}\n", id="nested too deep"),
 ])
 def test_a_crafted_log_is_refused_in_one_line(tmp_path, small, finished, text):
     """Logs that no run has written, beside a good checkpoint."""
@@ -537,20 +395,6 @@ def test_a_run_goes_on_without_its_bad_images(tmp_path, workers, capfd):
     assert sorted(named) == sorted(map(printable, bad))
     epochs = [r for r in log_of(tmp_path / "run") if r["event"] == "epoch"]
     assert [r["bad_images"] for r in epochs[1:]] == [len(bad)] * 2
-
-
-def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path):
-    """Source.image against a search by hand, whoever asks first."""
-    write_folder(tmp_path, "train", 12, (70, 80))
-    expected = odd_files(tmp_path / "train/odd")
-    source, _, _ = opening.open_data(tmp_path)
-    names = [os.path.basename(os.fsdecode(file)) for file in source.files]
-    good = [i for i, name in enumerate(names) if expected.get(name, "good") is not None]
-    assert len(good) < len(source)
-    for i in range(len(source)):
-        following = [(i + k) % len(source) for k in range(len(source))]
-        first = next(j for j in following if j in good)
-        assert torch.equal(source.image(i), images.read_image(source.files[first]))
 
 
 def test_too_many_bad_images_end_the_run(tmp_path):
@@ -664,28 +508,18 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 @pytest.mark.parametrize("saved", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("loaded", LAYOUTS.values(), ids=LAYOUTS)
 def test_momentum_takes_the_layout_of_the_weights(saved, loaded):
-    """A checkpoint of another device has another one. Against the next step of the run that was saved: fused
-    SGD reads weights and momentum in one order."""
-    def trained(layout, steps, state=None):
-        torch.manual_seed(0)
-        layer = torch.nn.Conv2d(3, 8, 3).to(memory_format=layout)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
-        if state:
-            layer.load_state_dict(state["model"])
-            run = types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer})
-            Run.load_parts(run, state)
-        for step in range(steps):
-            torch.manual_seed(step + (state is not None))
-            optimizer.zero_grad()
-            layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
-            optimizer.step()
-        return {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
-
-    after_one = trained(saved, 1)
-    kept = io.BytesIO()
-    torch.save(after_one, kept)
-    kept.seek(0)
-    again = trained(loaded, 1, torch.load(kept, weights_only=True))
-    expected = trained(saved, 2)
-    for name, w in expected["model"].items():
-        assert torch.allclose(again["model"][name], w, atol=1e-6), name
+    """A checkpoint of another device has another one, and fused SGD reads weights and momentum in one order.
+    A step without a gradient against w - lr 0.9 m, in float64."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 8, 3, bias=False).double().to(memory_format=loaded)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
+    w = torch.randn(8, 3, 3, 3, dtype=torch.float64)
+    m = torch.randn(8, 3, 3, 3, dtype=torch.float64)
+    state = {
+        "model": {"weight": w.to(memory_format=saved)},
+        "optimizer": optimizer.state_dict() | {"state": {0: {"momentum_buffer": m.to(memory_format=saved)}}},
+    }
+    Run.load_parts(types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer}), state)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    assert torch.allclose(layer.weight, w - 0.1 * 0.9 * m)

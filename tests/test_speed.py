@@ -37,30 +37,24 @@ def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
 PARTS = ["decode and cut", "colour", "all", "all, by Pillow"]
 
 
-def check_bench(capsys, source, policy, parts):
-    """Measure; compare the parts with these, the rates with possible ones, the table with the result."""
+def check_bench(source, policy, parts):
+    """Measure, and compare the parts with these, the rates with possible ones."""
     threads = torch.get_num_threads()
     found = speed.bench(source, policy, CPU, repeats=3)  # the first time makes the tables of crops
     assert torch.get_num_threads() == threads
     assert list(found) == parts
     for rates in found.values():
-        assert min(rates) > 0
-        assert max(rates) < 1e7
-    for part in ("decode and cut", "colour"):
-        assert found["all"][0] < 1.5 * found[part][0]
-    table = capsys.readouterr().out.splitlines()
-    assert [line[:40].strip() for line in table[1:]] == parts
+        assert 0 < min(rates) <= max(rates) < 1e7
+    assert speed.pipeline_table(found).count("\n") == 2 + len(parts)
 
 
-def test_the_benchmark_measures_every_part_of_files(large, capsys):
+def test_the_benchmark_measures_every_part_of_files(large):
     """The parts, of images that are decoded."""
     source, _, _ = opening.open_data(large)
-    parts = ["decode", *PARTS, "DataLoader, 1 and 2 workers"]
-    check_bench(capsys, source, augment.Policy(size=24), parts)
+    check_bench(source, augment.Policy(size=24), ["decode", *PARTS, "DataLoader, 1 and 2 workers"])
 
 
 @slow
-def test_the_benchmark_measures_every_part_in_memory(capsys):
+def test_the_benchmark_measures_every_part_in_memory():
     """The parts, of images that are held in memory."""
-    policy = augment.Policy(size=32, blur=0)
-    check_bench(capsys, shapes.draw_shapes(0, 0, 16), policy, PARTS)
+    check_bench(shapes.draw_shapes(0, 0, 16), augment.Policy(size=32, blur=0), PARTS)

@@ -1,6 +1,9 @@
 """What must not depend on the number of processes. test_processes.py runs this in one process and in two."""
+import functools
+import itertools
 import pathlib
 import sys
+from unittest import mock
 
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
+import resnet
 import simsiam
 from harness.data import loading, shapes
 from harness.training import batchnorm, ends, processes
@@ -19,24 +23,34 @@ VARIANTS = ("right", "fused", "local-bn", "local-lr", "wrong-sampler")
 
 
 def my_batches(variant):
-    """The views of six steps, as float64. Wrong: every process takes process 0's part of the batch."""
+    """The views of two epochs of two steps, as float64. Wrong: every process takes process 0's part of the
+    batch."""
     rank = 0 if variant == "wrong-sampler" else dist.get_rank()
-    source = shapes.draw_shapes(0, 0, 48, 16)
-    batches = loading.index_batches(0, 48, 16, 2, rank=rank, world=dist.get_world_size())
+    source = shapes.draw_shapes(0, 0, 32, 16)
+    batches = loading.index_batches(0, 32, 16, 2, rank=rank, world=dist.get_world_size())
     for _, views in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
         yield [x.double() for x in views]
 
 
+def small_model():
+    """One block a stage, because each BN takes four sums over the processes a view."""
+    one_block = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1))
+    with mock.patch.dict(resnet.ARCHS, resnet18=one_block):
+        return tiny_model().double()
+
+
 def train(variant):
-    """Six steps in float64 -> the model's state_dict, and loss and std after each step."""
+    """Steps in float64, four, or two of a wrong variant -> the model's state_dict, and loss and std after
+    each step."""
     torch.manual_seed(0)
-    model = tiny_model().double()
+    model = small_model()
     network = distribute(model, variant)
     optimizer = simsiam.sgd(model, 0.9, 1e-4)
     lr = simsiam.initial_lr(2.0, 16 // dist.get_world_size() if variant == "local-lr" else 16)
     autocast = torch.autocast("cpu", enabled=False)
     numbers = []
-    for step, views in enumerate(my_batches(variant)):
+    steps = 4 if variant in ("right", "fused") else 2
+    for step, views in enumerate(itertools.islice(my_batches(variant), steps)):
         simsiam.set_lr(optimizer, lr, step, 8, 0, "constant")
         L, z = simsiam.train_step(network, simsiam.loss, optimizer, autocast, views)
         numbers.append(processes.mean_over_processes(L).item())
@@ -45,7 +59,8 @@ def train(variant):
 
 
 def distribute(model, variant):
-    """As simsiam.distribute does. "fused": with the BN of GPUs, whose kernels tests/cuda_kernels.py has.
+    """As simsiam.distribute does. "fused": with the BN of GPUs and the kernels of
+    tests/cuda_kernels.py.
     Wrong: each process with a BN of its own."""
     if variant not in ("fused", "local-bn"):
         return simsiam.distribute(model, CPU)

@@ -12,7 +12,7 @@ def load_init(model, s, prefix):
     Raises Refused where the file doesn't fit.
     """
     path = s["init"]
-    state, _, settings = read_weights(path)
+    state, _, settings, _ = read_weights(path)
     found = find_resnet(state, path, prefix)
     there = {"arch": found.arch, "width": round(64 * found.width), "cifar_stem": found.cifar_stem}
     here = {"arch": s["arch"], "width": round(64 * s["width"]), "cifar_stem": s["cifar_stem"]}

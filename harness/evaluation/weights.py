@@ -1,23 +1,29 @@
 """Files of weights: the ResNet in them, in any nesting of dicts and under any prefix.
 
-    state, epochs, settings = read_weights(path)      all that is in a file, by name
-    found = find_resnet(state, path)                  the ResNet in it, which lineval.py builds
-    load_strictly(module, found.tensors, path)        every tensor must be there, and no other
+    state, epochs, settings, sha256 = read_weights(path)    all that is in a file, by name
+    found = find_resnet(state, path)                        the ResNet in it, which lineval.py builds
+    load_strictly(module, found.tensors, path)              every tensor must be there, and no other
 
-No code in a file is run. What is in it can be anything all the same, so that each tensor is looked at before
-it is taken.
+No code in a file is run. But anything can be in it, so each tensor is looked at before it is taken.
 """
+import collections
+import contextlib
 import hashlib
+import io
+import os
+import pickle
 import re
+import zipfile
 from typing import NamedTuple
 
 import torch
 
 from ..common.errors import Refused
-from ..common.files import has_checksums, read, refusing
-from ..common.unpickling import Inert
+from ..common.files import check_sums, refusing
 from ..training.folder import check_format
 
+ZIP = b"PK\x03\x04"  # how files begin since torch 1.6, and before
+OLD_FORM = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
@@ -29,133 +35,165 @@ ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
 # that follows it. A BYOL, a MoCo or a DINO has both; without the other, a word tells nothing.
 TRAINED = {"student", "query", "q", "online", "base"}
 FOLLOWS = {"teacher", "key", "k", "target", "momentum", "ema", "shadow"}
-# A ResNet's parts, but for fc, and what its tensors are called in them.
-STEM = ("conv1", "bn1")
-STAGES = ("layer1", "layer2", "layer3", "layer4")
+# What a ResNet's parts, but for fc, are called in a file: so, or by numbers in an nn.Sequential, as lightly
+# has them. There a ReLU and a max-pooling can stand between bn1 and layer1.
+PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+FORMS = [
+    PARTS,
+    ("0", "1", "2", "3", "4", "5"),
+    ("0", "1", "3", "4", "5", "6"),
+    ("0", "1", "4", "5", "6", "7"),
+]
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-# What these parts are called in a file: so; or by numbers in an nn.Sequential, as lightly has them. Between
-# bn1 and layer1 there may be a ReLU, and a max-pooling.
-FORMS = [{part: part for part in STEM + STAGES}]
-FORMS += [dict(zip(("0", "1", *map(str, range(first, first + 4))), STEM + STAGES)) for first in (2, 3, 4)]
-MOST_NAMES = 10 ** 6  # in a file
-LONGEST = 1000        # letters of a name
-DEEPEST = 100         # dicts in each other
 # What stands in a name but for a network's parts: a whole network that was pickled has its tensors in the
 # first three; torch.compile, FSDP and gradient checkpointing wrap what they are given.
 BETWEEN = {"_modules", "_parameters", "_buffers",
            "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def file_hash(path):
-    """The SHA-256 of a file, in hex."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
-
+# --- Reading a file ---------------------------------------------------------------------------------------
 
 def read_weights(path):
-    """What is in a file of weights -> ({name: value}, epochs of training or None, settings of the run).
+    """What is in a file of weights -> {name: value}, epochs of training or None, settings of the run, and the
+    file's SHA-256 in hex.
 
     The names are the keys of all dicts on the way, with dots between them. epochs and settings are known
     where the file tells them; settings are {} in files that aren't ours, and unchecked in ours. Raises
     Refused where the file is damaged.
     """
-    content = read(path)
+    with open(path, "rb") as f:
+        data = f.read()  # once: a run that goes on may put another file in its place
+    sha256 = hashlib.sha256(data).hexdigest()
+    content = load(data, path)
     with refusing(path, "not a file of weights"):
-        if not {"format", "settings", "model"} <= content.keys():
-            epochs = content.get("epoch")
-            return fold_biases(flatten(content)), epochs if is_count(epochs) else None, {}
-        check_format(content, path)
-        settings = content["settings"]
-        steps_per_epoch = int(settings["images"]) // int(settings["batch"])
-        if not (is_count(content["epoch"]) and is_count(content["step"])):
-            raise ValueError(f"epoch {content['epoch']}, step {content['step']}")
-        epochs = content["epoch"] + content["step"] // steps_per_epoch
-        return fold_biases(flatten(content["model"])), epochs, settings
+        if isinstance(content, dict) and {"format", "settings", "model"} <= content.keys():
+            check_format(content, path)
+            settings = content["settings"]
+            steps_per_epoch = int(settings["images"]) // int(settings["batch"])
+            epochs = int(content["epoch"]) + int(content["step"]) // steps_per_epoch
+            return fold_biases(flatten(content["model"])), epochs, settings, sha256
+        state = flatten(content)
+        epochs = state.get("epoch")
+        return fold_biases(state), epochs if type(epochs) is int else None, {}, sha256
 
 
-def is_count(value):
-    """Whether a value in a file is a number of epochs, or of steps."""
-    return type(value) is int and 0 <= value < 10 ** 9
+def load(data, path):
+    """The bytes of a file that torch.save wrote -> what is in it. No code in it is run.
 
-
-def flatten(content):
-    """Dicts and lists in each other -> {name: value}, the names with dots between the keys.
-
-    A list of plain values is one value; so is a dict that lies in itself, or too deep.
-    Raises ValueError where there are more names, or longer ones, than in anybody's network: a few dicts, each
-    twice in the next, hold any number of them.
+    torch reads tensors, numbers, words, lists and dicts. A file can have other things beside them: a
+    Namespace of options, a number of numpy's, a whole pickled network. Stand-ins take their places. Nothing
+    says beforehand which of them are dicts: if torch can't use the first stand-ins, it gets the second.
     """
+    has_sums = data.startswith(ZIP)
+    if has_sums:
+        with refusing(path, "damaged"):
+            check_sums(data)
+    for kind in (Inert, InertDict):
+        with contextlib.suppress(Exception):  # a foreign file can raise anything
+            with torch.serialization.safe_globals(stand_ins(data, kind) if has_sums else []):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    raise Refused(f"{path}: can't be read: {why_not(data, path)}")
+
+
+def stand_ins(data, kind):
+    """[(class, name)] for each class or function that a file, given as bytes, names and torch does not know.
+
+    kind    Inert or InertDict. Numbers and arrays of numpy are never dicts
+    """
+    classes = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)):
+        base = Inert if name.startswith("numpy") else kind
+        classes.append((type(name, (base,), {"name": name}), name))
+    return classes
+
+
+class Inert:
+    """What stands in for an object. It keeps the object's attributes, and does nothing."""
+
+    def __new__(cls, *given):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+class InertDict:
+    """What stands in for a dict of a class of its own. torch fills only dicts that it knows: here is one."""
+
+    def __new__(cls, *given):
+        return collections.OrderedDict()
+
+
+def why_not(data, path):
+    """What a file is that torch does not read, and what to do."""
+    if str(path).endswith(".safetensors"):
+        return "it is a safetensors file; load it with that package, and torch.save what you get"
+    if data.startswith(OLD_FORM):
+        return ("it has the form of before torch 1.6, and is damaged or has more in it than tensors; if you "
+                "trust it, torch.load it, and torch.save its state_dict")
+    if data[257:262] == b"ustar":
+        return "it is a tar archive; unpack it, and name the file of weights in it"
+    if not data.startswith(ZIP):
+        return "it is damaged, or torch.save did not write it"
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    names = {os.path.basename(name) for name in archive.namelist()}
+    if "constants.pkl" in names:
+        return "it is a TorchScript program; load it, and torch.save its state_dict"
+    if "data.pkl" not in names:
+        return "it is a zip archive; unpack it, and name the file of weights in it"
+    return ("that would take running code in it; if you trust it, torch.load it, and torch.save its "
+            "state_dict")
+
+
+def has_checksums(path):
+    """Whether a file has the form that torch.save writes since torch 1.6."""
+    with open(path, "rb") as f:
+        return f.read(4) == ZIP
+
+
+def flatten(value, name="", above=()):
+    """Dicts, lists and objects in each other -> {name: value}, the names with dots between the keys.
+
+    name    of the value itself
+    above   what it lies in. What lies in itself, as some programs' options do, is not looked into again
+    """
+    items = items_of(value)
+    if items is None:
+        return {name: value}
+    if any(value is one for one in above):
+        return {}
     flat = {}
-    above = [content]
-    waiting = [iter(items_of("", content))]  # of each in `above`, what is still to come
-    for _ in range(MOST_NAMES):
-        name, value = next(waiting[-1], (None, None))
-        if name is None:
-            above.pop()
-            waiting.pop()
-            if not waiting:
-                return flat
-        elif len(name) > LONGEST:
-            raise ValueError(f"a name of more than {LONGEST:,} letters, {name[:50]}...")
-        elif holds_names(value) and len(above) < DEEPEST and not any(value is one for one in above):
-            above.append(value)
-            waiting.append(iter(items_of(name, value)))
-        else:
-            put(flat, name, value)
-    raise ValueError(f"more than {MOST_NAMES:,} names")
+    for key, inner in items.items():
+        key = getattr(key, "name", key)  # a stand-in's
+        parts = f"{name}.{key}".split(".")
+        full = ".".join(part for part in parts if part and part not in BETWEEN)
+        flat |= flatten(inner, full, (*above, value))
+    return flat
 
 
-def holds_names(value):
-    """Whether a value is a dict, or a list that has some in it."""
+def items_of(value):
+    """{key: value} of a dict, of an object's attributes, of a list that has some of these in it; None of
+    anything else."""
+    if isinstance(value, dict):
+        # An OrderedDict can stand in for an object with attributes. A state_dict has an attribute too, with
+        # the versions of its modules.
+        attributes = getattr(value, "__dict__", {})
+        return {key: attributes[key] for key in attributes if key != "_metadata"} | value
+    if isinstance(value, Inert):
+        return vars(value) or None
     if isinstance(value, (list, tuple)):
-        return any(isinstance(inner, dict) for inner in value)
-    # A stand-in without content is a value: what it stands for is said by its name.
-    return isinstance(value, dict) and (len(value) > 0 or not isinstance(value, Inert))
-
-
-def items_of(above, value):
-    """The (name, value) of all that lies in a dict or a list of the name `above`."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in items:
-        key = str(getattr(key, "name", key))  # a class, or an object of one
-        parts = [part for part in [above, *key.split(".")] if part not in BETWEEN]
-        yield ".".join(parts if above else parts[1:]), inner
-
-
-def put(flat, name, value):
-    """Give a value its name. A tensor comes before what else has this name; raises ValueError where two
-    tensors have it."""
-    there = flat.get(name)
-    if not isinstance(there, torch.Tensor):
-        flat[name] = value
-    elif isinstance(value, torch.Tensor) and value is not there:
-        raise ValueError(f"two tensors are called {name}")
-
-
-def check_tensor(name, t, path):
-    """Raise Refused unless t is a plain tensor of finite values.
-
-    A tensor can claim more values than the file has: one that was expanded repeats a few bytes, and could
-    ask for terabytes when it is copied. So its storage must be as large as its values.
-    """
-    is_plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
-    if not is_plain or t.untyped_storage().nbytes() < t.nbytes:
-        kind = getattr(t, "name", None) or type(t).__name__
-        raise Refused(f"{path}: not a file of weights ({name} in it is a {kind}, not a plain tensor)")
-    if not (t.is_floating_point() or name.endswith("num_batches_tracked") and not t.is_complex()):
-        raise Refused(f"{path}: not a file of weights ({name} in it has values of {t.dtype})")
-    if not t.isfinite().all():
-        raise Refused(f"{path}: {name} has values that are not finite; the run that wrote it had diverged")
-    if name.endswith("running_var") and (t < 0).any():
-        raise Refused(f"{path}: not a file of weights ({name} in it has variances below zero)")
+        inner = [one for one in value if isinstance(one, (dict, Inert))]
+        return dict(enumerate(value)) if inner else None
+    return None
 
 
 def fold_biases(state):
     """The same without the bias of each fc layer before a BN, which is subtracted from the BN's running mean
     instead.
 
-    The released projector has such a bias. A BN subtracts it again, so that the network computes the same.
-    Ours has none.
+    The released projector has such a bias. A BN subtracts it again, so the network computes the same. Ours
+    has none.
     """
     state = dict(state)
     for name in list(state):
@@ -163,11 +201,13 @@ def fold_biases(state):
         if not place:
             continue
         mean = f"{place[1]}.{int(place[2]) + 1}.running_mean"
-        both = state[name], state.get(mean)
-        if all(isinstance(t, torch.Tensor) for t in both) and both[0].shape == both[1].shape:
+        both = [state[name], state.get(mean)]
+        if all(isinstance(t, torch.Tensor) for t in both):
             state[mean] = state[mean] - state.pop(name)
     return state
 
+
+# --- The ResNet in it -------------------------------------------------------------------------------------
 
 class FoundResNet(NamedTuple):
     """A ResNet in a file."""
@@ -188,51 +228,53 @@ def find_resnet(state, path, prefix=None):
     Raises Refused where there is none, or several of which none is known to be the trained one.
     """
     with refusing(path, "not a file of weights"):
-        return take_resnet(state, path, prefix)
-
-
-def take_resnet(state, path, prefix):
-    """The same. A hostile file can make it raise anything."""
-    there = prefixes(state)
-    if not there:
-        shown = ", ".join(name_groups(state))[:200] or "nothing"
-        code = sorted({value.name for value in state.values() if isinstance(value, Inert)})
-        if code:
-            shown += f"; what {', '.join(code)[:200]} would make is not made, because no code is run"
-        raise Refused(f"{path}: no ResNet in it: no tensor is called conv1.weight, under whatever prefix, "
-                      f"with layer1 to layer4 beside it; it has {shown}")
-    chosen = choose(there, state, path, prefix)
-    form = form_of(chosen, state)
-    tensors = {}
-    left_out = {}
-    for name, value in state.items():
-        plain = plain_name(name, chosen, form)
-        part, *_ = plain.split(".")
-        *_, last = plain.split(".")
-        is_meant = last in TENSORS and value is not None
-        if part in STEM + STAGES and (is_meant or isinstance(value, torch.Tensor)):
+        there = prefixes(state)
+        if not there:
+            shown = ", ".join(name_groups(state))[:200] or "no named tensors"
+            raise Refused(f"{path}: no ResNet in it: no tensor is called conv1.weight, under any prefix, "
+                          f"with layer1 to layer4 beside it; it has {shown}")
+        chosen = choose(there, state, path, prefix)
+        tensors, left_out = parts_of(state, chosen, there[chosen])
+        for name, value in tensors.items():
             check_tensor(name, value, path)
-            tensors[plain] = value
-        else:  # a pickled network has numbers and words beside its tensors
-            left_out[name] = value
-            if isinstance(value, torch.Tensor) and re.fullmatch(r"(conv|bn|layer)[02-9]", part):
+        for name, value in left_out.items():
+            other = re.match(r"((conv|bn|layer)\d)\.", name.removeprefix(chosen))
+            if other and name.startswith(chosen) and isinstance(value, torch.Tensor):
                 raise Refused(f"{path}: {name}: another network than a ResNet of the paper, which has no "
-                              f"{part}")
-    if not any("num_batches_tracked" in name for name in tensors):
-        # The file is older than PyTorch 0.4.1, as some of torchvision's are. The counters play no part here.
-        means = [name for name in tensors if name.endswith("running_mean")]
-        tensors |= {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in means}
-    stem = tensors["conv1.weight"].shape
-    if len(stem) != 4 or min(stem) < 1:
-        raise Refused(f"{path}: conv1.weight is {tuple(stem)}, no convolution")
-    blocks = tuple(len(blocks_of_stage(tensors, k)) for k in range(1, 5))
-    arch = ARCHS.get(("layer1.0.conv3.weight" in tensors, blocks))
+                              f"{other[1]}")
+        others = [other for other in there if other != chosen]
+        return FoundResNet(*shape_of(tensors, path), chosen, tensors, left_out, others)
+
+
+def shape_of(tensors, path):
+    """arch, width and cifar_stem of the ResNet with these tensors."""
+    blocks = []
+    for stage in PARTS[2:]:
+        numbers = {name.split(".")[1] for name in tensors if name.startswith(f"{stage}.")}
+        blocks.append(len(numbers))
+    arch = ARCHS.get(("layer1.0.conv3.weight" in tensors, tuple(blocks)))
     if arch is None:
         raise Refused(f"{path}: its stages have {blocks} blocks, as none of {', '.join(ARCHS.values())} has")
-    width = stem[0] / 64       # a stem has 64 channels, times the width
-    cifar_stem = stem[-1] == 3  # its kernel is 3 x 3 instead of 7 x 7
-    others = [p for p in there if p != chosen]
-    return FoundResNet(arch, width, cifar_stem, chosen, tensors, left_out, others)
+    stem = tensors["conv1.weight"].shape
+    return arch, stem[0] / 64, stem[-1] == 3  # a stem has 64 channels, times the width; CIFAR's is 3 x 3
+
+
+def check_tensor(name, t, path):
+    """Raise Refused unless t is a plain tensor of finite values.
+
+    A tensor that was expanded repeats a few bytes, and could ask for terabytes when it is copied. So its
+    storage must be as large as its values.
+    """
+    is_plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_quantized
+    if not is_plain or t.untyped_storage().nbytes() < t.nbytes:
+        raise Refused(f"{path}: not a file of weights ({name} in it is a {type(t).__name__}, not a plain "
+                      "tensor)")
+    if not (t.is_floating_point() or name.endswith("num_batches_tracked") and not t.is_complex()):
+        raise Refused(f"{path}: not a file of weights ({name} in it has values of {t.dtype})")
+    if not t.isfinite().all():
+        raise Refused(f"{path}: {name} has values that are not finite; the run that wrote it had diverged")
+    if name.endswith("running_var") and (t < 0).any():
+        raise Refused(f"{path}: not a file of weights ({name} in it has variances below zero)")
 
 
 def describe_found(found, path):
@@ -265,33 +307,35 @@ def whole_model(found, path):
 
 
 def prefixes(state):
-    """What stands before the names of each ResNet among these names -> prefixes, as the file has them."""
-    found = []
+    """{what stands before the names of a ResNet in a file: its form, one of FORMS}"""
+    found = {}
     for name in state:
-        for stem in ("conv1.weight", "0.weight"):
-            prefix = name.removesuffix(stem)
-            if prefix != name and (prefix == "" or prefix.endswith(".")) and form_of(prefix, state):
-                found.append(prefix)
+        for form in FORMS:
+            stem, _, *stages = form
+            prefix = name.removesuffix(f"{stem}.weight")
+            is_prefix = prefix != name and (prefix == "" or prefix.endswith("."))
+            if is_prefix and all(f"{prefix}{stage}.0.conv1.weight" in state for stage in stages):
+                found.setdefault(prefix, form)
     return found
 
 
-def form_of(prefix, names):
-    """{part in the file: part of a ResNet} of the ResNet under a prefix, one of FORMS; None where none is."""
-    for form in FORMS:
-        stem, _, *stages = form
-        first = [f"{prefix}{stem}.weight", *(f"{prefix}{stage}.0.conv1.weight" for stage in stages)]
-        if all(name in names for name in first):
-            return form
-    return None
-
-
-def plain_name(name, prefix, form):
-    """Torchvision's name of a tensor of the ResNet under this prefix; empty for what isn't under it."""
-    if not name.startswith(prefix):
-        return ""
-    part, _, rest = name.removeprefix(prefix).partition(".")
-    rest = rest.replace(".shortcut.", ".downsample.")  # lightly's
-    return f"{form.get(part, part)}.{rest}"
+def parts_of(state, prefix, form):
+    """The names of a file in two parts -> {torchvision's name: value} of the ResNet under a prefix, without
+    fc, and {name: value} of all others."""
+    parts = dict(zip(form, PARTS))
+    tensors = {}
+    others = {}
+    for name, value in state.items():
+        part, _, rest = name.removeprefix(prefix).partition(".")
+        *_, last = rest.split(".")
+        # A pickled network has numbers, words and None beside its tensors.
+        is_meant = isinstance(value, torch.Tensor) or last in TENSORS and value is not None
+        if name.startswith(prefix) and part in parts and is_meant:
+            rest = rest.replace("shortcut.", "downsample.")  # the former is lightly's
+            tensors[f"{parts[part]}.{rest}"] = value
+        else:
+            others[name] = value
+    return tensors, others
 
 
 def choose(there, state, path, wanted):
@@ -300,7 +344,7 @@ def choose(there, state, path, wanted):
     Of networks with equal tensors, the first will do: some programs keep one under two names.
     """
     shown = ", ".join(f"'{prefix}'" for prefix in there)
-    fitting = there
+    fitting = list(there)
     if wanted is not None:
         end = f".{wanted.strip('.')}." if wanted else "."
         fitting = ([prefix for prefix in there if f".{prefix}" == end]
@@ -310,11 +354,14 @@ def choose(there, state, path, wanted):
     elif any(likely(prefix) < 0 for prefix in there):
         best = max(likely(prefix) for prefix in there)
         fitting = [prefix for prefix in there if likely(prefix) == best]
-    first, *more = fitting
-    different = [prefix for prefix in more if not same_tensors(state, first, prefix)]
-    if different:
+    networks = []
+    for prefix in fitting:
+        tensors, _ = parts_of(state, prefix, there[prefix])
+        networks.append(tensors)
+    first, *more = networks
+    if not all(equal(first, network) for network in more):
         raise Refused(f"{path}: several networks in it: {shown}; choose one with --prefix")
-    return first
+    return fitting[0]
 
 
 def likely(prefix):
@@ -324,24 +371,11 @@ def likely(prefix):
     return -1 if words & FOLLOWS else int(bool(words & TRAINED))
 
 
-def same_tensors(state, first, second):
-    """Whether the ResNets under two prefixes have the same tensors."""
-    one, two = (parts_of(state, prefix) for prefix in (first, second))
-    return one.keys() == two.keys() and all(
-        isinstance(t, torch.Tensor) and isinstance(two[name], torch.Tensor) and torch.equal(t, two[name])
-        for name, t in one.items())
-
-
-def parts_of(state, prefix):
-    """{torchvision's name: value} of the ResNet under a prefix, without fc."""
-    form = form_of(prefix, state)
-    named = {plain_name(name, prefix, form): value for name, value in state.items()}
-    return {plain: value for plain, value in named.items() if plain.split(".")[0] in STEM + STAGES}
-
-
-def blocks_of_stage(tensors, k):
-    """The numbers of the blocks in stage k, as the names have them: {"0", "1", ...}"""
-    return {name.split(".")[1] for name in tensors if name.startswith(f"layer{k}.")}
+def equal(one, two):
+    """Whether two networks have the same tensors."""
+    if one.keys() != two.keys():
+        return False
+    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def name_groups(names, prefix=""):
@@ -352,7 +386,9 @@ def name_groups(names, prefix=""):
         part, _, rest = name.partition(".")
         parts.setdefault(part, []).append(rest)
     ends = [rests == [""] for rests in parts.values()]
-    if prefix and ("layer1" in parts or any(map(str.isdigit, parts)) or (all(ends) and len(ends) > 1)):
+    is_network = "layer1" in parts
+    is_numbered = any(map(str.isdigit, parts))
+    if prefix and (is_network or is_numbered or all(ends) and len(ends) > 1):
         return {f"{prefix}*": len(names)}
     groups = {}
     for (part, rests), is_end in zip(parts.items(), ends):
@@ -362,16 +398,15 @@ def name_groups(names, prefix=""):
 
 def load_strictly(module, state, path):
     """Load all of a state_dict into all of a module. Raises Refused, naming what is missing, unexpected or
-    of another shape."""
-    # torch itself would forgive missing BN counters.
-    missing = [name for name in module.state_dict() if name not in state]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise Refused(f"{path}: lacks {', '.join(missing[:3])}{more}")
+    of another shape.
+
+    torch forgives missing counters of BNs. Files older than torch 0.4.1 have none, and they play no part.
+    """
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        found = " ".join(str(error).split("\n\t", 1)[-1].split())
+        _, _, found = str(error).partition("\n\t")
+        found = " ".join(found.split())
         if len(found) > 600:
             found = found[:600] + " ..."
         raise Refused(f"{path}: doesn't fit the network asked for: {found}") from None

@@ -29,6 +29,9 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "out of memory|ALLOC_FAILED|[Uu]nable to find an engine": "use a smaller --batch, or more GPUs",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
+    # harness/data/loading.py says so where it waits for a batch; this comes in the middle of a step.
+    "DataLoader worker .* killed": "a process that decodes images was killed, usually because memory or "
+                                   "/dev/shm ran out; use fewer --workers",
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
 }
 

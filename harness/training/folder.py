@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..common.errors import Refused, printable
-from ..common.files import has_checksums, read
+from ..common.files import read
 from ..common.progress import warn
 from .processes import all_sum, same_everywhere
 
@@ -139,20 +139,12 @@ def newest_checkpoint(folder):
     newest = os.path.join(folder, NEWEST)
     previous = os.path.join(folder, PREVIOUS)
     try:
-        return read_checked(newest), newest, None
+        return read(newest), newest, None
     except (Refused, OSError) as error:
         if not os.path.exists(previous):
             raise
         problem = printable(error)
-    return read_checked(previous), previous, problem
-
-
-def read_checked(path):
-    """A checkpoint -> its content. Raises Refused for the form without checksums too: no run has written
-    it."""
-    if os.path.exists(path) and not has_checksums(path):
-        raise Refused(f"{path}: can't be read (damaged, or nothing that a run has written)")
-    return read(path)
+    return read(previous), previous, problem
 
 
 def check_format(content, path):

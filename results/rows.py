@@ -1,0 +1,240 @@
+"""Runs of a row, seed by seed, and what is kept of them: a file for each row, in it a line for each seed.
+
+    {"seed", "command", "log": the records of the run's log,
+     "evaluations": {name: lineval.json's content, and the records of its log where it has one}}
+
+A run that has its line is not made again; one that was interrupted goes on from its folder below runs/. On a
+CPU each run has a core of its own: two jobs with a core each take less time than the same two one after the
+other on both cores. On a GPU one runs at a time.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import queue
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+from harness.common.errors import Refused
+from results.pages import cell, write
+
+
+class Runs(NamedTuple):
+    """Runs that differ in nothing but the seed."""
+    name: str     # of their file
+    command: str  # the program and its options
+    seeds: tuple
+    evaluations: dict = {"cached": "--cached"}  # name: lineval.py's options
+
+
+class Interrupted(Exception):
+    """The time is up."""
+
+
+# --- What is kept -----------------------------------------------------------------------------------------
+
+class Kept:
+    """A folder of files, a line for each run. scratch: the folder of the runs themselves"""
+
+    def __init__(self, folder, scratch):
+        self.folder = folder
+        self.scratch = scratch
+
+    def path(self, name):
+        return f"{self.folder}/{name}.jsonl"
+
+    def of(self, name):
+        """{seed: line}; of a run that was made again the last."""
+        return {line["seed"]: line for line in records(self.path(name))}
+
+    def add(self, name, line, data=None):
+        """data: where the data lay; a path from the root is nobody's business"""
+        text = json.dumps(line)
+        if data is not None and os.path.isabs(data):
+            text = text.replace(data, "CIFAR")
+        os.makedirs(self.folder, exist_ok=True)
+        with open(self.path(name), "a") as f:
+            f.write(text + "\n")
+
+    def missing(self, rows):
+        """[(Runs, seed)] of those that lack a line, or an evaluation in it; one seed of all rows, then the
+        next."""
+        jobs = [(runs, seed) for runs in rows for seed in runs.seeds if not self.has(runs, seed)]
+        return sorted(jobs, key=lambda job: job[1])
+
+    def has(self, runs, seed):
+        line = self.of(runs.name).get(seed)
+        return line is not None and runs.evaluations.keys() <= line["evaluations"].keys()
+
+
+def records(path):
+    """A log's records; none where there is no log yet. A kill may have cut the last line short."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("}\n")]
+
+
+def read_json(path):
+    """A file's content; {} where there is no file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def write_json(path, content):
+    with open(path, "w") as f:
+        f.write(json.dumps(content, indent=1) + "\n")
+
+
+def epochs_of(line):
+    """The log's records of the untrained network and of the epochs."""
+    return [record for record in line["log"] if record["event"] == "epoch"]
+
+
+def last(line, key):
+    """What the last epoch has."""
+    return epochs_of(line)[-1][key]
+
+
+def minutes_of(line):
+    """Of all epochs, with everything."""
+    return sum(epoch["wall_seconds"] for epoch in epochs_of(line)[1:]) / 60
+
+
+def top1_of(line, evaluation="cached"):
+    """None for a run that has diverged."""
+    return line["evaluations"][evaluation]["top1"]
+
+
+def columns(runs):
+    """Of a row's runs, as cells: how many; of their last epochs the mean loss and std, and kNN."""
+    loss, std = (statistics.mean(last(run, key) for run in runs) for key in ("loss", "std"))
+    return [len(runs), f"{loss:.3f}", f"{std:.2f}", cell([last(run, "knn") for run in runs])]
+
+
+# --- Making runs ------------------------------------------------------------------------------------------
+
+def make_missing(kept, rows, deadline, data=None):
+    """Make the runs that are missing, and keep them. data: as in Kept.add"""
+    todo = kept.missing(rows)
+    for runs, seed in todo:
+        print(f"missing: {runs.name}, seed {seed}")
+    for name, line in results_of(make, [(kept, runs, seed, deadline) for runs, seed in todo]):
+        kept.add(name, line, data)
+        print(f"done: {name}, seed {line['seed']}", flush=True)
+
+
+def make(kept, runs, seed, deadline):
+    """A run and its evaluations -> name, line. To diverge is a result, too: top1 is None then."""
+    out = f"{kept.scratch}/{runs.name}-{seed}"
+    evaluations = {name: {"top1": None} for name in runs.evaluations}
+    try:
+        pretrain(kept, runs, seed, deadline)
+        for name, options in runs.evaluations.items():
+            words = ["--ckpt", f"{out}/checkpoint.pth", *shlex.split(options), "--workers", "0"]
+            evaluations[name] = evaluate(words, f"{out}/{name}", deadline)
+    except RuntimeError as error:
+        if "not finite" not in f"{error}":
+            raise
+    log = records(f"{out}/log.jsonl")
+    return runs.name, {"seed": seed, "command": f"python {log[0]['command']}", "log": log,
+                       "evaluations": evaluations}
+
+
+def pretrain(kept, runs, seed, deadline):
+    """The run itself, where it hasn't ended yet."""
+    out = f"{kept.scratch}/{runs.name}-{seed}"
+    if not os.path.exists(f"{out}/backbone.pth"):
+        do([*shlex.split(runs.command), "--seed", f"{seed}", "--out", out, "--resume", "auto"], deadline)
+
+
+def evaluate(words, out, deadline):
+    """A linear evaluation, where it hasn't ended yet -> what is kept of it."""
+    if not os.path.exists(f"{out}/lineval.json"):
+        do(["lineval.py", *words, "--out", out, "--resume", "auto"], deadline)
+    found = read_json(f"{out}/lineval.json")
+    log = records(f"{out}/log.jsonl")
+    return found | {"log": log} if log else found
+
+
+def do(command, deadline):
+    """One command, to its end or to the deadline. Raises Interrupted there, RuntimeError where it fails."""
+    if time.monotonic() > deadline:
+        raise Interrupted
+    print(f"python {shlex.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # it saves what it has
+        process.communicate()
+        raise Interrupted from None
+    if process.returncode != 0:
+        raise RuntimeError(f"python {shlex.join(command)}: {errors}")
+
+
+def results_of(function, jobs):
+    """Yield function(*job) for each of the jobs, in the order in which they end.
+
+    If one raises, the pool drops those that have not started, waits for those that run, and raises it here.
+    """
+    pool = new_pool()
+    try:
+        futures = [pool.submit(function, *job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def new_pool():
+    """Threads that start programs: one for a GPU, else one for each core."""
+    if torch.cuda.is_available():
+        return concurrent.futures.ThreadPoolExecutor(1)
+    free = queue.SimpleQueue()
+    for core in os.sched_getaffinity(0):
+        free.put(core)
+
+    def take_a_core():
+        os.sched_setaffinity(0, {free.get()})  # of this thread; the programs that it starts inherit it
+
+    return concurrent.futures.ThreadPoolExecutor(free.qsize(), initializer=take_a_core)
+
+
+# --- A script that makes runs, and pages of them ----------------------------------------------------------
+
+def parser_for(doc):
+    """With the options that all these scripts have."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--show", action="store_true", help="run nothing: make the pages of what is kept")
+    parser.add_argument("--minutes", type=float, default=1e4,
+                        help="stop after so many, everything saved; the same command goes on")
+    return parser
+
+
+def run_script(parser, make_runs, pages, draw=None):
+    """make_runs(args, deadline), until the time is up; then pages() -> {path: text}, and draw() a picture."""
+    args = parser.parse_args()
+    state = "the pages are made"
+    try:
+        if not args.show:
+            make_runs(args, time.monotonic() + 60 * args.minutes)
+            state = "all is done"
+    except Interrupted:
+        state = "time is up; the same command goes on"
+    except (Refused, OSError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    write(pages())
+    if draw is not None:
+        draw()
+    print(state)

@@ -1,0 +1,80 @@
+"""The tables of single runs and of the drills: in results/README.md and results/drills.md.
+
+    python results/singles.py
+
+Start it from the repository's root. README.md has the commands of the runs, tests/drills those of the drills.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.getcwd())
+
+from results.pages import page_with, table, write
+from results.rows import read_json, records
+
+FRONT = "results/README.md"
+DRILLS = "results/drills.md"
+RUNS = {  # folder: what was run there
+    "shapes": "`python simsiam.py`",
+    "shapes-fig2-without-stopgrad": "the same without stop-gradient, on one core",
+    "cifar10-width4": "8 epochs, ResNet-18 x 1/4, in bf16",
+    "cifar10-width8-high-lr": "10 epochs, ResNet-18 x 1/8; by an earlier version",
+}
+EVALUATIONS = {  # file: the backbone
+    "shapes/lineval-cached": "`python simsiam.py`",
+    "shapes/untrained-lineval-cached": "untrained, BN calibrated",
+    "cifar10-width4/lineval-cached": "`cifar10-width4/backbone.pth`",
+    "cifar10-width4/untrained-lineval-cached": "untrained, BN calibrated",
+    "cifar10-width4/lineval-knn": "`cifar10-width4/backbone.pth`",
+}
+
+
+def runs_table():
+    lines = []
+    for folder, words in RUNS.items():
+        start, untrained, *epochs, end = records(f"results/{folder}/log.jsonl")
+        last = epochs[-1]
+        minutes = sum(epoch["seconds"] for epoch in epochs) / 60
+        lines.append([f"`{folder}`", words,
+                      f"{start['knn_pixels']:.1f} / {untrained['knn']:.1f} / {last['knn']:.1f}",
+                      f"{last['loss']:.3f}", f"{last['std']:.2f}", f"{minutes:.1f} min"])
+    return table(["folder", "run", "kNN: raw pixels / untrained / last", "loss", "std x sqrt(d)",
+                  "training time"], lines)
+
+
+def evaluations_table():
+    lines = []
+    for name, backbone in EVALUATIONS.items():
+        found = read_json(f"results/{name}.json")
+        lines.append([f"`{name}`", backbone, found["protocol"], f"{found['top1']:.2f}", f"{found['top5']:.2f}"])
+    return table(["file", "backbone", "protocol", "top-1", "top-5"], lines)
+
+
+def gpu_table():
+    """The checks of tests/drills/gpu.py."""
+    lines = []
+    for name, found in read_json("results/drills/gpu.json").items():
+        lines.append([name, "good" if found["good"] else "**bad**", found["seen"], found["seconds"]])
+    return table(["check on an H200", "outcome", "seen", "s"], lines)
+
+
+def drill_table(name):
+    """What a drill has measured."""
+    found = read_json(f"results/drills/{name}.json")
+    return table([f"`tests/drills/{name}.py`", "what it found"], [[key, shown(value)] for key, value in found.items()])
+
+
+def shown(value):
+    """Counts by name as words, anything else as it is."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {count:,}" for name, count in value.items())
+    return value
+
+
+def pages():
+    drills = [drill_table(name) for name in ("kills", "fuzz", "start_up", "tar")]
+    return page_with(FRONT, [runs_table(), evaluations_table(), gpu_table()]) | page_with(DRILLS, drills)
+
+
+if __name__ == "__main__":
+    write(pages())

@@ -1,0 +1,169 @@
+"""Children of a forkserver, which has imported torch and our programs: each starts in a tenth of a second.
+
+A child is what the same command is in a process of its own: it has its arguments, environment, working
+directory, output and session, runs the script as __main__, and ends with its exit status. The forkserver only
+imports. A process in which torch has computed has threads, which a fork doesn't copy.
+"""
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import forkserver
+from unittest import mock
+
+import torch.distributed as dist
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")
+# The first imports our programs. The second is what an optimiser's first step imports, in two seconds.
+CONTEXT.set_forkserver_preload(["tests.helpers", "torch._dynamo"])
+HANGS = 300  # seconds after which a child that has not ended hangs; no test measures time by it
+
+
+def can_run(command):
+    """Whether a child can run this command of Python: one of our scripts, or -m and a module of the tests."""
+    first, second, *_ = [*map(str, command), ""]
+    return pathlib.Path(first).parent == ROOT or (first == "-m" and second.startswith("tests."))
+
+
+def become(command, environ, folder, output, start_method):
+    """In the child: run the command, its output in two files."""
+    os.setsid()
+    multiprocessing.set_start_method(start_method, force=True)  # a child of a forkserver would take its own
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    encoding, _, errors = environ.get("PYTHONIOENCODING", "utf-8").partition(":")
+    sys.stdout = writer(1, output / "stdout", encoding=encoding, errors=errors or "strict")
+    sys.stderr = writer(2, output / "stderr", encoding=encoding, errors="backslashreplace", buffering=1)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def writer(number, path, **options):
+    """A stream to the end of a file, which takes the place of stdout (1) or stderr (2)."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, number)
+    os.close(file)
+    return open(number, "w", closefd=False, **options)
+
+
+class Child:
+    """A child that runs a command, with what the tests use of subprocess.Popen. It does not outlive a `with`.
+
+    env, cwd    its environment and working directory; this process's where they are not given
+    output      a folder for its output, in the files "stdout" and "stderr"; several children can share it
+    """
+
+    def __init__(self, *command, env=None, cwd=None, output=None):
+        self.args = [str(part) for part in command]
+        if output is None:
+            self.temporary = tempfile.TemporaryDirectory()  # as long as this object
+            output = self.temporary.name
+        self.output = pathlib.Path(output)
+        place = os.fspath(cwd or os.getcwd())
+        method = multiprocessing.get_start_method()
+        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for what the forkserver imports
+            forkserver.ensure_running()
+        self.process = CONTEXT.Process(
+            target=become, args=(self.args, dict(env or os.environ), place, self.output, method))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.kill()
+        self.wait()
+
+    @property
+    def returncode(self):
+        """Its exit status, minus a signal's number where one has ended it; None while it runs."""
+        return self.process.exitcode
+
+    def poll(self):
+        """The same."""
+        return self.returncode
+
+    def wait(self, timeout=HANGS):
+        """Wait for its end -> its exit status."""
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, timeout=HANGS):
+        """Wait for its end -> what it has written to stdout and to stderr."""
+        self.wait(timeout)
+        return self.written("stdout"), self.written("stderr")
+
+    def written(self, name):
+        """What it has written so far."""
+        file = self.output / name
+        return file.read_text() if file.exists() else ""
+
+    def send_signal(self, number):
+        """To it alone."""
+        os.kill(self.pid, number)
+
+    def kill(self):
+        """kill -9 it and the processes that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def run(*command, **options):
+    """Run a command in a child, to its end -> CompletedProcess."""
+    with Child(*command, **options) as child:
+        stdout, stderr = child.communicate()
+    return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
+
+
+def run_two(*command, **options):
+    """Run a command in two children that are the processes of one run, as torchrun starts them: it has the
+    store through which they find each other, and ends the one where the other has failed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(tempfile.TemporaryDirectory())
+        pair = []
+        for rank in ("0", "1"):
+            environ = os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
+            pair.append(stack.enter_context(Child(*command, env=environ, output=output, **options)))
+        finish_together(pair)
+        stdout, stderr = pair[0].communicate()
+    failed = any(child.returncode for child in pair)
+    return subprocess.CompletedProcess(pair[0].args, int(failed), stdout, stderr)
+
+
+def finish_together(pair):
+    """Wait for the end of both children. Where one fails, the other gets SIGTERM."""
+    deadline = time.monotonic() + HANGS
+    running = list(pair)
+    while running:
+        assert time.monotonic() < deadline, "a child hangs"
+        time.sleep(0.01)
+        ended = [child for child in running if child.poll() is not None]
+        running = [child for child in running if child not in ended]
+        if any(child.returncode for child in ended):
+            for child in running:
+                child.send_signal(signal.SIGTERM)

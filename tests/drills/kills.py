@@ -1,0 +1,146 @@
+"""kill -9 at random instants of a run. The resumed run must end with the weights of a run that nobody killed.
+
+    python tests/drills/kills.py --kills 120 --seed 0
+
+Start it from the repository's root, on Linux; it takes some minutes on 2 CPU cores. After each kill it
+resumes the run. When the run has ended, its weights and momentum must be, bit for bit, those of the
+uninterrupted run.
+
+The run is small, a tiny network on drawn shapes. It writes a checkpoint after every step, so that many kills
+hit the writing. Each process is forked from this one, which has imported torch already. A byte that they
+share tells what the killed process was doing.
+"""
+import argparse
+import collections
+import mmap
+import os
+import pathlib
+import random
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.getcwd())
+import torch
+
+import simsiam
+from harness.training import ends
+from results.rows import write_json
+from tests.helpers import TINY, equal, write_folder
+
+KEPT = "results/drills/kills.json"
+PHASES = ["starting", "between steps", "in a step", "writing a checkpoint", "writing the log", "kNN", "ended"]
+OPTIONS = [*TINY, *shlex.split("--workers 0 --save-minutes 0")]
+SHARED = mmap.mmap(-1, 1)  # the number of the child's phase
+
+
+class WatchedRun(simsiam.Run):
+    """A run that tells its parent process what it is doing."""
+
+    @property
+    def phase(self):
+        return PHASES[SHARED[0]]
+
+    @phase.setter
+    def phase(self, phase):
+        SHARED[0] = PHASES.index(phase)
+
+
+simsiam.Run = WatchedRun
+
+
+def live(data, out, seconds=None):
+    """One process's life: it starts, or resumes, and is killed after so many seconds.
+
+    Returns the last phase, and how long it lived.
+    """
+    SHARED[0] = PHASES.index("starting")
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        train(data, out)
+    while seconds is None or time.monotonic() - began < seconds:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            if status != 0:
+                sys.exit(f"kills.py: a resumed run failed (status {status}); its folder is {out}")
+            return "ended", time.monotonic() - began
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return PHASES[SHARED[0]], seconds
+
+
+def train(data, out):
+    """The child: the whole program. Does not return."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    args = simsiam.parse([data, *OPTIONS, "--out", out, "--resume", "auto"])
+    ends.run_and_leave("simsiam.py", simsiam.pretrain, args)
+
+
+def weights(out):
+    """The weights and their momentum at the end of a run."""
+    checkpoint = torch.load(os.path.join(out, "checkpoint.pth"), weights_only=True)
+    found = dict(checkpoint["model"])
+    for number, state in checkpoint["optimizer"]["state"].items():
+        found[f"momentum {number}"] = state["momentum_buffer"]
+    return found
+
+
+def drill(folder, kills, seed):
+    """So many kills, or a few more, until the last run has ended -> {phase: kills}, runs"""
+    rng = random.Random(seed)
+    data = os.path.join(folder, "data")
+    for split, count in (("train", 480), ("val", 60)):
+        write_folder(pathlib.Path(data), split, count, 16)
+    uninterrupted = os.path.join(folder, "whole")
+    killed = os.path.join(folder, "killed")
+    _, whole_time = live(data, uninterrupted)
+    wanted = weights(uninterrupted)
+    print(f"an uninterrupted run takes {whole_time:.1f} s", file=sys.stderr, flush=True)
+    hits = collections.Counter()
+    runs = 0
+    while hits.total() < kills:
+        phase = None
+        while phase != "ended":
+            phase, _ = live(data, killed, rng.uniform(0, whole_time))
+            if phase != "ended":
+                hits[phase] += 1
+            told = f"{hits.total()} kills, {runs} runs ended as they should; now {phase}"
+            print(told, file=sys.stderr, flush=True)
+        if not equal(weights(killed), wanted):
+            sys.exit(f"kills.py: after {hits.total()} kills, other weights than the uninterrupted run's")
+        runs += 1
+        shutil.rmtree(killed)
+    return hits, runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    # One thread, because OpenMP's do not survive the fork.
+    first, *_ = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {first})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        hits, runs = drill(folder, args.kills, args.seed)
+    write_json(KEPT, {
+        "command": shlex.join(["python", *sys.argv]),
+        "kills": hits.total(),
+        "hits": {phase: hits[phase] for phase in PHASES[:-1]},
+        "runs": runs,
+        "ended with the uninterrupted weights": runs,
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "device": f"CPU, {torch.get_num_threads()} threads",
+    })
+    print(f"{hits.total()} kills in {runs} runs, all as they should: {KEPT}")
+
+
+if __name__ == "__main__":
+    main()
