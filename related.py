@@ -87,10 +87,11 @@ def simclr_with_predictor(network, optimizer, autocast, temperature, as_target, 
 def mocov2(encoder, target, queue, tau, network, optimizer, autocast, temperature, step, x1, x2):
     """MoCo v2: each query is to find its key, by the target encoder, among the keys of earlier steps.
 
-    The authors move the target first and fill the queue last: the same keys meet the same queue.
-    OURS: half the sum of both directions, as in SimSiam; the authors' example for CIFAR-10 has the sum, which
-    is twice our lr. Both directions meet the same queue: otherwise one's queries would meet their own views'
-    keys as negatives.
+    The authors move the target first and fill the queue last: the same keys meet the same queue. Both
+    directions meet the same queue: otherwise one's queries would meet their own views' keys as negatives.
+
+    DEPARTURE: half the sum of both directions, as in SimSiam. The authors' example for CIFAR-10 has the sum:
+    at the same lr its steps are twice as long.
     """
     with autocast:
         k1, k2 = target(x1), target(x2)       # keys, without gradient

@@ -506,13 +506,18 @@ def loss_asymmetric(p1, p2, z1, z2):
     return D(p1, stopgrad(z2))                                        # Sec. 4.6: asymmetric
 
 
+def loss_asymmetric_2x(p1, p2, p3, p4, z1, z2, z3, z4):
+    """Two independent pairs of views an image: a fair comparison with the two symmetric terms."""
+    return loss_asymmetric(p1, p2, z1, z2) / 2 + loss_asymmetric(p3, p4, z3, z4) / 2
+
+
 def train_step_2x(network, optimizer, autocast, x1, x2, x3, x4):
-    """A step on two independent pairs of views: a fair comparison with the two symmetric terms (Sec. 4.6)."""
+    """A step on four views of each image."""
     with autocast:
-        (p1, p2, p3, p4), (z1, z2, z3, z4) = network(x1, x2, x3, x4)
-    L = loss_asymmetric(p1, p2, z1, z2) / 2 + loss_asymmetric(p3, p4, z3, z4) / 2
+        p, z = network(x1, x2, x3, x4)
+    L = loss_asymmetric_2x(*p, *z)
     update(optimizer, L)
-    return L, (z1, z2, z3, z4)
+    return L, z
 
 
 class Objective(NamedTuple):

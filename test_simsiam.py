@@ -27,6 +27,7 @@ import lineval
 import simsiam
 import tests.helpers
 from harness.data import loading, shapes
+from harness.evaluation import report
 from harness.training.per_image import PerImageVectors
 from results.pages import write_tables
 from tests import shape_comments
@@ -105,7 +106,7 @@ PAPERS_RESULTS = {  # what a row changes on ImageNet, and the top-1 that its tab
     "table4-800-epochs": (dict(batch=256, epochs=800), "71.3"),
     "table5-base": (dict(batch=256, epochs=200), "the base"),
     "table5-recipe": (
-        dict(batch=256, epochs=200, base_lr=0.5, weight_decay=1e-5), "better than the base recipe")}
+        dict(batch=256, epochs=200, base_lr=0.5, weight_decay=1e-5), "better than the base")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def test_eq07_theta_is_fitted_to_an_eta_that_stays():
     """The value against numpy; gradients for p alone, half those of the squared error."""
     p1, p2, z1, z2 = vectors()
     eta1, eta2, *_ = vectors(seed=1)
-    L = simsiam.towards(eta1, eta2)(p1, p2, z1, z2)
+    L = simsiam.loss_to_eta(p1, p2, eta1, eta2)
     assert close(L, numpy_loss(p1, p2, eta1, eta2))
     of_p1, of_p2, *others = gradients_of(L, p1, p2, z1, z2, eta1, eta2)
     assert others == [None] * 4
@@ -302,42 +303,53 @@ def lr_at(t):
     return 0.3 * (1 + math.cos(math.pi * t / 10)) / 2
 
 
-def trained(stream, steps=5, dtype=torch.float64, **options):
-    """A new model after some steps on the stream of (views, objective), and its losses."""
+def trained(step_of, steps=5, dtype=torch.float64, **options):
+    """A new model after some steps, and its losses.
+
+    step_of     model -> (network, optimizer, autocast, number, index, x1, x2) -> loss, z
+    """
     model = new_model(dtype, **options)
     optimizer = simsiam.sgd(model, 0.9, 1e-4)
+    train_step = step_of(model)
     losses = []
-
-    def views(batches):
-        for index, x in drawn_views(batches):
-            yield index, [v.to(dtype) for v in x]
-
-    for t, (x, objective) in enumerate(stream(model, views, batches_of(steps))):
+    for t, (index, x) in enumerate(drawn_views(batches_of(steps))):
         simsiam.set_lr(optimizer, 0.3, t, 10, 0, "cosine")
-        L, _ = simsiam.train_step(model, objective, optimizer, NO_AUTOCAST, x)
+        L, _ = train_step(model, optimizer, NO_AUTOCAST, t, index, *[v.to(dtype) for v in x])
         losses.append(L.item())
     assert len(losses) == steps
     return model, losses
 
 
-def plain_steps(model, views, batches):
-    """A stream for `trained`: plain training."""
-    return simsiam.plain(views(batches), simsiam.loss)
+def plain(model):
+    """For `trained`: Algorithm 1."""
+    def train_step(network, optimizer, autocast, t, index, x1, x2):
+        return simsiam.train_step(network, optimizer, autocast, x1, x2)
+
+    return train_step
 
 
 def k_steps(k):
-    """A stream for `trained`: Sec. 5.2's k-step alternation."""
-    def stream(model, views, batches):
+    """For `trained`: Sec. 5.2's k-step alternation."""
+    def step_of(model):
         theta = copy.deepcopy(model)
-        twice = views(simsiam.twice(batches, k, 0))
-        return simsiam.alternate(twice, model, theta, k, 0, 5, NO_AUTOCAST)
 
-    return stream
+        def train_step(network, optimizer, autocast, t, index, x1, x2):
+            return simsiam.alternation_step(model, theta, k, network, optimizer, autocast, t, x1, x2)
+
+        return train_step
+
+    return step_of
 
 
-def averaged_steps(store, m):
-    """A stream for `trained`: Sec. 5.2's moving average."""
-    return lambda model, views, batches: simsiam.average(views(batches), store, m)
+def averaged(store, m):
+    """For `trained`: Sec. 5.2's moving average."""
+    def step_of(model):
+        def train_step(network, optimizer, autocast, t, index, x1, x2):
+            return simsiam.moving_average_step(store, m, network, optimizer, autocast, index, x1, x2)
+
+        return train_step
+
+    return step_of
 
 
 def all_close(ours, expected):
@@ -373,7 +385,7 @@ def test_eq10_eta_is_what_the_outer_loops_weights_make_of_the_same_views():
 
 def test_eq11_plain_training_takes_the_gradient_step_of_its_problem():
     """One step of plain training against one of SGD on Eq. (11), normalised outputs, both views in turn."""
-    model, losses = trained(plain_steps, steps=1, predictor="none")
+    model, losses = trained(plain, steps=1, predictor="none")
     theta = new_model(predictor="none")
     theta_t = copy.deepcopy(theta).requires_grad_(False)
     (_, views), = drawn_views(batches_of(1))
@@ -437,7 +449,7 @@ def test_alg1_parity_with_the_released_model():
     for step in range(3):
         x1, x2 = torch.randn(2, 6, 3, 40, 40, dtype=torch.float64)
         simsiam.set_lr(optimizer, 0.1, step, 4, 0, "cosine")
-        L, z = simsiam.train_step(model, simsiam.loss, optimizer, NO_AUTOCAST, [x1, x2])
+        L, z = simsiam.train_step(model, optimizer, NO_AUTOCAST, x1, x2)
         p1, z1 = released(state, x1, (3, 4, 6, 3))
         p2, z2 = released(state, x2, (3, 4, 6, 3))
         similarity = cosine(p1, z2.detach()).mean() + cosine(p2, z1.detach()).mean()
@@ -594,7 +606,7 @@ def test_sec51_h_predicts_the_mean_over_the_augmentations():
 
 def test_sec52_kstep_with_one_step_is_plain_training_bit_for_bit():
     """k = 1 against plain training; k = 3 differs from its second step on."""
-    model, losses = trained(plain_steps, dtype=torch.float32)
+    model, losses = trained(plain, dtype=torch.float32)
     one, losses_one = trained(k_steps(1), dtype=torch.float32)
     assert losses == losses_one
     assert equal(model.state_dict(), one.state_dict())
@@ -616,26 +628,31 @@ def test_sec52_moving_average_of_eta(world_of_one):
     kept = torch.zeros(6, 5, dtype=torch.float64)
     for visit, index in enumerate(np.array([[4, 1, 0], [1, 5, 4]])):
         p1, p2, z1, z2 = vectors(3, 5, seed=visit)
-        (_, objective), = simsiam.average([(index, None)], store, 0.8)
-        L = objective(p1, p2, z1, z2)
+        optimizer = torch.optim.SGD([p1, p2, z1, z2], lr=0.0)
+
+        def network(x1, x2, given=((p1, p2), (z1, z2))):
+            return given
+
+        L, _ = simsiam.moving_average_step(store, 0.8, network, optimizer, NO_AUTOCAST, index, None, None)
         eta1, eta2 = (0.8 * kept[index] + 0.2 * unit(z).detach() for z in (z1, z2))
         kept[index] = unit(eta1 + eta2)
         assert close(L, numpy_loss(p1, p2, eta1, eta2))
         assert close(store.state_dict()["vectors"], kept)
-        gradients = gradients_of(L, p1, p2, z1, z2)
-        assert gradients[0] is not None
-        assert gradients[2:] == (None, None)                         # eta is a constant
+        assert p1.grad is not None
+        assert p2.grad is not None
+        assert z1.grad is None                                       # eta is a constant
+        assert z2.grad is None
 
 
 def test_table1_a_is_the_moving_average_with_m_0(world_of_one):
     """m = 0 against plain training without h; m = 0.8 differs from the second visit on."""
-    model, losses = trained(plain_steps, predictor="none")
+    model, losses = trained(plain, predictor="none")
     store = store_of(40, 16)
-    forgetful, losses_0 = trained(averaged_steps(store, 0.0), predictor="none")
+    forgetful, losses_0 = trained(averaged(store, 0.0), predictor="none")
     assert close(losses_0, losses)
     assert all_close(forgetful, model)
     assert close(store.state_dict()["vectors"].norm(dim=1), torch.ones(40))
-    _, losses_8 = trained(averaged_steps(store_of(40, 16), 0.8), predictor="none")
+    _, losses_8 = trained(averaged(store_of(40, 16), 0.8), predictor="none")
     assert close(losses_8[:4], losses[:4])
     assert not close(losses_8[4], losses[4], 1e-4)
 
@@ -814,7 +831,7 @@ def step_of(dtype=torch.float32, autocast=False, compiled=False, steps=1):
     precision = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
     for _ in range(steps):
         simsiam.set_lr(optimizer, 0.01, 0, 2, 0, "constant")
-        L, _ = simsiam.train_step(model, simsiam.loss, optimizer, precision, views)
+        L, _ = simsiam.train_step(model, optimizer, precision, *views)
     gradients = [w.grad.double().flatten() for w in model.parameters()]
     return L.double(), torch.cat(gradients)
 
@@ -974,7 +991,7 @@ def test_experiments_hold_the_papers_settings_and_results(experiment):
     assert {name: row[name] for name in expected} == expected
     changed = {name for name in row if row[name] != baseline[name]}
     assert changed - {"experiment"} <= expected.keys()
-    assert top1 in simsiam.EXPERIMENTS[experiment][1]
+    assert top1 in simsiam.EXPERIMENTS[experiment][0]
 
 
 @pytest.mark.parametrize("experiment, recipe, expected", [
@@ -1001,8 +1018,8 @@ def test_options_override_the_experiments_row():
     ("sec45-cross-entropy", "63.2)")])
 def test_a_scaled_experiment_says_so(experiment, note):
     """The words of a run's start block against the row."""
-    method = simsiam.Method(settings_of_row(experiment, "shapes"))
-    assert simsiam.describe_experiment(method) == f"{experiment} (the paper on ImageNet: {note}"
+    method = simsiam.SimSiamMethod(settings_of_row(experiment, "shapes"), None, CPU)
+    assert report.describe_experiment(method) == f"{experiment} (the paper on ImageNet: {note}"
 
 
 def test_experiment_list_names_all_of_them(capsys):
@@ -1010,7 +1027,7 @@ def test_experiment_list_names_all_of_them(capsys):
     with pytest.raises(SystemExit, match="^$"):
         simsiam.parse(["--experiment", "list"])
     printed = capsys.readouterr().out
-    for name, (_, paper) in simsiam.EXPERIMENTS.items():
+    for name, (paper, _) in simsiam.EXPERIMENTS.items():
         assert re.search(rf"^{re.escape(name)} .*{re.escape(paper)}", printed, re.M), name
 
 
@@ -1098,7 +1115,7 @@ MAP = {  # tag: (the equation, what the claimed line has, what a mutant has in i
         ".mean(axis=1)", None),
     "Eq. (10)": (
         r"\eta_x^t \leftarrow \mathcal{F}_{\theta^t}(\mathcal{T}'(x))",
-        "embed(theta, x", "embed(theta, x[::-1]"),
+        "autocast, x1, x2)", "autocast, x2, x1)"),
     "Eq. (11)": (
         r"\theta^{t+1} \leftarrow \arg \min_{\theta} \mathbb{E}_{x, \mathcal{T}} [ \lVert "
         r"\mathcal{F}_{\theta}(\mathcal{T}(x)) - \mathcal{F}_{\theta^t}(\mathcal{T}'(x)) \rVert_2^2 ]",
@@ -1129,7 +1146,7 @@ MAP = {  # tag: (the equation, what the claimed line has, what a mutant has in i
         "h(z_i)", "z_i"),
     "Sec. 5.2 (k-step)": (
         r"\mathcal{L}(\theta, \eta^t), \eta^t = \mathrm{const}",
-        "towards(eta1, eta2)", "towards(eta2, eta1)"),
+        "eta1, eta2)", "eta2, eta1)"),
     "Sec. 5.2 (moving average)": (
         r"\eta_x^t \leftarrow m \eta_x^{t-1} + (1 - m) \mathcal{F}_{\theta^t}(\mathcal{T}'(x))",
         "(1 - m)", "m"),
@@ -1351,7 +1368,7 @@ def test_readme_shows_the_algorithm_as_it_is():
     views = iter(images)
     names = {"f": model.encoder, "h": model.predictor, "augment": lambda x: next(views)}
     exec(listing, {"F": F, "loader": [images], "optimizer": optimizer} | names)
-    simsiam.train_step(reference, simsiam.loss, optimizer_again, NO_AUTOCAST, images)
+    simsiam.train_step(reference, optimizer_again, NO_AUTOCAST, *images)
     assert all_close(model, reference)
 
 

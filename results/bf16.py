@@ -16,6 +16,7 @@ import torch
 
 import simsiam
 from harness.common.errors import Refused
+from harness.training import recipes
 from results.cifar10 import open_cifar10
 from results.pages import cell, page_with, table
 from results.rows import (Kept, Runs, columns, make_missing, parser_for, read_json, run_script, top1_of,
@@ -30,8 +31,8 @@ OPTIONS = ("--width 1/4 --proj-hidden 512 --dim 512 --pred-dim 128 --batch 64 --
 PRECISIONS = {"float32": "--no-amp", "bf16": "--amp"}
 EVALUATIONS = {f"{name} features": f"--cached {option}" for name, option in PRECISIONS.items()}
 SEEDS = (0, 1)
-RESNET_18 = simsiam.recipe("cifar10")
-RESNET_50 = simsiam.recipe("imagenet")
+RESNET_18 = recipes.recipe("cifar10", simsiam.SETTINGS)
+RESNET_50 = recipes.recipe("imagenet", simsiam.SETTINGS)
 NETWORKS = {  # words: a recipe's settings, the share of its width, batch
     "ResNet-18 x 1/8, 32 pixels, batch 64": (RESNET_18, 1 / 8, 64),
     "ResNet-18 x 1/4, 32 pixels, batch 32": (RESNET_18, 1 / 4, 32),

@@ -11,7 +11,6 @@ table in the README.
 What a method needs beside SimSiam's settings (temperature, tau, queue, prototypes) was chosen for shapes on
 seeds 7 and 8; nothing was chosen on CIFAR-10, nor on seeds 0 to 4.
 """
-import contextlib
 import os
 import shlex
 import sys
@@ -27,6 +26,7 @@ from harness.common.machine import device_name, fastest_layout
 from harness.data.loading import index_batches
 from harness.common.pictures import BLUE, RED
 from harness.training.processes import join_world
+from harness.training.recipes import settings_for
 from results.cifar10 import SMALL, SUBSET, open_cifar10, subset
 from results.pages import Panel, cell, difference, draw_rows, page_with, table
 from results.rows import (Kept, Runs, columns, last, make_missing, parser_for, read_json, run_script, top1_of,
@@ -210,13 +210,13 @@ def measure_speed(folder, rounds=10):
                        "torch": torch.__version__, "rounds": rounds, "seconds": seconds})
 
 
-def steps_of(command, device, autocast=contextlib.nullcontext()):
+def steps_of(command, device):
     """A generator that makes a training step of a command each time it is asked."""
     script, *options = command
     args = {"simsiam.py": simsiam, "related.py": related}[script].parse(options)
-    data = args.method.open(args.data)
-    s = simsiam.settings_for(args, data.train, 1)
-    method = args.method(s, data)
+    data = args.method.open(args.data, None)
+    s = settings_for(args, data.train, 1)
+    method = args.method(s, data, device)
     torch.manual_seed(s["seed"])
     method.build()
     layout = fastest_layout(method.model.encoder, device)
@@ -230,11 +230,10 @@ def steps_of(command, device, autocast=contextlib.nullcontext()):
         for index, views in loaded:
             yield index, [x.contiguous(memory_format=layout) for x in views]
 
-    stream = method.stream(load, batches, method.parts(device), 0, autocast)
-    for step, (views, objective) in enumerate(stream):
+    method.parts()
+    for step, (index, views) in enumerate(load(batches)):
         method.set_lr(optimizer, step)
-        simsiam.train_step(method.model, objective, optimizer, autocast, views)
-        method.after_step(step)
+        method.train_step(method.model, optimizer, step, index, views)
         yield
 
 

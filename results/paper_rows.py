@@ -26,6 +26,7 @@ sys.path.insert(0, os.getcwd())
 
 import simsiam
 from harness.common.pictures import BLUE, RED
+from harness.training import recipes
 from results.pages import Panel, T95, cell, difference, draw_rows, half_interval, page_with, table
 from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script,
                           top1_of)
@@ -124,7 +125,7 @@ def name_of_candidate(options):
 
 def look(name, lr, layers):
     """The runs of a cell of the closer look; at the recipe's lr and layers those of the row itself."""
-    recipe = simsiam.recipe("shapes")
+    recipe = recipes.recipe("shapes", simsiam.SETTINGS)
     if (lr, layers) == (recipe["base_lr"], recipe["proj_layers"]):
         return runs_of(name, name, "", SEEDS)
     options = f"--base-lr {lr} --proj-layers {layers}"
@@ -137,7 +138,7 @@ def rows_on_cifar10(folder, epochs, seeds):
     group = []
     for name in (DECAYED, *ROWS):
         command = f"{PROGRAM} {shlex.quote(folder)} --experiment {name} --epochs {epochs}"
-        changes, _ = simsiam.EXPERIMENTS[name]
+        _, changes = simsiam.EXPERIMENTS[name]
         if "warmup" in changes:
             command += f" --warmup {math.ceil(epochs / 10)}"
         group.append(Runs(name, command, seeds))
@@ -257,7 +258,7 @@ def linear_difference(mine, beside):
 
 def paper_top1(name):
     """What the paper measured; None where it gives no number."""
-    _, paper = simsiam.EXPERIMENTS[name]
+    paper, _ = simsiam.EXPERIMENTS[name]
     number = re.match(r"\d+\.\d+", paper)
     return float(number[0]) if number else None
 

@@ -31,6 +31,7 @@ import simsiam
 from harness.common.machine import cpu_has_bf16
 from harness.data.opening import open_data
 from harness.data.source import Source
+from harness.training import recipes
 from harness.training.processes import join_world
 from results.pages import page_with, table, write
 from results.rows import read_json, write_json
@@ -186,7 +187,7 @@ def steps():
     peak = {amp: matmul_rate(torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
     out = {"a large product, GFLOP/s": {"float32": round(peak[False]), "bf16": round(peak[True])}}
     for case, (recipe, batch) in STEPS.items():
-        settings = simsiam.recipe(recipe)
+        settings = recipes.recipe(recipe, simsiam.SETTINGS)
         variants = {"ours, float32": make_step(settings, batch)}
         if cpu_has_bf16():
             variants["ours, bf16"] = make_step(settings, batch, amp=True)

@@ -41,6 +41,7 @@ from harness.data.images import read_rgb
 from harness.data.loading import Decoder, decode
 from harness.data.opening import open_data
 from harness.data.source import Source
+from harness.training import recipes
 from results.pages import table, write
 from results.rows import read_json, records, write_json
 
@@ -282,7 +283,7 @@ def make_step(settings, batch, device=CPU, amp=False, plain=False, compiled=Fals
     if compiled:
         torch._dynamo.reset()  # or it would take other recipes' sizes for ones that vary
         model.compile()
-    return partial(simsiam.train_step, model, simsiam.loss, optimizer, autocast, views)
+    return partial(simsiam.train_step, model, optimizer, autocast, *views)
 
 
 def steps(device, recipe, batch, n, repeats=5):
@@ -318,7 +319,7 @@ def first_step(device, recipe, batch, way):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() >> 20
     amp = on_a_gpu and "plain" not in way
-    step = make_step(simsiam.recipe(recipe), batch, device, amp, **way)
+    step = make_step(recipes.recipe(recipe, simsiam.SETTINGS), batch, device, amp, **way)
     found = {"first step, s": round(seconds_of(step, device), 1)}
     seconds_of(step, device, 2)
     found["MiB"] = peak_memory(device) - before if on_a_gpu else None

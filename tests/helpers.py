@@ -28,7 +28,8 @@ import related
 import simsiam
 from harness.data import shapes
 from harness.data.source import Source
-from harness.training import ends
+from harness.training import ends, recipes
+from harness.training.run import Run
 from tests import children
 from tests.children import ROOT
 
@@ -187,14 +188,14 @@ def change(state, **tensors):
 def settings_of(recipe, **more):
     """The settings that a run of this recipe keeps in its checkpoint."""
     run = {"recipe": recipe, "images": 5000, "seed": 0, "data": None}
-    return simsiam.recipe(recipe) | run | more
+    return recipes.recipe(recipe, simsiam.SETTINGS) | run | more
 
 
 def settings_of_row(program, experiment, recipe, *more):
     """The settings of a run of this experiment of simsiam or related, on data of 200,000 images."""
     source = Source(files=np.array([b""] * 200_000))
     options = ["DATA", "--recipe", recipe, "--experiment", experiment, "--device", "cpu", *more]
-    return simsiam.settings_for(program.parse(options), source, 1)
+    return recipes.settings_for(program.parse(options), source, 1)
 
 
 def flipped(content, place, bit=0):
@@ -393,16 +394,30 @@ def here(name, *arguments):
 @contextlib.contextmanager
 def interrupted_before(number):
     """Within the block, a Ctrl-C in the place of the training step of this number, from 0."""
-    train_step = simsiam.train_step
-    steps = itertools.count()
-
-    def interrupted(*arguments):
-        if next(steps) == number:
+    def interrupt(step):
+        if step == number:
             raise KeyboardInterrupt
-        return train_step(*arguments)
 
-    with mock.patch.object(simsiam, "train_step", interrupted):
+    with before_each_step(interrupt):
         yield
+
+
+def before_each_step(do):
+    """Within the block, runs in this process call do(how many steps were made before) before each step."""
+    return mock.patch.object(Run, "steps_of_epoch", watched_steps(do))
+
+
+def watched_steps(do):
+    """In the place of Run.steps_of_epoch: see before_each_step."""
+    steps_of_epoch = Run.steps_of_epoch
+    count = itertools.count()
+
+    def watched(run, batches):
+        for step in steps_of_epoch(run, batches):
+            do(next(count))
+            yield step
+
+    return watched
 
 
 def refusal(name, *arguments):

@@ -1,5 +1,4 @@
 """simsiam.py with something odd about it: -m tests.odd_runs HOW [arguments of simsiam.py]"""
-import itertools
 import os
 import signal
 import sys
@@ -9,6 +8,8 @@ import time
 import simsiam
 from harness.data import loading
 from harness.training import ends
+from harness.training.run import Run
+from tests.helpers import watched_steps
 
 
 def by_rank(arguments):
@@ -19,19 +20,15 @@ def by_rank(arguments):
 
 def hanging(arguments):
     """The third step hangs. It says so, and says when the run has noticed a Ctrl-C."""
-    train_step = simsiam.train_step
-    count = itertools.count(1)
-
-    def step(*given):
-        if next(count) == 3:
+    def hang(step):
+        if step == 2:
             print("hangs", flush=True)
             while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:  # which Run.on_signal sets
                 time.sleep(0.01)
             print("noticed", flush=True)
             time.sleep(1000)
-        return train_step(*given)
 
-    simsiam.train_step = step
+    Run.steps_of_epoch = watched_steps(hang)
 
 
 def impatient(arguments):
@@ -41,11 +38,11 @@ def impatient(arguments):
 
 def buggy(arguments):
     """It has a bug, and a thread that would hold an ordinary end up."""
-    def fail(*given):
+    def fail(step):
         threading.Thread(target=time.sleep, args=(1000,)).start()
         raise ZeroDivisionError("a bug")
 
-    simsiam.train_step = fail
+    Run.steps_of_epoch = watched_steps(fail)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import simsiam
 from harness.common.errors import Refused
 from tests.children import HANGS
-from tests.helpers import LONGER, ROOT, TINY, children_of, equal, free_port, here, kill_all, log_of, losses_of
+from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here, kill_all, log_of, losses_of
 from tests.helpers import processes_of, program, python, refusal, slow, start, stopped_at
 from tests.helpers import torchrun, wait_for_epoch, wait_until, weights_of, write_folder
 
@@ -21,24 +21,18 @@ pytest_plugins = ["tests.fixtures"]
 
 # --- Signals ------------------------------------------------------------------------------------------------
 
-def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, longer_alone, monkeypatch, capsys):
+def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, longer_alone, capsys):
     """Sent within the 13th step: the position; the resumed run's weights against the uninterrupted one's."""
-    train_step = simsiam.train_step
-    steps = []
-
-    def signalled(*arguments):
-        steps.append(1)
-        if len(steps) == 13:
+    def signalled(step):
+        if step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(simsiam, "train_step", signalled)
-    assert here("simsiam.py", small, *LONGER, "--out", out) == 128 + signal.SIGTERM
+    with before_each_step(signalled):
+        assert here("simsiam.py", small, *LONGER, "--out", out) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert stopped_at(said, out) == (1, 6)  # 14 steps of 8 an epoch
-    monkeypatch.undo()
     assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
     assert equal(weights_of(out), weights_of(longer_alone))
 
@@ -223,14 +217,14 @@ def opened(pipe):
 REFUSALS = {  # id: (arguments, what the one line says)
     "no data there": ("nowhere", "nowhere: no such file or folder"),
     "less than a batch": ("{small} --batch 64", "only 50 images"),
-    "a batch of one": ("{small} --batch 1", "--batch 1: BN needs at least 2 images"),
+    "a batch of one": ("{small} --batch 1", "--batch must be at least 2"),
     "a range upside down": ("{small} --area 0.5 0.2", "--area"),
-    "too much hue": ("{small} --strength 0.4 0.4 0.4 0.6", "the last, hue, at most 0.5"),
-    "no step after the warm-up": ("{small} --warmup 3", "--warmup 3: less than --epochs 3"),
+    "too much hue": ("{small} --strength 0.4 0.4 0.4 0.6", "hue, must be at most 0.5, not 0.6"),
+    "no step after the warm-up": ("{small} --warmup 3", "--warmup 3 must be less than --epochs 3"),
     "too small a width": ("{small} --width 1/1000", "--width"),
     "no number": ("{small} --momentum x", "--momentum"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
-    "eta and objective": ("{small} --eta average --objective asymmetric", "goes with --objective symmetric"),
+    "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
     "a run is there": ("{small} --out {whole}", "holds a run already"),
     "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),

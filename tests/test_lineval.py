@@ -15,6 +15,7 @@ import simsiam
 from harness.common import draws
 from harness.common.errors import Refused
 from harness.data import opening, shapes
+from harness.training import recipes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT
 from tests.helpers import equal, here, kill_when, log_of, prefixed, python, refusal
 from tests.helpers import result_of, slow, torchrun, torchvision_names, untrained, weights_of
@@ -197,7 +198,7 @@ def test_saved_features_are_the_networks(judged, ten, split, k):
     """Against the network on images that numpy normalised."""
     path, network = judged
     source = opening.open_data(ten)[k]
-    recipe = simsiam.recipe("cifar10")
+    recipe = recipes.recipe("cifar10", simsiam.SETTINGS)
     mean = np.array(recipe["mean"]).reshape(3, 1, 1)
     std = np.array(recipe["std"]).reshape(3, 1, 1)
     images = (source.pixels.numpy() / 255 - mean) / std

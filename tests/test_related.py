@@ -9,6 +9,7 @@ from the papers to the code.
 """
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import itertools
@@ -29,7 +30,8 @@ import related
 import simsiam
 import tests.helpers
 from harness.data import opening, shapes
-from harness.training import processes
+from harness.evaluation import report
+from harness.training import processes, recipes
 from results.pages import write_tables
 from tests import world_related
 from tests.claims import arguments_for, check_claims, check_departures, check_it_dies, claims
@@ -136,7 +138,7 @@ def test_recipes_for_imagenet_are_the_authors(name):
 def test_small_recipes_are_simsiams_but_for_what_a_method_needs(name, recipe):
     """Against SimSiam's own recipe: one comparison under one roof (supplement D)."""
     run = settings_of_row(name, recipe)
-    expected = simsiam.recipe(recipe) | dict(
+    expected = recipes.recipe(recipe, simsiam.SETTINGS) | dict(
         last_bn=0, optimizer="sgd", predictor="mlp" if name == "byol" else "none")
     settings = related.METHODS[name].SETTINGS
     changed = {key for key in settings if run[key] != expected.get(key)}
@@ -162,18 +164,18 @@ def test_experiments_hold_the_papers_settings_and_results(experiment):
     assert {key: row[key] for key in expected} == expected
     changed = {key for key in row if row[key] != baseline[key]}
     assert changed - {"experiment"} <= expected.keys()
-    assert top1 in method.EXPERIMENTS[experiment][1]
+    assert top1 in method.EXPERIMENTS[experiment][0]
 
 
 def test_a_small_recipe_keeps_its_own_lr_in_a_row_of_imagenets_recipes():
     """BYOL's recipes by length are for LARS on ImageNet; what makes the row stays. The start block says so."""
     row = settings_of_row("fn2-byol-tau-0", "cifar10")
     kept = {key: row[key] for key in ("base_lr", "weight_decay", "tau", "tau_rises", "pred_lr_times")}
-    own = simsiam.recipe("cifar10", related.BYOL.SETTINGS)
+    own = recipes.recipe("cifar10", related.BYOL.SETTINGS)
     assert kept == {
         "base_lr": own["base_lr"], "weight_decay": own["weight_decay"],
         "tau": 0, "tau_rises": False, "pred_lr_times": 10}
-    said = simsiam.describe_experiment(related.BYOL(row))
+    said = report.describe_experiment(related.BYOL(row, None, CPU))
     assert "here base_lr 0.0075, weight_decay 0.0005, not what the row says" in said
 
 
@@ -397,7 +399,7 @@ def method_of(name, **more):
     if not torch.distributed.is_initialized():
         processes.join_world(CPU)
     torch.manual_seed(0)
-    method = related.METHODS[name](world_related.settings(name, **more), world_related.data())
+    method = related.METHODS[name](world_related.settings(name, **more), world_related.data(), CPU)
     method.build()
     return method
 
@@ -411,18 +413,17 @@ def steps_of(name, count, **more):
     method = method_of(name, **more)
     method.model.double()
     optimizer = method.optimizer()
-    parts = method.parts(CPU)
-    everything = types.SimpleNamespace(model=method.model, **parts)
+    everything = types.SimpleNamespace(model=method.model, **method.parts())
     views = itertools.islice(world_related.views(method.views), count)
-    stream = method.stream(lambda batches: batches, views, parts, 0, world_related.NO_AUTOCAST)
     steps = []
     before = copy.deepcopy(everything)
-    for number, (x, objective) in enumerate(stream):
+    for number, (index, x) in enumerate(views):
         method.set_lr(optimizer, number)
-        L, _ = simsiam.train_step(method.model, objective, optimizer, world_related.NO_AUTOCAST, x)
-        method.after_step(number)
+        L, _ = method.train_step(method.model, optimizer, number, index, x)
         after = copy.deepcopy(everything)
-        steps.append(Step(x, before, after, L))
+        if name == "clip":
+            x = [*x, method.words[method.shown(index)]]
+        steps.append(Step(x, before, after, L.detach()))
         before = after
     assert len(steps) == count
     return steps
@@ -537,8 +538,8 @@ def swav_loss_without_stopgrad(before, x):
 
 def clip_loss(before, x):
     """CLIP's loss of the images' and the captions' vectors."""
-    (log_scale,), (image, text) = before.model(*x)
-    return related.clip_loss(image, text, log_scale)
+    image, text = before.model(*x)
+    return related.clip_loss(image, text, before.model.log_scale)
 
 
 STEPS = {  # what: (method, formula, what its optimiser does, settings)
@@ -580,7 +581,7 @@ def test_byol_with_tau_0_at_a_quarter_of_the_lr_is_simsiam():
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=DECAY)
     for number, step in enumerate(steps):
         optimizer.param_groups[0]["lr"] = LR * half_a_cosine(number)
-        L, _ = simsiam.train_step(model, simsiam.loss, optimizer, world_related.NO_AUTOCAST, step.views)
+        L, _ = simsiam.train_step(model, optimizer, contextlib.nullcontext(), *step.views)
         assert close(step.loss, 4 + 4 * L)
         assert all(map(close, step.after.model.parameters(), model.parameters()))
 
@@ -750,7 +751,7 @@ def test_clips_figures_are_shares_of_the_right_ones():
 
     encoder = method.model.encoder.eval()
     job = types.SimpleNamespace(val=val, train=None, device=CPU, test_views=test_views)
-    found = method.measure(encoder, job, world_related.NO_AUTOCAST)
+    found = method.measure(encoder, job)
     _, x = next(test_views(val, [(0, np.arange(10))]))
     image, = arrays(encoder(x))
     text = text_vectors(method, val.captions)
@@ -783,13 +784,10 @@ def test_a_stand_in_brings_its_own_caption(tmp_path):
     lines = [f"{number}.png\t{kind}\n" for number, kind in enumerate(kinds)]
     (tmp_path / "list.txt").write_text("".join(lines))
     processes.join_world(CPU)
-    method = related.CLIP(world_related.settings("clip"), opening.open_captions(tmp_path / "list.txt"))
-    method.build()
-    method.parts(CPU)
-    batch = np.arange(4), [torch.zeros(4, 3, 16, 16)]
-    stream = method.stream(lambda batches: batches, [batch], {}, 0, None)
-    (_, numbers), _ = next(stream)
-    words = [method.vocabulary.words[row[0] - 1] for row in numbers.tolist()]
+    data = opening.open_captions(tmp_path / "list.txt")
+    method = related.CLIP(world_related.settings("clip"), data, CPU)
+    shown = method.words[method.shown(np.arange(4))]
+    words = [method.vocabulary.words[row[0] - 1] for row in shown.tolist()]
     assert words == ["disc", "cross", "cross", "disc"]
 
 
@@ -1009,7 +1007,7 @@ def test_every_experiment_trains(tmp_path, small, experiment):
     assert all(record["lr"] > 0 for record in epochs[:-1])
     torch.manual_seed(0)
     processes.join_world(CPU)
-    method = related.parse(["--experiment", experiment]).method(start["settings"])
+    method = related.parse(["--experiment", experiment]).method(start["settings"], None, CPU)
     method.build()
     after = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
     assert after.keys() == method.model.state_dict().keys()
@@ -1052,11 +1050,11 @@ def test_resume_with_other_captions_is_refused(tmp_path, small):
     ("--experiment table5-base", "no row is called table5-base; give --method"),
     ("--method dino", "argument --method: invalid choice: 'dino'"),
     ("--method byol --experiment sec62-swav", "argument --experiment: invalid choice: 'sec62-swav'"),
-    ("--method swav --batch 16 --affine --bn 1 0 1 0", "--affine: is of the projection's output"),
+    ("--method swav --batch 16 --affine --bn 1 0 1 0", "--affine needs the projection's output BN"),
     ("--method byol --queue 10", "unrecognized arguments: --queue 10; see"),
     ("--method mocov2 --tau 2", "--tau 2.0: from 0 to 1"),
     ("--method swav --iterations 0", "--iterations 0: from 1 to 1000"),
-    ("--method mocov2 --queue 100 --batch 16", "--queue 100: twice the batch, 32 keys a step"),
+    ("--method mocov2 --queue 100 --batch 16", "--queue 100 must be a multiple of 32"),
     ("--method simclr --objective symmetric", "unrecognized arguments: --objective symmetric")])
 def test_bad_options_are_refused_in_one_line(small, options, said):
     """The beginning of the line."""
@@ -1103,8 +1101,8 @@ PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, it
         "k = l2_normalize(stopgrad(k))", "k = l2_normalize(k)",
         "test_moco_v2_eq1_is_a_softmax_over_one_and_k", []),
     "one direction's keys enter the queue before the other's loss": (
-        "return info_nce(z1, k2, queue, t) / 2 + info_nce(z2, k1, queue, t) / 2",
-        "return info_nce(z1, k2, queue, t) / 2 + info_nce(z2, k1, torch.cat([k2, queue[len(k2):]]), t) / 2",
+        "info_nce(z2, k1, queue.rows, temperature)",
+        "info_nce(z2, k1, torch.cat([k2, queue.rows[len(k2):]]), temperature)",
         "test_a_step_is_that_of_its_formula", ["MoCo v2"]),
     "the newest keys are replaced": (
         "start = count % len(self.rows)", "start = 0",
@@ -1150,10 +1148,10 @@ PITFALLS = {  # what: (text in related.py, wrong text, the test that sees it, it
         "(log_u + log_e + log_v).exp()", "(log_u + log_e).exp()",
         "test_swav_eq5_is_the_listings_loop", [3]),
     "prototypes are never frozen": (
-        "group[\"lr\"] = 0.0", "pass",
+        "prototypes.weight.grad = None", "pass",
         "test_prototypes_are_frozen_in_the_first_epoch", []),
-    "frozen prototypes gather momentum": (
-        "optimizer.state.pop(w, None)", "pass",
+    "frozen prototypes decay": (
+        "prototypes.weight.grad = None", "prototypes.weight.grad.zero_()",
         "test_prototypes_are_frozen_in_the_first_epoch", []),
     "LARS adapts BN in the heads": (
         "(leaves_out and w.dim() < 2)", "(leaves_out and w.dim() < 2 and len(w) != 16)",
@@ -1241,17 +1239,23 @@ def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, reque
 
 
 DEPARTURES = [  # (words in the line with the mark, first cell of its row in results/related.md), in order
+    ("half the sum of both directions", "both directions"),
+    ("normalised here", "prototypes"),
     ("resized bilinearly", "resizing"),
+    ("brightness is a factor", "brightness and contrast"),
     ("each view passes", "views"),
     ("in proportion to the batch", "lr by batch; set"),
+    ("warm-up starts", "warm-up"),
     ("pixels are standardised", "pixels"),
+    ("the loss is the mean", "sum or mean; weight decay"),
+    ("weights start", "initial weights"),
     ("BN is over the whole batch", "BN"),
     ("SimSiam's blur", "views' policies"),
     ("no solarisation", "views' policies"),
     ("fc layers before a BN", "biases of fc layers"),
-    ("normalised here", "prototypes"),
     ("no queue", "queue of outputs"),
     ("bag of words", "text encoder"),
+    ("image encoder", "image encoder"),
     ("0.6", "crop"),
     ("32,768", "lr and warm-up"),
 ]

@@ -13,6 +13,7 @@ import simsiam
 from harness.data.opening import open_data
 from harness.data.shapes import draw_shapes
 from harness.data.source import Source
+from harness.training import recipes
 from results import bf16, cifar10, neighbours, own_data, paper_rows
 from results.pages import cell, difference, with_tables
 from results.rows import Kept, Runs, epochs_of, last, read_json, records, top1_of
@@ -163,7 +164,7 @@ def test_the_papers_rows_had_the_settings_of_their_options():
         assert found.keys() <= set(runs.seeds)
         for seed, line in found.items():
             args = simsiam.parse([*runs.command.split()[1:], "--seed", f"{seed}"])
-            settings = as_json(simsiam.settings_for(args, stand_in_for_shapes(), 1))
+            settings = as_json(recipes.settings_for(args, stand_in_for_shapes(), 1))
             logged = line["log"][0]["settings"]
             names = {*simsiam.SETTINGS, "seed", "experiment"}
             assert {name: settings[name] for name in names} == {name: logged[name] for name in names}
@@ -209,10 +210,10 @@ def test_on_cifar10_the_neighbours_have_what_was_chosen_on_shapes():
     for name in neighbours.METHODS.keys() - {"simsiam"}:
         _, *options = neighbours.command_of("cifar10", name, "CIFAR").split()
         args = vars(related.parse(options))
-        chosen = simsiam.recipe("shapes", related.METHODS[name].SETTINGS)
+        chosen = recipes.recipe("shapes", related.METHODS[name].SETTINGS)
         for setting in chosen.keys() & {"temperature", "queue", "tau", "prototypes", "eps"}:
             assert args[setting] == chosen[setting], (name, setting)
-        share = chosen["base_lr"] / simsiam.recipe("shapes")["base_lr"]
+        share = chosen["base_lr"] / recipes.recipe("shapes", simsiam.SETTINGS)["base_lr"]
         assert args["base_lr"] == pytest.approx(0.4 * share)
 
 

@@ -18,6 +18,8 @@ import simsiam
 from harness.common import files
 from harness.common.errors import Refused, printable
 from harness.data import opening, shapes
+from harness.evaluation import report
+from harness.training import recipes
 from harness.training.folder import folder_name
 from harness.training.run import Run
 from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
@@ -91,7 +93,7 @@ def test_backbone_is_the_checkpoints(finished):
 def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
     """The last kNN in the log against votes in numpy, from backbone.pth."""
     network = saved_network(finished[0])
-    settings = simsiam.recipe("cifar10")
+    settings = recipes.recipe("cifar10", simsiam.SETTINGS)
     mean, std = (np.array(settings[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     features = []
     train, val, _ = opening.open_data(small)
@@ -170,7 +172,7 @@ def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkey
     The picture is drawn where the run is saved, and by then has all epochs."""
     positions = positions_saved(monkeypatch)
     drawn = []
-    monkeypatch.setattr(simsiam, "draw_curves", lambda path, epochs, *more: drawn.append(len(epochs)))
+    monkeypatch.setattr(report, "draw_curves", lambda path, epochs, *more: drawn.append(len(epochs)))
     save = Run.save
 
     def slow_save(self):
@@ -296,7 +298,7 @@ def readable(out):
     """The positions of those checkpoints in a run's folder that can be read."""
     positions = []
     for name in ("checkpoint.pth", "checkpoint-previous.pth"):
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, FileNotFoundError):
             checkpoint = files.read(out / name)
             positions.append((checkpoint["epoch"], checkpoint["step"]))
     return positions
@@ -468,7 +470,7 @@ def test_ten_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
         draw_curves(*args)
         open_files.append(len(os.listdir("/proc/self/fd")))
 
-    monkeypatch.setattr(simsiam, "draw_curves", watched)
+    monkeypatch.setattr(report, "draw_curves", watched)
     options = "--recipe cifar10 --batch 2 --knn-every 0 --workers 0 --epochs 400".split()
     assert here("simsiam.py", small, *TINY, *options, "--out", tmp_path / "run") is None
     log = log_of(tmp_path / "run")

@@ -52,7 +52,7 @@ def train(variant):
     steps = 4 if variant in ("right", "fused") else 2
     for step, views in enumerate(itertools.islice(my_batches(variant), steps)):
         simsiam.set_lr(optimizer, lr, step, 8, 0, "constant")
-        L, z = simsiam.train_step(network, simsiam.loss, optimizer, autocast, views)
+        L, z = simsiam.train_step(network, optimizer, autocast, *views)
         numbers.append(processes.mean_over_processes(L).item())
         numbers.append(simsiam.feature_std(z[0], processes.all_sum).item())
     return model.state_dict(), torch.tensor(numbers)

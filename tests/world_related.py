@@ -1,7 +1,9 @@
 """SimSiam's neighbours in as many processes as there are. test_related.py compares two with one."""
+import contextlib
 import functools
 import pathlib
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,12 +14,11 @@ import related
 import simsiam
 from harness.data import loading, shapes
 from harness.data.opening import Data
-from harness.training import ends, processes
+from harness.training import ends, processes, recipes
 from tests.helpers import CPU, TINY_BACKBONE, TINY_HEADS
 
 STEPS = 6
-NO_AUTOCAST = torch.autocast("cpu", enabled=False)
-WRONG = {  # what people got wrong: {method: variants}; see `spoil`
+WRONG = {  # what people got wrong: {method: variants}; see `spoiled`
     "simclr": ["negatives of one process", "negatives without a gradient", "own gradient alone",
                "views gathered together"],
     "mocov2": ["keys of one process", "target's BN of one process"],
@@ -29,10 +30,10 @@ WRONG = {  # what people got wrong: {method: variants}; see `spoil`
 
 def settings(name, **more):
     """Settings of a run of 48 images, three steps an epoch."""
-    s = simsiam.recipe("shapes", related.METHODS[name].SETTINGS)
+    s = recipes.recipe("shapes", related.METHODS[name].SETTINGS)
     tiny = dict(TINY_BACKBONE, **TINY_HEADS, size=16, epochs=3, batch=16, base_lr=1.0, warmup=0, images=48)
     small = {"queue": 64, "prototypes": 8, "temperature": 0.3, "words_width": 8}
-    return {key: (tiny | small).get(key, value) for key, value in s.items()} | {"images": 48} | more
+    return {key: (tiny | small).get(key, value) for key, value in s.items()} | {"images": 48, "amp": False} | more
 
 
 def data():
@@ -81,53 +82,58 @@ def gathered_together(z1, z2, temperature, all_sum, rank, world):
     return (s.logsumexp(dim=1) - s[row, torch.cat([other, itself])]).mean()
 
 
-def spoil(method, variant):
-    """Make a method wrong in one of the ways of WRONG."""
-    if variant == "negatives of one process":
-        method.nt_xent = functools.partial(method.nt_xent, **ALONE)
-    elif variant == "negatives without a gradient":
-        method.nt_xent = functools.partial(
-            method.nt_xent, all_sum=lambda t: processes.all_sum(t.detach().clone()))
-    elif variant == "own gradient alone":
-        method.nt_xent = functools.partial(method.nt_xent, all_sum=SumWithOwnGradient.apply)
-    elif variant == "views gathered together":
-        method.nt_xent = functools.partial(gathered_together, **method.nt_xent.keywords)
-    elif variant == "keys of one process":
-        put = method.queue.put
-        method.queue.put = lambda keys, count: put(keys[:len(keys) // dist.get_world_size()], count)
-    elif variant == "target's BN of one process":
-        for module in method.target.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.__class__ = LocalBN
-    elif variant == "codes of one process":
-        method.codes = functools.partial(method.codes, **ALONE)
-    elif variant == "captions of one process":
-        method.loss = lambda log_scale, image, text: related.clip_loss(image, text, log_scale)
-    elif variant == "captions without a gradient":
-        method.loss = lambda log_scale, image, text: related.clip_loss(
-            image, text, log_scale, lambda t: processes.all_sum(t.detach().clone()), dist.get_rank(),
-            dist.get_world_size())
-    else:
-        assert variant == "right"
+def sums(all_sum):
+    """In the place of related.over_processes: these sums."""
+    return {"all_sum": all_sum, "rank": dist.get_rank(), "world": dist.get_world_size()}
+
+
+def sum_without_gradient(t):
+    return processes.all_sum(t.detach().clone())
+
+
+@contextlib.contextmanager
+def spoiled(method, variant):
+    """Within, a method is wrong in one of the ways of WRONG."""
+    with contextlib.ExitStack() as stack:
+        def replace(name, function):
+            stack.enter_context(mock.patch.object(related, name, function))
+
+        if variant in ("negatives of one process", "captions of one process"):
+            replace("over_processes", lambda: ALONE)
+        elif variant in ("negatives without a gradient", "captions without a gradient"):
+            replace("over_processes", lambda: sums(sum_without_gradient))
+        elif variant == "own gradient alone":
+            replace("over_processes", lambda: sums(SumWithOwnGradient.apply))
+        elif variant == "views gathered together":
+            replace("nt_xent", gathered_together)
+        elif variant == "keys of one process":
+            put = method.queue.put
+            method.queue.put = lambda keys, count: put(keys[:len(keys) // dist.get_world_size()], count)
+        elif variant == "target's BN of one process":
+            for module in method.target.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.__class__ = LocalBN
+        elif variant == "codes of one process":
+            method.codes = functools.partial(method.codes, **ALONE)
+        else:
+            assert variant == "right"
+        yield
 
 
 def train(name, variant="right", **more):
     """Six steps in float64 -> {name of a part: its state}, and each step's loss."""
     torch.manual_seed(0)
-    method = related.METHODS[name](settings(name, **more), data())
-    method.build()
-    method.model.double()
+    method = related.METHODS[name](settings(name, **more), data(), CPU)
+    method.build().double()
     network = simsiam.distribute(method.model, CPU)
     optimizer = method.optimizer()
-    parts = method.parts(CPU)
-    spoil(method, variant)
+    parts = method.parts()
     losses = []
-    stream = method.stream(lambda batches: batches, views(method.views), parts, 0, NO_AUTOCAST)
-    for step, (x, objective) in enumerate(stream):
-        method.set_lr(optimizer, step)
-        L, _ = simsiam.train_step(network, objective, optimizer, NO_AUTOCAST, x)
-        method.after_step(step)
-        losses.append(processes.mean_over_processes(L).item())
+    with spoiled(method, variant):
+        for step, (index, x) in enumerate(views(method.views)):
+            method.set_lr(optimizer, step)
+            L, _ = method.train_step(network, optimizer, step, index, x)
+            losses.append(processes.mean_over_processes(L.detach()).item())
     assert len(losses) == STEPS
     modules = {"model": method.model, **parts}
     return {part: module.state_dict() for part, module in modules.items() if part != "vocabulary"}, losses

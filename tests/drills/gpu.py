@@ -62,8 +62,7 @@ def waits(device):
 
 def place_of_a_wait(command, device):
     """The line of ours in which a step of this command waits for the GPU; "" where none does."""
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    steps = steps_of([*shlex.split(command), *shlex.split(SHORT)], device, autocast)
+    steps = steps_of([*shlex.split(command), *shlex.split(SHORT), "--amp"], device)
     for _ in range(3):  # the first steps may
         next(steps)
     torch.cuda.set_sync_debug_mode("error")
