@@ -13,6 +13,7 @@ import simsiam
 from harness.data.opening import open_data
 from harness.data.shapes import draw_shapes
 from harness.data.source import Source
+from harness.evaluation import report
 from harness.training import recipes
 from results import bf16, cifar10, neighbours, own_data, paper_rows
 from results.pages import cell, difference, with_tables
@@ -125,7 +126,7 @@ def test_the_advice_on_few_steps_is_that_of_the_runs():
     """simsiam.py's words, from the lines on 1,000 to 5,000 images."""
     found = records(own_data.LINES)
     untrained = {r["images"]: r["cached"] for r in found if r["steps"] == 0}
-    source = inspect.getsource(simsiam.warn_of_few_steps)
+    source = inspect.getsource(report.describe_run)
     for steps in (500, 1500, 4000):
         gains = [r["cached"] - untrained[r["images"]] for r in found
                  if (r["batch"], r["lr"], r["asked"]) == (32, 0.1, steps)]
@@ -178,7 +179,7 @@ def as_json(value):
 def stand_in_for_shapes():
     """A Source of as many images as the shapes have, of which only the number counts."""
     one = torch.zeros(1, dtype=torch.uint8)
-    return Source(pixels=one.expand(simsiam.OWN_IMAGES["shapes"], 3, 32, 32), labels=None, classes=[])
+    return Source(pixels=one.expand(recipes.OWN_IMAGES["shapes"], 3, 32, 32), labels=None, classes=[])
 
 
 def test_pairs_began_alike():
@@ -251,7 +252,7 @@ def test_the_alarm_of_the_rank_is_between_healthy_and_failed_rows():
     healthy += [paper_rows.rank_kept(run) for run in neighbours.KEPT.of("shapes-simsiam").values()]
     failed = ranks("fig2-without-stopgrad", "table1-a-no-predictor", "table1-b-fixed-predictor",
                    "sec42-asymmetric-no-h")
-    assert max(failed) < simsiam.LOW_RANK < min(healthy)
+    assert max(failed) < report.LOW_RANK < min(healthy)
 
 
 @pytest.mark.parametrize("name, trained", [("lineval-cached", True), ("lineval-knn", True),

@@ -40,11 +40,15 @@ class Method:
         self.s = s
         self.data = data
         self.device = device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=s["amp"])
         self.steps_per_epoch = s["images"] // s["batch"]
         self.total_steps = s["epochs"] * self.steps_per_epoch
         self.warmup_steps = s["warmup"] * self.steps_per_epoch
         self.model = None  # until it is built
+
+    @property
+    def autocast(self):
+        """The precision of the forward passes. A run that goes on may have changed it: it keeps its own."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.s["amp"])
 
     @staticmethod
     def open(data, value_range):
