@@ -58,7 +58,10 @@ ON_A_CPU = {
     "small": Plan(SMALL, 3, "sgd lars cached"),
     "small-decayed-predictor": Plan(f"{SMALL} --pred-lr cosine", 3, "cached"),
 }
-BASE_LRS = {"sgd": (0.3, 1, 3, 10, 30), "lars": (0.1, 0.3, 1, 3, 10, 30)}  # tried on held-out images
+BASE_LRS = {  # tried on held-out images
+    "sgd": (0.3, 1, 3, 10, 30),
+    "lars": (0.1, 0.3, 1, 3, 10, 30),
+}
 IN_README = {  # run: what the README calls it
     "800-epochs": "the same here, 800 epochs: `python simsiam.py CIFAR`, then `lineval.py`",
     "50-epochs": "`50-epochs`: a sixteenth of it, one H200",
@@ -90,7 +93,8 @@ def subset(train, val, n, folder, n_val=None):
 
 def first_of_each_class(source, n):
     """The numbers of n images, as many of each of the ten classes."""
-    return np.sort(np.concatenate([np.flatnonzero(source.labels == k)[:n // 10] for k in range(10)]))
+    of_each = [np.flatnonzero(source.labels == k)[:n // 10] for k in range(10)]
+    return np.sort(np.concatenate(of_each))
 
 
 def hold_out(folder):
@@ -139,8 +143,9 @@ def make_runs(args, deadline):
         pass
     first, *_ = rows
     choose(first, hold_out(data), deadline)
+    lrs = base_lrs(first.name)
     for name, plan in programme.items():
-        make_missing(KEPT, [runs_of(name, plan, data, base_lrs(first.name))], deadline, args.data)
+        make_missing(KEPT, [runs_of(name, plan, data, lrs)], deadline, args.data)
 
 
 def runs_of(name, plan, data, lrs):

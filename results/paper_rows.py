@@ -252,7 +252,11 @@ def verdict(claim, mine, beside):
 
 def linear_difference(mine, beside):
     """Of the linear accuracies -> Difference, or None."""
-    return difference(*({seed: top1(result) for seed, result in its.items()} for its in (mine, beside)))
+    return difference(accuracies(mine), accuracies(beside))
+
+
+def accuracies(runs):
+    return {seed: top1(result) for seed, result in runs.items()}
 
 
 def paper_top1(name):
@@ -278,7 +282,9 @@ def compared(kept):
         between = linear_difference(mine, beside)
         if between:
             seeds = sorted(mine.keys() & beside.keys())
-            yield name, {s: mine[s] for s in seeds}, {s: beside[s] for s in seeds}, between
+            mine = {seed: mine[seed] for seed in seeds}
+            beside = {seed: beside[seed] for seed in seeds}
+            yield name, mine, beside, between
 
 
 def label(name):
@@ -298,7 +304,8 @@ def claims_table(kept):
         row = ROWS[name]
         seen = f"{between.mean:+.1f} +- {between.error:.1f}{outcomes(mine)}"
         said = f"[{verdict(row.claim, mine, beside)}](paper_rows.md)"
-        lines.append([linked(kept, name, row.words), seen, paper_cell(name), len(between.pairs), said])
+        words = linked(kept, name, row.words)
+        lines.append([words, seen, paper_cell(name), len(between.pairs), said])
     return table(["what the paper says", "difference here", "the paper's", "n", "verdict"], lines)
 
 

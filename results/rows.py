@@ -117,8 +117,10 @@ def top1_of(line, evaluation="cached"):
 
 def columns(runs):
     """Of a row's runs, as cells: how many; of their last epochs the mean loss and std, and kNN."""
-    loss, std = (statistics.mean(last(run, key) for run in runs) for key in ("loss", "std"))
-    return [len(runs), f"{loss:.3f}", f"{std:.2f}", cell([last(run, "knn") for run in runs])]
+    loss = statistics.mean(last(run, "loss") for run in runs)
+    std = statistics.mean(last(run, "std") for run in runs)
+    knn = cell([last(run, "knn") for run in runs])
+    return [len(runs), f"{loss:.3f}", f"{std:.2f}", knn]
 
 
 # --- Making runs ------------------------------------------------------------------------------------------
@@ -128,7 +130,8 @@ def make_missing(kept, rows, deadline, data=None):
     todo = kept.missing(rows)
     for runs, seed in todo:
         print(f"missing: {runs.name}, seed {seed}")
-    for name, line in results_of(make, [(kept, runs, seed, deadline) for runs, seed in todo]):
+    jobs = [(kept, runs, seed, deadline) for runs, seed in todo]
+    for name, line in results_of(make, jobs):
         kept.add(name, line, data)
         print(f"done: {name}, seed {line['seed']}", flush=True)
 
@@ -154,7 +157,8 @@ def pretrain(kept, runs, seed, deadline):
     """The run itself, where it hasn't ended yet."""
     out = f"{kept.scratch}/{runs.name}-{seed}"
     if not os.path.exists(f"{out}/backbone.pth"):
-        do([*shlex.split(runs.command), "--seed", f"{seed}", "--out", out, "--resume", "auto"], deadline)
+        options = ["--seed", f"{seed}", "--out", out, "--resume", "auto"]
+        do(shlex.split(runs.command) + options, deadline)
 
 
 def evaluate(words, out, deadline):

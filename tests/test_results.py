@@ -50,9 +50,9 @@ def test_a_table_takes_the_place_of_the_one_with_its_header():
                                           ("sec52-moving-average", "table1-a-no-predictor")])
 def test_a_rows_figures_on_the_page_are_those_of_its_lines(name, beside):
     """Mean difference, standard error, loss and accuracy, computed here by numpy."""
-    runs, others = (records(f"results/paper_rows/{row}.jsonl") for row in (name, beside))
-    mine, theirs = ({run["seed"]: run["evaluations"]["cached"]["top1"] for run in its}
-                    for its in (runs, others))
+    runs = records(f"results/paper_rows/{name}.jsonl")
+    mine = accuracies_of(runs)
+    theirs = accuracies_of(records(f"results/paper_rows/{beside}.jsonl"))
     pairs = [mine[seed] - theirs[seed] for seed in range(5)]
     ends = [run["log"][-2]["loss"] for run in runs]
     page = (ROOT / "results/paper_rows.md").read_text()
@@ -60,6 +60,11 @@ def test_a_rows_figures_on_the_page_are_those_of_its_lines(name, beside):
                     f"| 5 | {min(ends):.3f}, {max(ends):.3f} |",
                     f"| {np.mean(list(mine.values())):.1f} +- {np.std(list(mine.values()), ddof=1):.1f} |"):
         assert figures in page
+
+
+def accuracies_of(runs):
+    """{seed: accuracy}"""
+    return {run["seed"]: run["evaluations"]["cached"]["top1"] for run in runs}
 
 
 def figures_of_runs():
@@ -90,8 +95,8 @@ def figures_of_speed():
     yield f"a worker makes {of_a_worker / large['lightly']:.2f} times"
     yield f"and {small['ours'] / small['lightly']:.2f} times for CIFAR-10"
     found = read_json("results/speed.json")
-    (files, memory) = ({part: one_core for part, (one_core, _) in found[name].items()}
-                       for name in ("photos", "in memory"))
+    files = {part: one_core for part, (one_core, _) in found["photos"].items()}
+    memory = {part: one_core for part, (one_core, _) in found["in memory"].items()}
     yield f"makes {files['decode and cut'] / files['all, by Pillow']:.2f} times"
     yield f"at {files['decode and cut'] / files['decode']:.2f} of"
     yield f"it is still {files['all'] / files['all, by Pillow']:.2f} times"
@@ -165,8 +170,8 @@ def test_the_papers_rows_had_the_settings_of_their_options():
             args = simsiam.parse([*runs.command.split()[1:], "--seed", f"{seed}"])
             settings = as_json(simsiam.settings_for(args, stand_in_for_shapes(), 1))
             logged = line["log"][0]["settings"]
-            names = {*simsiam.SETTINGS, "seed", "experiment"}
-            assert {name: settings[name] for name in names} == {name: logged[name] for name in names}
+            for name in (*simsiam.SETTINGS, "seed", "experiment"):
+                assert settings[name] == logged[name], (runs.name, name)
 
 
 def as_json(value):
@@ -176,8 +181,8 @@ def as_json(value):
 
 def stand_in_for_shapes():
     """A Source of as many images as the shapes have, of which only the number counts."""
-    one = torch.zeros(1, dtype=torch.uint8)
-    return Source(pixels=one.expand(simsiam.OWN_IMAGES["shapes"], 3, 32, 32), labels=None, classes=[])
+    pixels = torch.zeros(1, dtype=torch.uint8).expand(simsiam.OWN_IMAGES["shapes"], 3, 32, 32)
+    return Source(pixels=pixels, labels=None, classes=[])
 
 
 def test_pairs_began_alike():
@@ -201,7 +206,8 @@ def test_the_neighbours_had_the_same_network_views_and_epochs():
         same = NETWORK if row == "clip" else NETWORK + VIEWS
         for run in runs:
             settings = run["log"][0]["settings"]
-            assert {name: settings[name] for name in same} == {name: first[name] for name in same}, row
+            for name in same:
+                assert settings[name] == first[name], (row, name)
 
 
 def test_on_cifar10_the_neighbours_have_what_was_chosen_on_shapes():
@@ -223,8 +229,9 @@ def test_sgd_and_lars_have_the_lr_that_is_best_on_held_out_images():
     for protocol in ("sgd", "lars"):
         top1 = {line["base_lr"]: line["top1"] for line in tried if line["protocol"] == protocol}
         best = max(top1, key=top1.get)
-        taken = [run["evaluations"][protocol] for run in cifar10.KEPT.of("small").values()]
-        assert [(its["base_lr"], its["val_images"]) for its in taken] == [(best, 10_000)] * 3
+        for run in cifar10.KEPT.of("small").values():
+            taken = run["evaluations"][protocol]
+            assert (taken["base_lr"], taken["val_images"]) == (best, 10_000)
         assert min(top1) < best < max(top1)
 
 
@@ -243,7 +250,8 @@ def test_the_setting_is_the_candidate_that_varies_least():
 def test_the_alarm_of_the_rank_is_between_healthy_and_failed_rows():
     """The paper's rows that learned, and SimSiam's among its neighbours, against those that failed."""
     def ranks(*names):
-        return [paper_rows.rank_kept(run) for name in names for run in paper_rows.KEPT.of(name).values()]
+        runs = [run for name in names for run in paper_rows.KEPT.of(name).values()]
+        return list(map(paper_rows.rank_kept, runs))
 
     healthy = ranks("simsiam", "fig2-with-stopgrad", "sec45-cross-entropy", "sec52-100-step",
                     "suppB-hidden-d")
@@ -267,10 +275,11 @@ def test_kept_evaluations_are_of_the_kept_backbone(name, trained):
 def test_a_run_is_missing_without_its_line_or_an_evaluation(tmp_path):
     """Seed by seed; a line that a kill has cut short is none."""
     kept = Kept(tmp_path, None)
-    one, other = Runs("one", "", (0, 1)), Runs("other", "", (0, 1), {"cached": "", "sgd": ""})
+    one = Runs("one", "", (0, 1))
+    other = Runs("other", "", (0, 1), {"cached": "", "sgd": ""})
     kept.add("one", {"seed": 0, "evaluations": {"cached": {}}})
     kept.add("other", {"seed": 0, "evaluations": {"cached": {}}})
-    kept.add("other", {"seed": 1, "evaluations": {"cached": {}, "sgd": {}}})
+    kept.add("other", {"seed": 1, "evaluations": other.evaluations})
     with open(kept.path("one"), "a") as f:
         f.write('{"seed": 1, "evaluations": {"cached"')
     assert kept.missing([one, other]) == [(other, 0), (one, 1)]
