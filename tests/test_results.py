@@ -410,7 +410,7 @@ def test_what_lr_and_depth_change_is_a_difference_of_gaps(tmp_path):
     low, high = paper_rows.LRS
     kept = Kept(tmp_path, None)
     for (lr, layers), gap in {(low, 2): -4, (low, 3): -2, (high, 2): -10, (high, 3): -6}.items():
-        for seed, default in ((0, 90), (1, 80)):
+        for seed, default in ((0, 90 - 5 * lr), (1, 80 + layers)):
             for name, its in (("simsiam", default), ("table3-b-hidden-bn", default + gap)):
                 kept.add(paper_rows.look(name, lr, layers).name, result_of(its) | {"seed": seed})
     rows = paper_rows.factors_table(kept).splitlines()
