@@ -27,8 +27,8 @@ sys.path.insert(0, os.getcwd())
 import simsiam
 from harness.evaluation.pictures import BLUE, RED
 from results.pages import Panel, T95, cell, difference, draw_rows, half_interval, page_with, table
-from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script,
-                          top1_of)
+from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, read_json,
+                          run_script, top1_of)
 
 KEPT = Kept("results/paper_rows", "runs/paper_rows")
 PAGE = "results/paper_rows.md"
@@ -378,8 +378,9 @@ def differences_table(kept):
 
 
 def candidates_table(kept):
-    """The candidates for the setting."""
-    lines = []
+    """The candidates for the setting, and the untrained network."""
+    untrained = f"{read_json(UNTRAINED)['top1']:.1f}"
+    lines = [["untrained, views of 16 pixels", "-", untrained, "-", "-"]]
     for options in CANDIDATES:
         runs = kept.of(name_of_candidate(options))
         if len(runs) > 1:

@@ -13,6 +13,7 @@ what a worker process does (decode, crop, resize), which is to be compared with 
 and all of it on the CPU. Steps are SimSiam's on the same network: forward of two views, loss, backward, SGD.
 """
 import argparse
+import importlib
 import os
 import sys
 from functools import partial
@@ -52,21 +53,9 @@ MEAN, STD = augment.Policy().mean, augment.Policy().std
 def imported(name):
     """A library, or None where it is not installed."""
     try:
-        if name == "torchvision":
-            name_what_is_missing()
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def name_what_is_missing():
-    """Torchvision of a GPU's torch, beside a torch for CPUs, can't load its compiled part, and then fails for
-    want of two operators' names. Nothing here calls them."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    name_what_is_missing.keeps = library  # else the names go with it
 
 
 def rates(seconds, images):
