@@ -25,8 +25,8 @@ from harness.common.errors import Refused
 from harness.data import cifar
 from harness.data.opening import open_data
 from results.pages import cell, page_with, table
-from results.rows import (Kept, Runs, columns, epochs_of, evaluate, last, make_missing, minutes_of,
-                          parser_for, pretrain, records, results_of, run_script, top1_of)
+from results.rows import (Kept, Runs, append, columns, epochs_of, evaluate, last, make_missing,
+                          minutes_of, parser_for, pretrain, records, results_of, run_script, top1_of)
 
 PAGE = "results/cifar10.md"
 README = "README.md"
@@ -166,7 +166,7 @@ def choose(first, held_out, deadline):
                 words = [held_out, "--ckpt", f"{out}/checkpoint.pth", f"--{protocol}", "--base-lr", f"{lr:g}"]
                 todo.append((words, f"{out}/held-out-{protocol}-{lr:g}", deadline))
     for line in results_of(evaluate, todo):
-        KEPT.add("held-out", line)
+        append(KEPT.path("held-out"), line)
 
 
 def held_out_top1(name, protocol):

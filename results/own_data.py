@@ -23,8 +23,8 @@ from harness.common.errors import Refused
 from harness.evaluation.features import hits
 from results.cifar10 import open_cifar10, subset
 from results.pages import page_with, table
-from results.rows import (Kept, Runs, evaluate, last, make, minutes_of, parser_for, records, results_of,
-                          run_script, top1_of)
+from results.rows import (Kept, Runs, append, evaluate, last, make, minutes_of, parser_for, records,
+                          results_of, run_script, top1_of)
 from simsiam import knn, l2_normalize
 
 LINES = "results/own-data.jsonl"
@@ -64,8 +64,7 @@ def make_runs(args, deadline):
             folder = subset(train, val, n, f"{RUNS}/cifar-{n}", TEST)
             todo.append((folder, n, *way, deadline))
     for record in results_of(judged_run, todo):
-        with open(LINES, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        append(LINES, record)
         print(json.dumps(record), flush=True)
 
 

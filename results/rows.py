@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from harness.common.errors import Refused
+from harness.common.files import replacing
 from results.pages import cell, write
 
 
@@ -51,17 +52,19 @@ class Kept:
         return f"{self.folder}/{name}.jsonl"
 
     def of(self, name):
-        """{seed: line}; of a run that was made again the last."""
+        """{seed: line}"""
         return {line["seed"]: line for line in records(self.path(name))}
 
     def add(self, name, line, data=None):
-        """data: where the data lay; a path from the root is nobody's business"""
-        text = json.dumps(line)
+        """A run that was made again takes the place of its last line. data: where the data lay; a path from
+        the root is nobody's business"""
+        lines = self.of(name) | {line["seed"]: line}
+        text = "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines))
         if data is not None and os.path.isabs(data):
             text = text.replace(data, "CIFAR")
         os.makedirs(self.folder, exist_ok=True)
-        with open(self.path(name), "a") as f:
-            f.write(text + "\n")
+        with replacing(self.path(name), "w") as f:
+            f.write(text)
 
     def missing(self, rows):
         """[(Runs, seed)] of those that lack a line, or an evaluation in it; one seed of all rows, then the
@@ -80,6 +83,12 @@ def records(path):
         return []
     with open(path) as f:
         return [json.loads(line) for line in f if line.endswith("}\n")]
+
+
+def append(path, record):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a") as f:
+        f.write(json.dumps(record) + "\n")
 
 
 def read_json(path):
