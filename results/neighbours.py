@@ -135,7 +135,8 @@ def rows_table():
     for data, row, runs in measured():
         linear = cell([top1_of(run) for run in runs])
         memory = max(last(run, "memory_mb") for run in runs)
-        lines.append([data, row, *columns(runs), linear, f"{seconds[data][row]:.3f}", memory, PAPER[row]])
+        step = f"{seconds[data][row]:.3f}"
+        lines.append([data, row, *columns(runs), linear, step, memory, PAPER[row]])
     return table(["data", "row", "seeds", "loss", "std x sqrt(d)", "kNN", "cached linear", "s a step", "MiB",
                   "the paper"], lines)
 
@@ -153,7 +154,8 @@ def readme_table():
 
 
 def pages():
-    return page_with(PAGE, [rows_table(), comparison()]) | page_with(README, [readme_table()])
+    tables = [rows_table(), comparison()]
+    return page_with(PAGE, tables) | page_with(README, [readme_table()])
 
 
 def picture():
@@ -192,7 +194,8 @@ def comparison():
 
 def linear_of(row):
     """{seed: accuracy} on shapes."""
-    return {seed: top1_of(run) for seed, run in KEPT.of(name_of("shapes", row)).items()}
+    runs = KEPT.of(name_of("shapes", row))
+    return {seed: top1_of(run) for seed, run in runs.items()}
 
 
 def verdict(claim, low, high):

@@ -183,4 +183,5 @@ def draw_spread(pen, values, y, colour, half_bar):
 def arrowhead(pen, x, y, direction, colour):
     """direction: 1 to the right, -1 to the left"""
     behind = x - 2 * direction
-    pen.polygon([(x + 5 * direction, y), (behind, y - 4), (behind, y + 4)], colour)
+    tip = x + 5 * direction
+    pen.polygon([(tip, y), (behind, y - 4), (behind, y + 4)], colour)

@@ -183,7 +183,8 @@ def as_json(value):
 
 def stand_in_for_shapes():
     """A Source of as many images as the shapes have, of which only the number counts."""
-    pixels = torch.zeros(1, dtype=torch.uint8).expand(simsiam.OWN_IMAGES["shapes"], 3, 32, 32)
+    count = simsiam.OWN_IMAGES["shapes"]
+    pixels = torch.zeros(1, dtype=torch.uint8).expand(count, 3, 32, 32)
     return Source(pixels=pixels, labels=None, classes=[])
 
 
@@ -293,7 +294,8 @@ def test_held_out_images_are_training_images_that_are_not_trained_on(tmp_path, m
     """Of 50 drawn images every tenth stands in the place of the test images."""
     monkeypatch.chdir(tmp_path)
     train = draw_shapes(0, 0, 50)
-    cifar10.write_folder("all", train, np.arange(50), draw_shapes(1, 0, 20), np.arange(20))
+    val = draw_shapes(1, 0, 20)
+    cifar10.write_folder("all", train, np.arange(50), val, np.arange(20))
     part, held_out, _ = open_data(cifar10.hold_out("all"))
     rest = [i for i in range(50) if i % 10]
     assert torch.equal(part.pixels, train.pixels[rest])
@@ -329,7 +331,8 @@ def test_the_papers_differences_are_those_of_its_tables():
 def result_of(top1, losses=(-0.5, -0.9), is_collapsed=False, knn=(20, 80)):
     """A kept run, as far as a verdict looks at it. knn: of the untrained network, and at the end"""
     untrained = {"event": "epoch", "loss": None, "knn": knn[0], "collapsed": False}
-    epochs = [{"event": "epoch", "loss": loss, "knn": knn[1], "collapsed": is_collapsed} for loss in losses]
+    end = {"event": "epoch", "knn": knn[1], "collapsed": is_collapsed}
+    epochs = [end | {"loss": loss} for loss in losses]
     return {"seed": None, "evaluations": {"cached": {"top1": top1}},
             "log": [{"event": "start"}, untrained, *epochs]}
 
@@ -343,6 +346,9 @@ COLLAPSED = result_of(20, is_collapsed=True)
 DIVERGED = result_of(None, losses=(-0.3,))
 LEARNED_NOTHING = result_of(30, knn=(20, 24))
 UNSTABLE = result_of(91, losses=(-0.9, -0.8))
+CALM = result_of(90, losses=(-0.9, -0.86))
+FAR = result_of(20, losses=(-0.3, -0.4))
+HALF_WAY = result_of(20, losses=(-0.3, -0.5))
 CASES = [  # claim, runs beside GOOD, the verdict by hand
     ("collapses", runs_of(*[COLLAPSED] * 3), "holds"),
     ("collapses", runs_of(COLLAPSED, result_of(80), result_of(80)), "can't be told here"),
@@ -351,12 +357,12 @@ CASES = [  # claim, runs beside GOOD, the verdict by hand
     ("fails", runs_of(COLLAPSED, DIVERGED, LEARNED_NOTHING), "holds"),
     ("fails", runs_of(COLLAPSED, DIVERGED, result_of(30, knn=(20, 26))), "can't be told here"),
     ("fails", GOOD, "does not"),
-    ("does not converge", runs_of(*[result_of(20, losses=(-0.3, -0.4))] * 3), "holds"),
+    ("does not converge", runs_of(*[FAR] * 3), "holds"),
     ("does not converge", runs_of(*[DIVERGED] * 3), "holds"),
-    ("does not converge", runs_of(*[result_of(20, losses=(-0.3, -0.5))] * 3), "does not"),
+    ("does not converge", runs_of(*[HALF_WAY] * 3), "does not"),
     ("unstable", runs_of(*[UNSTABLE] * 3), "holds"),
     ("unstable", runs_of(UNSTABLE, DIVERGED, result_of(90)), "can't be told here"),
-    ("unstable", runs_of(*[result_of(90, losses=(-0.9, -0.86))] * 3), "does not"),
+    ("unstable", runs_of(*[CALM] * 3), "does not"),
     ("worse", runs_of(result_of(80), result_of(83), result_of(81)), "holds"),
     ("worse", runs_of(result_of(60), result_of(99), result_of(91)), "can't be told here"),
     ("worse", runs_of(result_of(90.1), result_of(92), result_of(91)), "does not"),
@@ -395,7 +401,8 @@ def test_less_stable_counts_both_sides():
 
 
 VERDICTS = [  # a claim, an interval of differences, and what it says of the claim
-    ("no better", -3, -1, "holds"), ("no better", -0.5, 0.9, "holds"), ("no better", 0.2, 3, "does not hold"),
+    ("no better", -3, -1, "holds"), ("no better", -0.5, 0.9, "holds"),
+    ("no better", 0.2, 3, "does not hold"),
     ("no better", -2, 2, "can't be told here"), ("worse: it diverges", -9, -1, "holds"),
     ("worse: it diverges", -9, 1, "can't be told here"), ("worse: it diverges", -0.5, 0.5, "does not hold"),
 ]
@@ -413,9 +420,10 @@ def test_what_lr_and_depth_change_is_a_difference_of_gaps(tmp_path):
     brings 2."""
     low, high = paper_rows.LRS
     kept = Kept(tmp_path, None)
-    for (lr, layers), gap in {(low, 2): -4, (low, 3): -2, (high, 2): -10, (high, 3): -6}.items():
+    for lr, layers, gap in ((low, 2, -4), (low, 3, -2), (high, 2, -10), (high, 3, -6)):
         for seed, default in ((0, 90 - 5 * lr), (1, 80 + layers)):
             for name, its in (("simsiam", default), ("table3-b-hidden-bn", default + gap)):
-                kept.add(paper_rows.look(name, lr, layers).name, result_of(its) | {"seed": seed})
+                line = result_of(its) | {"seed": seed}
+                kept.add(paper_rows.look(name, lr, layers).name, line)
     rows = paper_rows.factors_table(kept).splitlines()
     assert "| table3-b-hidden-bn | +5.0 | +5.0 to +5.0 | +3.0 | +3.0 to +3.0 | +2.0 | +2.0 to +2.0 |" in rows
