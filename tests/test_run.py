@@ -296,7 +296,7 @@ def readable(out):
     """The positions of those checkpoints in a run's folder that can be read."""
     positions = []
     for name in ("checkpoint.pth", "checkpoint-previous.pth"):
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, FileNotFoundError):
             checkpoint = files.read(out / name)
             positions.append((checkpoint["epoch"], checkpoint["step"]))
     return positions
