@@ -414,7 +414,7 @@ def the_same(a, b):
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kind, request):
-    """All views of two epochs against the same from two workers, from two processes, after an interruption."""
+    """All views of two epochs against the same from two workers and two processes, and after a break."""
     source, _, _ = opening.open_data(request.getfixturevalue(kind))
     steps = len(source) // 8
     whole = first_views(source)
