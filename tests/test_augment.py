@@ -84,6 +84,8 @@ def test_crop_falls_back_to_the_centre():
     whole_area = augment.Policy(area=(1.0, 1.0))  # which no box of an admissible aspect has
     tall = boxes(500, 120, 50, whole_area)
     assert set(zip(*tall[:4])) == {(170, 0, 160, 120)}
+    wide = boxes(120, 500, 50, whole_area)
+    assert set(zip(*wide[:4])) == {(0, 170, 120, 160)}
 
 
 N_COLOURS = 40_000

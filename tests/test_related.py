@@ -740,9 +740,9 @@ def test_clips_text_is_the_mean_of_known_words():
 
 
 def test_clips_figures_are_shares_of_the_right_ones():
-    """Against loops in numpy, on 10 validation images with classes."""
+    """Against loops in numpy, on 48 images with classes."""
     method = method_of("clip")
-    _, val, _ = method.data
+    val, *_ = method.data
     policy = augment.Policy(size=16)
 
     def test_views(source, batches):
@@ -751,7 +751,7 @@ def test_clips_figures_are_shares_of_the_right_ones():
     encoder = method.model.encoder.eval()
     job = types.SimpleNamespace(val=val, train=None, device=CPU, test_views=test_views)
     found = method.measure(encoder, job, world_related.NO_AUTOCAST)
-    _, x = next(test_views(val, [(0, np.arange(10))]))
+    _, x = next(test_views(val, [(0, np.arange(48))]))
     image, = arrays(encoder(x))
     text = text_vectors(method, val.captions)
     names = text_vectors(method, [f"a {name}" for name in val.classes])
@@ -763,7 +763,9 @@ def test_clips_figures_are_shares_of_the_right_ones():
         hits["image_to_text"] += val.captions[nearest_text] == caption
         hits["text_to_image"] += val.captions[nearest_image] == caption
         hits["zero_shot"] += nearest_name == val.labels[i]
-    assert found == {figure: 10 * count for figure, count in hits.items()}
+    for figure, count in hits.items():
+        assert count > 0
+        assert close(found[figure], 100 * count / 48), figure
 
 
 def test_an_equal_caption_is_as_good_as_ones_own():
