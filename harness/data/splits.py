@@ -15,7 +15,7 @@ import numpy as np
 from ..common.errors import Refused, printable
 from .lists import read_lines
 from .source import Source
-from .tars import as_folder, gather
+from .tars import gather
 from .walk import REASONS, suffix_of
 
 # Names of splits, in lower case, with what people put behind them: train2017, training_set, val_images. A
@@ -32,10 +32,10 @@ DEPTH = 6  # so many folders deep, splits are searched for
 
 
 class Split(NamedTuple):
-    """The images of a split, by their folders. A place is one of walk.Listing's."""
+    """The images of a split. A place is one of walk.Listing's."""
     place: tuple
-    parts: list               # (place, tars.Folder, number of its class, or None)
-    classes: object = None    # list of names
+    labels: dict              # {place of images: the number of their class, or an array; -1: not in the split}
+    classes: object = None    # list of names, or None: then numbers say nothing
     labels_from: bytes = b""  # the text file that says the classes
 
 
@@ -66,7 +66,7 @@ def find_splits(listing):
     if val and val.labels_from:
         left_out[suffix_of(val.labels_from)] -= 1
     sources = [source_of(listing, split) for split in splits]
-    return sources[0], sources[1] if val else None, left_out, notes + about_tars(splits)
+    return sources[0], sources[1] if val else None, left_out, notes
 
 
 def shown(*place):
@@ -146,27 +146,31 @@ def training_split(listing, parent):
 
 def unlabelled(listing, place):
     """All images at and below a place -> Split"""
-    return Split(place, [(inside, listing.tree[inside], None) for inside in listing.inside(place)])
+    return Split(place, dict.fromkeys(listing.inside(place), 0))
 
 
 def by_class(listing, place, classes):
     """The images in the class folders of a place -> Split"""
     number = {os.fsencode(name): k for k, name in enumerate(classes)}
-    parts = [(inside, listing.tree[inside], number[inside[len(place)]])
-             for inside in listing.inside(place) if inside != place]
-    return Split(place, parts, classes)
+    labels = {inside: number[inside[len(place)]] for inside in listing.inside(place) if inside != place}
+    return Split(place, labels, classes)
 
 
 def source_of(listing, split):
     """The images of a split, sorted by path -> Source"""
-    places, folders, labels = zip(*split.parts)
-    files, number = gather([listing.path(place) for place in places], folders)
-    where = listing.path(split.place)
-    tar = folders[0].tar
-    if tar and os.path.join(where, b"").startswith(os.path.join(as_folder(tar), b"")):
-        where = tar + where[len(as_folder(tar)):]
-    labels = np.array(labels)[number] if split.classes else None
-    return Source(files=files, labels=labels, classes=split.classes, where=os.fsdecode(where))
+    labels = np.concatenate([of_each(listing.tree[place], label) for place, label in split.labels.items()])
+    source = Source(
+        files=gather({listing.path(place): listing.tree[place] for place in split.labels}),
+        labels=labels if split.classes else None,
+        classes=split.classes,
+        where=os.fsdecode(listing.path(split.place)))
+    used = np.flatnonzero(labels >= 0)
+    return source.only(used[np.argsort(source.names[used], kind="stable")])
+
+
+def of_each(folder, label):
+    """The labels of a folder's images: one for all, or an array"""
+    return np.broadcast_to(label, len(folder.names))
 
 
 def others(tree, splits):
@@ -176,8 +180,8 @@ def others(tree, splits):
     """
     unused = collections.Counter({place: len(folder.names) for place, folder in tree.items()})
     for split in splits:
-        for place, folder, _ in split.parts:
-            unused[place] -= len(folder.names)
+        for place, label in split.labels.items():
+            unused[place] -= int((of_each(tree[place], label) >= 0).sum())
     for depth in (2, 1):
         counted = collections.Counter()
         for place, n in (+unused).items():
@@ -186,18 +190,6 @@ def others(tree, splits):
             break
     return collections.Counter({f"images in {name}/" if name else "images beside them": n
                                 for name, n in counted.items()})
-
-
-def about_tars(splits):
-    """Which of the images lie in tar files, if not all do: those that lie in both count twice. -> notes"""
-    parts = [part for split in splits for part in split.parts]
-    in_tars = [folder for _, folder, _ in parts if folder.tar]
-    if len(in_tars) in (0, len(parts)):
-        return []
-    names = sorted({shown(os.path.basename(folder.tar)) for folder in in_tars})
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    total = sum(len(folder.names) for folder in in_tars)
-    return [f"{total} of the images lie in tar files ({', '.join(names[:3])}{more})"]
 
 
 # --- Validation -----------------------------------------------------------------------------------------
@@ -237,10 +229,8 @@ def labelled_split(listing, parent, name, classes):
     if names:
         return by_class(listing, place, classes)
     path = label_file(listing, parent, name, place)
-    folder = listing.tree[place]
-    chosen = read_labels(path, folder.names, classes)
-    parts = [(place, folder.only(images), label) for label, images in chosen.items()]
-    return Split(place, parts, classes, path)
+    labels = read_labels(path, listing.tree[place].names, classes)
+    return Split(place, {place: labels}, classes, path)
 
 
 # --- Labels of a flat validation folder, from a text file beside it ---------------------------------------
@@ -264,25 +254,18 @@ def label_file(listing, parent, name, place):
 
 
 def read_labels(path, images, classes):
-    """A file with labels -> {number of a class: its images}, by their number among `images`, names. Raises
-    Unusable."""
+    """A file with labels -> the number of the class of each of these images (names), or -1. Raises Unusable."""
     text = shown(os.path.basename(path))
-    index = {name: i for i, name in enumerate(images)}
-    said = {}
-    for line in read_lines(path):
-        name, label = name_and_class(line, index)
-        if name in index:
-            said[name] = label
+    known = set(images)
+    said = dict(name_and_class(line, known) for line in read_lines(path))
+    said.pop(None, None)
     if not said:
         raise Unusable(f"{text} names none of its images")
     numbers = numbers_of(set(said.values()), classes)
     if numbers is None:
         raise Unusable(f"the classes in {text} are neither names of the training folders nor numbers from 0 to "
                        f"{len(classes) - 1} (numbers count only if a 0 is among them, and no folder is a number)")
-    chosen = {}
-    for name, label in said.items():
-        chosen.setdefault(numbers[label], []).append(index[name])
-    return chosen
+    return np.array([numbers[said[name]] if name in said else -1 for name in images])
 
 
 def name_and_class(line, known):

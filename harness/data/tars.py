@@ -29,30 +29,22 @@ class Folder(NamedTuple):
     """The images that lie directly in a folder, on the disk or in a tar file."""
     names: list            # bytes
     tar: object = None     # the tar file's path: bytes
-    places: object = None  # array of 2N integers: where an image begins in the tar file, its bytes, the next
-
-    def only(self, chosen):
-        """The folder with these images only (indices)."""
-        names = [self.names[i] for i in chosen]
-        if self.tar is None:
-            return Folder(names)
-        places = array.array("q")
-        for i in chosen:
-            places += self.places[2 * i:2 * i + 2]
-        return Folder(names, self.tar, places)
+    places: object = None  # in a tar file: array of where an image begins, its bytes, where the next begins, ...
 
 
 # --- Images by number -----------------------------------------------------------------------------------
 
 class Member(bytes):
-    """An image in a tar file. The bytes are its path, as if the tar file were a folder."""
+    """An image in a tar file. The bytes are its path, as if the tar file were a folder. place: the tar file,
+    where the image begins in it, and its bytes."""
 
     def content(self):
         """All bytes of it. Raises Refused where the tar file can't be read: the image isn't bad then."""
+        tar, offset, size = self.place
         try:
-            return os.pread(opened(self.tar).fileno(), self.size, self.offset)
+            return os.pread(opened(tar).fileno(), size, offset)
         except OSError as error:
-            raise Refused(f"{os.fsdecode(self.tar)}: can't be read ({error.strerror})") from None
+            raise Refused(f"{os.fsdecode(tar)}: can't be read ({error.strerror})") from None
 
 
 @functools.lru_cache(MOST_OPEN)
@@ -85,33 +77,26 @@ class Files:
         if number < 0:
             return self.names[i]
         member = Member(self.names[i])
-        member.tar = self.tars[number]
-        member.offset = offset
-        member.size = size
+        member.place = self.tars[number], offset, size
         return member
 
 
-def gather(paths, folders):
-    """The images of these folders (Folder), at these paths -> all of them, sorted by path, and the number of
-    each one's folder: (N,) int64.
-
-    The images are an array of byte strings, or Files where some lie in tar files.
-    """
-    names = [os.path.join(path, b"") + name for path, folder in zip(paths, folders) for name in folder.names]
-    names = np.array(names)
-    order = np.argsort(names, kind="stable")
-    number = np.repeat(np.arange(len(folders)), [len(folder.names) for folder in folders])
-    tars = sorted({folder.tar for folder in folders if folder.tar})
+def gather(folders):
+    """All images of some folders, {path: Folder} -> an array of their paths, or Files where some lie in tar
+    files."""
+    names = np.array([os.path.join(path, b"") + name for path, folder in folders.items()
+                      for name in folder.names])
+    tars = sorted({folder.tar for folder in folders.values() if folder.tar})
     if not tars:
-        return names[order], number[order]
+        return names
     places = []
-    for folder in folders:
+    for folder in folders.values():
         of_folder = np.full((len(folder.names), 3), -1)
         if folder.tar:
             of_folder[:, 0] = tars.index(folder.tar)
             of_folder[:, 1:] = np.reshape(folder.places, (-1, 2))
         places.append(of_folder)
-    return Files(names[order], np.concatenate(places)[order], tars), number[order]
+    return Files(names, np.concatenate(places), tars)
 
 
 # --- What lies in a tar file ----------------------------------------------------------------------------
@@ -148,17 +133,17 @@ def list_tar(path, why_no_image):
             look = functools.partial(look_into, path, f.fileno(), why_no_image)
             tree, left_out, inner = look(((), 0, size))
             with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-                for found, passed_over, deeper in pool.map(look, inner):
+                for found, passed_over, _ in pool.map(look, inner):
                     tree |= found
                     left_out += passed_over
-                    left_out["tar files deep in others"] += len(deeper)
     except OSError as error:
         raise Refused(f"{shown}: can't be read ({error.strerror})") from None
     return tree, left_out
 
 
 def look_into(path, descriptor, why_no_image, span):
-    """A tar file, or one within it -> its images, {reason: others}, and the spans of the tar files in it
+    """A tar file, or one within it -> its images, {reason: others}, and the spans of the tar files in it: no
+    deeper ones are looked into.
 
     span    its place, and where it starts and ends in the open file: the whole file has the place ()
     """
@@ -170,18 +155,16 @@ def look_into(path, descriptor, why_no_image, span):
     if place:
         where += f", {os.fsdecode(b'/'.join(place))}.tar in it"
     for parts, offset, size, is_file in members(descriptor, start, end, where):
-        if is_file and is_tar(parts[-1]):
-            parts[-1] = as_folder(parts[-1])
-            inner.append((tuple(parts), offset, offset + size))
-            continue
-        reason = why_no_image(parts) if is_file else "links and the like in a tar file"
-        if reason:
-            left_out[reason] += 1
-            continue
         *folders, name = parts
-        folder = tree.setdefault(tuple(folders), Folder([], path, array.array("q")))
-        folder.names.append(name)
-        folder.places.extend((offset, size))
+        reason = why_no_image(parts) if is_file else "links and the like in a tar file"
+        if is_file and not place and is_tar(name):
+            inner.append(((*folders, as_folder(name)), offset, offset + size))
+        elif reason:
+            left_out[reason] += 1
+        else:
+            folder = tree.setdefault(tuple(folders), Folder([], path, array.array("q")))
+            folder.names.append(name)
+            folder.places.extend((offset, size))
     # `tar cf train.tar train` has put all into a folder of the tar file's own name: that is no level.
     stem = place[-1] if place else os.path.basename(as_folder(path))
     around = all(folders[:1] == (stem, ) for folders in (*tree, *(folders for folders, *_ in inner)))
