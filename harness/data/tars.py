@@ -187,7 +187,7 @@ def members(descriptor, start, end, where):
     of the tar file that lies from start to end in an open file. Raises Refused where it is no whole one."""
     at = start
     extended = {}  # what headers before it say of the next member
-    while (block := os.pread(descriptor, BLOCK, at)) != END:
+    while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != END:
         try:
             name, size, kind = parse(block)
             size = int(extended.get(b"size", size))
