@@ -943,7 +943,7 @@ def prepare(args):
     if args.experiment != "simsiam":
         name = f"{name}-{args.experiment}"
     out = args.out or os.path.join("runs", name)
-    data = args.method.open(args.data, args.range, keep=os.path.dirname(os.path.normpath(out)) or ".")
+    data = args.method.open(args.data, args.range)
     train, val, _ = data
     s = settings_for(args, train, world)
     s["content"] = train.fingerprint()

@@ -332,6 +332,16 @@ def odd_files(folder):
     return good | dict.fromkeys(odd_bad_files(folder))
 
 
+def bad_levels(folder, bad=(), count=6):
+    """A Source of image files, image i all of level 10 i; those in `bad` are empty."""
+    paths = [folder / f"{i:03}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.new("L", (8, 8), 10 * i).save(path)
+        if i in bad:
+            path.write_bytes(b"")
+    return Source(files=np.array([os.fsencode(path) for path in paths]))
+
+
 # --- The programs -------------------------------------------------------------------------------------------
 
 TINY = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "
