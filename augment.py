@@ -37,7 +37,6 @@ from harness.common.progress import silence
 from harness.data.images import check_files
 from harness.data.loading import decode
 from harness.data.opening import find_data, open_data
-from harness.data.tars import Joined
 from harness.common.pictures import draw_contact_sheet
 from harness.training.ends import show_any_name
 from harness.training.options import add_range
@@ -516,7 +515,7 @@ def check(data):
     if not files:
         print("no image files: all pixels are in memory, and good")
         return
-    files = Joined(files)
+    files = torch.utils.data.ConcatDataset(files)
     bad = check_files(files, data.train.value_range)
     if bad:
         raise Refused(f"{bad} of {len(files)} image files are bad")
@@ -528,11 +527,11 @@ def main():
     show_any_name()
     try:
         if args.check:
-            check(find_data(args.data, args.range, keep="runs"))
+            check(find_data(args.data, args.range))
             return
         if not args.out.lower().endswith(".png"):
             raise Refused(f"--out {args.out}: name a .png")
-        train, *_ = open_data(args.data, args.range, keep="runs")
+        train, *_ = open_data(args.data, args.range)
         policy = Policy()
         if train.pixels is not None:  # as recipe cifar10 has it
             policy = Policy(size=max(train.pixels.shape[2:]), blur=0)

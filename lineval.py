@@ -41,7 +41,6 @@ from harness.common.pictures import draw_neighbors
 from harness.common.progress import Progress
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
-from harness.data.tars import names_of
 from harness.evaluation.features import BATCH, accuracy, calibrated, check_frozen, check_same_images
 from harness.evaluation.features import extract, good_ones, hits, neighbours, tensor_hashes
 from harness.evaluation.weights import describe_found, find_resnet, load_strictly, read_weights
@@ -671,7 +670,7 @@ def open_all(args):
         raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the drawn "
                       "ones)")
     args.data = None if args.data == "shapes" else args.data or saved.get("data")
-    data = open_data(args.data, args.range or saved.get("range"), keep=beside_the_run(args, saved))
+    data = open_data(args.data, args.range or saved.get("range"))
     if not data.can_judge() and not args.features:
         why = "".join(f"; {note}" for note in data.found.notes)
         raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
@@ -684,17 +683,6 @@ def open_all(args):
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
         backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
     return backbone, data, recipe
-
-
-def beside_the_run(args, saved):
-    """The folder in which pre-training has kept the indexes of tar files: the run folder's parent. saved: the
-    settings in a checkpoint of ours, else empty."""
-    if args.out:
-        return os.path.dirname(os.path.normpath(args.out)) or "."
-    if args.ckpt.startswith("random:"):
-        return "runs"
-    folder = os.path.dirname(args.ckpt)
-    return os.path.dirname(folder) or "." if saved else folder or "."
 
 
 def settings_for(args, backbone, recipe, data, world):
@@ -883,7 +871,7 @@ def save_features(path, train, bank, val=None, queries=None):
             arrays["classes"] = np.array(source.classes)
             arrays[f"{split}_labels"] = source.labels
         if source.files is not None:
-            arrays[f"{split}_files"] = names_of(source.files)
+            arrays[f"{split}_files"] = source.names
     # Through an open file: given a name, numpy would put .npz behind it.
     with replacing(path) as f:
         np.savez(f, **arrays)

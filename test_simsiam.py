@@ -1070,8 +1070,8 @@ def test_every_experiment_trains(tmp_path, small, experiment, recipe):
     for record in epochs[:-1]:
         assert record["lr"] > 0
     torch.manual_seed(0)
-    settings = start["settings"]
-    model = simsiam.SimSiam(**{name: settings[name] for name in inspect.signature(simsiam.SimSiam).parameters})
+    names = inspect.signature(simsiam.SimSiam).parameters
+    model = simsiam.SimSiam(**{name: start["settings"][name] for name in names})
     after = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
     assert after.keys() == model.state_dict().keys()
     for name, w in model.named_parameters():

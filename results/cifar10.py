@@ -25,8 +25,8 @@ from harness.common.errors import Refused
 from harness.data import cifar
 from harness.data.opening import open_data
 from results.pages import cell, page_with, table
-from results.rows import (Kept, Runs, columns, epochs_of, evaluate, last, make_missing, minutes_of,
-                          parser_for, pretrain, records, results_of, run_script, top1_of)
+from results.rows import (Kept, Runs, append, columns, epochs_of, evaluate, last, make_missing,
+                          minutes_of, parser_for, pretrain, records, results_of, run_script, top1_of)
 
 PAGE = "results/cifar10.md"
 README = "README.md"
@@ -58,7 +58,10 @@ ON_A_CPU = {
     "small": Plan(SMALL, 3, "sgd lars cached"),
     "small-decayed-predictor": Plan(f"{SMALL} --pred-lr cosine", 3, "cached"),
 }
-BASE_LRS = {"sgd": (0.3, 1, 3, 10, 30), "lars": (0.1, 0.3, 1, 3, 10, 30)}  # tried on held-out images
+BASE_LRS = {  # tried on held-out images
+    "sgd": (0.3, 1, 3, 10, 30),
+    "lars": (0.1, 0.3, 1, 3, 10, 30),
+}
 IN_README = {  # run: what the README calls it
     "800-epochs": "the same here, 800 epochs: `python simsiam.py CIFAR`, then `lineval.py`",
     "50-epochs": "`50-epochs`: a sixteenth of it, one H200",
@@ -90,7 +93,8 @@ def subset(train, val, n, folder, n_val=None):
 
 def first_of_each_class(source, n):
     """The numbers of n images, as many of each of the ten classes."""
-    return np.sort(np.concatenate([np.flatnonzero(source.labels == k)[:n // 10] for k in range(10)]))
+    of_each = [np.flatnonzero(source.labels == k)[:n // 10] for k in range(10)]
+    return np.sort(np.concatenate(of_each))
 
 
 def hold_out(folder):
@@ -139,8 +143,9 @@ def make_runs(args, deadline):
         pass
     first, *_ = rows
     choose(first, hold_out(data), deadline)
+    lrs = base_lrs(first.name)
     for name, plan in programme.items():
-        make_missing(KEPT, [runs_of(name, plan, data, base_lrs(first.name))], deadline, args.data)
+        make_missing(KEPT, [runs_of(name, plan, data, lrs)], deadline, args.data)
 
 
 def runs_of(name, plan, data, lrs):
@@ -161,7 +166,7 @@ def choose(first, held_out, deadline):
                 words = [held_out, "--ckpt", f"{out}/checkpoint.pth", f"--{protocol}", "--base-lr", f"{lr:g}"]
                 todo.append((words, f"{out}/held-out-{protocol}-{lr:g}", deadline))
     for line in results_of(evaluate, todo):
-        KEPT.add("held-out", line)
+        append(KEPT.path("held-out"), line)
 
 
 def held_out_top1(name, protocol):

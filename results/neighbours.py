@@ -84,7 +84,8 @@ def command_of(data, row, folder):
     script, *options = ROWS[data][row].split(maxsplit=1)
     if data == "shapes":
         return " ".join([script, *options, f"--epochs {EPOCHS_OF_SHAPES} --workers 0"])
-    return " ".join([script, shlex.quote(folder), *options, SMALL, AS_ON_SHAPES[row], "--workers 0"])
+    options += [SMALL, AS_ON_SHAPES[row], "--workers 0"]
+    return " ".join([script, shlex.quote(folder), *options])
 
 
 def name_of(data, row):
@@ -94,8 +95,11 @@ def name_of(data, row):
 
 def commands(folder):
     """{(data, row): its command}; those on CIFAR-10 only where there is a folder."""
-    return {(data, row): command_of(data, row, folder) for data, rows in ROWS.items() for row in rows
-            if data == "shapes" or folder}
+    found = {}
+    for data, rows in ROWS.items():
+        if data == "shapes" or folder:
+            found |= {(data, row): command_of(data, row, folder) for row in rows}
+    return found
 
 
 def folder_of(args):
@@ -109,7 +113,7 @@ def make_runs(args, deadline):
         return
     rows = []
     for (data, row), command in commands(folder_of(args)).items():
-        rows.append(Runs(name_of(data, row), command, tuple(range(SEEDS[data]))))
+        rows.append(Runs(name_of(data, row), command, range(SEEDS[data])))
     make_missing(KEPT, rows, deadline)
 
 
@@ -129,8 +133,10 @@ def rows_table():
     seconds = read_json(SPEED)["seconds"]
     lines = []
     for data, row, runs in measured():
-        lines.append([data, row, *columns(runs), cell([top1_of(run) for run in runs]),
-                      f"{seconds[data][row]:.3f}", max(last(run, "memory_mb") for run in runs), PAPER[row]])
+        linear = cell([top1_of(run) for run in runs])
+        memory = max(last(run, "memory_mb") for run in runs)
+        step = f"{seconds[data][row]:.3f}"
+        lines.append([data, row, *columns(runs), linear, step, memory, PAPER[row]])
     return table(["data", "row", "seeds", "loss", "std x sqrt(d)", "kNN", "cached linear", "s a step", "MiB",
                   "the paper"], lines)
 
@@ -148,15 +154,17 @@ def readme_table():
 
 
 def pages():
-    return page_with(PAGE, [rows_table(), comparison()]) | page_with(README, [readme_table()])
+    tables = [rows_table(), comparison()]
+    return page_with(PAGE, tables) | page_with(README, [readme_table()])
 
 
 def picture():
     """The accuracies of all rows with their spread, a panel for each data set."""
     panels = {data: Panel(title, []) for data, title in TITLES.items()}
     for data, row, runs in measured():
-        accuracies = [[last(run, "knn") for run in runs], [top1_of(run) for run in runs]]
-        panels[data].rows.append((f"{row} ({len(runs)})", accuracies))
+        knn = [last(run, "knn") for run in runs]
+        linear = [top1_of(run) for run in runs]
+        panels[data].rows.append((f"{row} ({len(runs)})", [knn, linear]))
     draw_rows(PICTURE, panels.values(), {"kNN": BLUE, "cached linear": RED})
 
 
@@ -175,15 +183,19 @@ def comparison():
     """Sec. 6.2's rows beside the rows without, on shapes, by pairs of one seed."""
     lines = []
     for row, (without, claim) in CLAIMS.items():
-        mine, theirs = ({seed: top1_of(run) for seed, run in KEPT.of(name_of("shapes", one)).items()}
-                        for one in (row, without))
-        between = difference(mine, theirs)
+        between = difference(linear_of(row), linear_of(without))
         if between:
             told = verdict(claim, between.low, between.high)
             lines.append([row, f"{PAPER[without]} -> {PAPER[row]}", len(between.pairs),
                           f"{between.mean:+.2f}", between.interval(), f"{claim}: {told}"])
     return table(["row", "the paper", "seeds", "cached linear, difference", "95%",
                   "the paper's finding, in kind"], lines)
+
+
+def linear_of(row):
+    """{seed: accuracy} on shapes."""
+    runs = KEPT.of(name_of("shapes", row))
+    return {seed: top1_of(run) for seed, run in runs.items()}
 
 
 def verdict(claim, low, high):
@@ -199,10 +211,11 @@ def measure_speed(folder, rounds=10):
     """The median seconds of a step of each row, the rows in turn, one thread; views and all. To SPEED."""
     device, *_ = join_world(torch.device("cpu"))
     torch.set_num_threads(1)
-    steppers = {key: steps_of(shlex.split(command), device) for key, command in commands(folder).items()}
-    for stepper in steppers.values():
-        next(stepper)  # warms up
-    found = in_turn({key: stepper.__next__ for key, stepper in steppers.items()}, rounds)
+    variants = {}
+    for key, command in commands(folder).items():
+        variants[key] = steps_of(shlex.split(command), device).__next__
+        variants[key]()  # warms up
+    found = in_turn(variants, rounds)
     seconds = {data: {} for data in ROWS}
     for (data, row), its in found.items():
         seconds[data][row] = its

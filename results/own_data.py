@@ -23,8 +23,8 @@ from harness.common.errors import Refused
 from harness.evaluation.features import hits
 from results.cifar10 import open_cifar10, subset
 from results.pages import page_with, table
-from results.rows import (Kept, Runs, evaluate, last, make, minutes_of, parser_for, records, results_of,
-                          run_script, top1_of)
+from results.rows import (Kept, Runs, append, evaluate, last, make, minutes_of, parser_for, records,
+                          results_of, run_script, top1_of)
 from simsiam import knn, l2_normalize
 
 LINES = "results/own-data.jsonl"
@@ -35,11 +35,17 @@ SMALL = ("--recipe cifar10 --width 1/4 --proj-hidden 512 --dim 512 --pred-dim 12
 TEST = 2000
 UNTRAINED = (0, 0, 0)  # batch, lr, steps
 # Images, batch, lr, steps. The order is that of their use: the first rows tell the most.
-WAYS = [(n, *UNTRAINED) for n in (1000, 2000, 5000)] + [
-    (1000, 32, 0.1, 1500), (2000, 32, 0.1, 1500), (2000, 32, 0.1, 500), (2000, 32, 0.1, 4000),
-    (1000, 32, 0.1, 500), (5000, 32, 0.1, 1500), (5000, 32, 0.1, 500),
-    (2000, 64, 0.1, 1500), (2000, 32, 0.05, 1500), (2000, 32, 0.2, 1500),
-    (1000, 32, 0.1, 4000), (5000, 32, 0.1, 4000), (2000, 64, 0.1, 500), (2000, 16, 0.1, 1500),
+WAYS = [
+    (1000, *UNTRAINED), (2000, *UNTRAINED), (5000, *UNTRAINED),
+    (1000, 32, 0.1, 1500), (2000, 32, 0.1, 1500),
+    (2000, 32, 0.1, 500), (2000, 32, 0.1, 4000),
+    (1000, 32, 0.1, 500),
+    (5000, 32, 0.1, 1500), (5000, 32, 0.1, 500),
+    (2000, 64, 0.1, 1500),
+    (2000, 32, 0.05, 1500), (2000, 32, 0.2, 1500),
+    (1000, 32, 0.1, 4000), (5000, 32, 0.1, 4000),
+    (2000, 64, 0.1, 500),
+    (2000, 16, 0.1, 1500),
 ]
 NEIGHBOURS = (1, 5, 10, 20, 40, 80, 200)
 
@@ -55,10 +61,10 @@ def make_runs(args, deadline):
     todo = []
     for n, *way in WAYS:
         if (n, *way) not in done:
-            todo.append((subset(train, val, n, f"{RUNS}/cifar-{n}", TEST), n, *way, deadline))
+            folder = subset(train, val, n, f"{RUNS}/cifar-{n}", TEST)
+            todo.append((folder, n, *way, deadline))
     for record in results_of(judged_run, todo):
-        with open(LINES, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        append(LINES, record)
         print(json.dumps(record), flush=True)
 
 
@@ -67,35 +73,48 @@ def judged_run(folder, n, batch, lr, steps, deadline):
     name = f"{n}-{batch}-{lr}-{steps}"
     features = f"{RUNS}/{name}.npz"
     judging = f"--cached --features {features}"
-    record = {"images": n, "batch": batch, "lr": lr, "asked": steps, "seed": 0, "torch": torch.__version__}
+    record = {"images": n, "batch": batch, "lr": lr, "asked": steps, "seed": 0}
+    record["torch"] = torch.__version__
     if steps == 0:
         words = [folder, "--ckpt", "random:resnet18", "--width", "1/4", *judging.split(), "--workers", "0"]
-        found = evaluate(words, f"{RUNS}/{name}", deadline)
-        return record | {"steps": 0, "epochs": 0, "cached": found["top1"], "knn": knn_of(features)}
+        top1 = evaluate(words, f"{RUNS}/{name}", deadline)["top1"]
+        return record | {"steps": 0, "epochs": 0, "cached": top1, "knn": knn_of(features)}
     epochs = round(steps * batch / (n // batch * batch))
     options = f"{SMALL} --batch {batch} --base-lr {lr * 256 / batch} --epochs {epochs}"
     runs = Runs(name, f"simsiam.py {folder} {options}", (0,), {"cached": judging})
     _, line = make(Kept(None, RUNS), runs, 0, deadline)
     return record | {
-        "steps": epochs * (n // batch), "epochs": epochs, "loss": last(line, "loss"),
-        "rank": last(line, "rank"), "seconds": round(60 * minutes_of(line)), "cached": top1_of(line),
-        "knn": knn_of(features), "command": line["command"],
+        "steps": epochs * (n // batch),
+        "epochs": epochs,
+        "loss": last(line, "loss"),
+        "rank": last(line, "rank"),
+        "seconds": round(60 * minutes_of(line)),
+        "cached": top1_of(line),
+        "knn": knn_of(features),
+        "command": line["command"],
     }
 
 
 def knn_of(path):
     """{k: kNN top-1} of saved features."""
     saved = np.load(path)
-    bank, queries = (l2_normalize(torch.from_numpy(saved[f"{split}_features"])) for split in ("train", "val"))
-    labels, truth = (torch.from_numpy(saved[f"{split}_labels"]) for split in ("train", "val"))
+    bank = l2_normalize(torch.from_numpy(saved["train_features"]))
+    queries = l2_normalize(torch.from_numpy(saved["val_features"]))
+    labels = torch.from_numpy(saved["train_labels"])
+    truth = torch.from_numpy(saved["val_labels"])
     found = {}
     for k in NEIGHBOURS:
-        top1, _ = hits(knn(bank, labels, queries, min(k, len(bank))), truth).tolist()
+        scores = knn(bank, labels, queries, min(k, len(bank)))
+        top1, _ = hits(scores, truth).tolist()
         found[k] = round(100 * top1 / len(truth), 2)
     return found
 
 
 # --- The page -------------------------------------------------------------------------------------
+
+def steps_of(record):
+    return record["steps"]
+
 
 def way_of(record):
     return record["images"], record["batch"], record["lr"], record["asked"]
@@ -118,7 +137,7 @@ def neighbours_table(trained, untrained):
     """Of the untrained network, and of the longest run on as many images."""
     lines = []
     for n, r in sorted(untrained.items()):
-        longest = max((t for t in trained if t["images"] == n), key=lambda t: t["steps"])
+        *_, longest = sorted((t for t in trained if t["images"] == n), key=steps_of)
         for network, found in (("untrained", r), (f"{longest['steps']:,} steps", longest)):
             lines.append([f"{n:,}", network, *(f"{found['knn'][f'{k}']:.1f}" for k in NEIGHBOURS)])
     return table(["images", "network", *(f"k {k}" for k in NEIGHBOURS)], lines)
@@ -128,7 +147,8 @@ def gains_table(trained, untrained):
     """By the steps alone, whatever the number of images."""
     lines = []
     for steps in sorted({r["asked"] for r in trained}):
-        gains = [gain(r, untrained) for r in trained if way_of(r)[1:] == (32, 0.1, steps)]
+        same = [r for r in trained if way_of(r) == (r["images"], 32, 0.1, steps)]
+        gains = [gain(r, untrained) for r in same]
         lines.append([f"{steps:,}", f"{min(gains):+.1f} to {max(gains):+.1f}"])
     return table(["steps, about", "points above the untrained network, batch 32, lr 0.1"], lines)
 
@@ -136,7 +156,7 @@ def gains_table(trained, untrained):
 def pages():
     found = records(LINES)
     untrained = {r["images"]: r for r in found if r["steps"] == 0}
-    trained = sorted((r for r in found if r["steps"]), key=lambda r: (*way_of(r)[:3], r["steps"]))
+    trained = sorted((r for r in found if r["steps"]), key=way_of)
     return page_with(PAGE, [made(trained, untrained) for made in (rows_table, neighbours_table, gains_table)])
 
 

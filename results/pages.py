@@ -81,7 +81,8 @@ def difference(mine, theirs):
     Runs of one seed have the same images, views and first weights of the backbone: what the two have in
     common by chance cancels.
     """
-    pairs = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    seeds = sorted(mine.keys() & theirs.keys())
+    pairs = [mine[seed] - theirs[seed] for seed in seeds]
     if len(pairs) < 2:
         return None
     mean = statistics.mean(pairs)
@@ -150,7 +151,8 @@ def draw_panel(pen, top, panel, measures, half_bar):
         pen.text((x, top + 36), name, colour, font)
         x += pen.textlength(name, font) + 20
     for value in range(low, high + 1, every):
-        pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], GREY if value else "black")
+        colour = GREY if value else "black"
+        pen.line([at(value), top + 2 * ROW - 8, at(value), bottom], colour)
         pen.text((at(value), bottom + 4), f"{value:g}", "black", font, anchor="mt")
     for number, (label, measured) in enumerate(panel.rows):
         y = top + (2 + number) * ROW + 6
@@ -170,9 +172,16 @@ def draw_spread(pen, values, y, colour, half_bar):
         left, right = max(LABELS, mean - half), min(LABELS + AXIS, mean + half)
         pen.line([left, y, right, y], colour, 2)
         if left > mean - half:
-            pen.polygon([(left - 5, y), (left + 2, y - 4), (left + 2, y + 4)], colour)
+            arrowhead(pen, left, y, -1, colour)
         if right < mean + half:
-            pen.polygon([(right + 5, y), (right - 2, y - 4), (right - 2, y + 4)], colour)
+            arrowhead(pen, right, y, 1, colour)
     for value in values:
         pen.ellipse([value - 2, y - 2, value + 2, y + 2], outline=colour)
     pen.line([mean, y - 5, mean, y + 5], colour, 3)
+
+
+def arrowhead(pen, x, y, direction, colour):
+    """direction: 1 to the right, -1 to the left"""
+    behind = x - 2 * direction
+    tip = x + 5 * direction
+    pen.polygon([(tip, y), (behind, y - 4), (behind, y + 4)], colour)

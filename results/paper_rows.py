@@ -28,8 +28,8 @@ import simsiam
 from harness.common.pictures import BLUE, RED
 from harness.training import recipes
 from results.pages import Panel, T95, cell, difference, draw_rows, half_interval, page_with, table
-from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, run_script,
-                          top1_of)
+from results.rows import (Kept, Runs, do, epochs_of, last, make_missing, minutes_of, parser_for, read_json,
+                          run_script, top1_of)
 
 KEPT = Kept("results/paper_rows", "runs/paper_rows")
 PAGE = "results/paper_rows.md"
@@ -253,7 +253,11 @@ def verdict(claim, mine, beside):
 
 def linear_difference(mine, beside):
     """Of the linear accuracies -> Difference, or None."""
-    return difference(*({seed: top1(result) for seed, result in its.items()} for its in (mine, beside)))
+    return difference(accuracies(mine), accuracies(beside))
+
+
+def accuracies(runs):
+    return {seed: top1(result) for seed, result in runs.items()}
 
 
 def paper_top1(name):
@@ -279,7 +283,9 @@ def compared(kept):
         between = linear_difference(mine, beside)
         if between:
             seeds = sorted(mine.keys() & beside.keys())
-            yield name, {s: mine[s] for s in seeds}, {s: beside[s] for s in seeds}, between
+            mine = {seed: mine[seed] for seed in seeds}
+            beside = {seed: beside[seed] for seed in seeds}
+            yield name, mine, beside, between
 
 
 def label(name):
@@ -299,7 +305,8 @@ def claims_table(kept):
         row = ROWS[name]
         seen = f"{between.mean:+.1f} +- {between.error:.1f}{outcomes(mine)}"
         said = f"[{verdict(row.claim, mine, beside)}](paper_rows.md)"
-        lines.append([linked(kept, name, row.words), seen, paper_cell(name), len(between.pairs), said])
+        words = linked(kept, name, row.words)
+        lines.append([words, seen, paper_cell(name), len(between.pairs), said])
     return table(["what the paper says", "difference here", "the paper's", "n", "verdict"], lines)
 
 
@@ -372,8 +379,9 @@ def differences_table(kept):
 
 
 def candidates_table(kept):
-    """The candidates for the setting."""
-    lines = []
+    """The candidates for the setting, and the untrained network."""
+    untrained = f"{read_json(UNTRAINED)['top1']:.1f}"
+    lines = [["untrained, views of 16 pixels", "-", untrained, "-", "-"]]
     for options in CANDIDATES:
         runs = kept.of(name_of_candidate(options))
         if len(runs) > 1:

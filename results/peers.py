@@ -13,6 +13,7 @@ what a worker process does (decode, crop, resize), which is to be compared with 
 and all of it on the CPU. Steps are SimSiam's on the same network: forward of two views, loss, backward, SGD.
 """
 import argparse
+import importlib
 import os
 import sys
 from functools import partial
@@ -53,21 +54,9 @@ MEAN, STD = augment.Policy().mean, augment.Policy().std
 def imported(name):
     """A library, or None where it is not installed."""
     try:
-        if name == "torchvision":
-            name_what_is_missing()
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def name_what_is_missing():
-    """Torchvision of a GPU's torch, beside a torch for CPUs, can't load its compiled part, and then fails for
-    want of two operators' names. Nothing here calls them."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    name_what_is_missing.keeps = library  # else the names go with it
 
 
 def rates(seconds, images):
@@ -115,10 +104,12 @@ def views_elsewhere(size, blur, images):
 def views_of_photos(photos):
     """Two views of each of some photographs, from their files."""
     files = open_data(photos).train.files
-    source = Source(files=files[np.linspace(0, len(files) - 1, PHOTOS).astype(int)])
+    chosen = np.linspace(0, len(files) - 1, PHOTOS).astype(int)
+    source = Source(files=files[chosen])
 
     def ours(part):
-        return partial(do_part, part, source, augment.Policy(), CPU, np.arange(PHOTOS), None)
+        index = np.arange(PHOTOS)
+        return partial(do_part, part, source, augment.Policy(), CPU, index, None)
 
     variants = {
         "ours: a worker's part": ours("decode and cut"),
@@ -133,7 +124,7 @@ def views_of_small_images(cifar):
     """Two views of each image of a batch in memory, without blur."""
     train = open_data(cifar).train
     pixels = train.pixels[:SMALL]
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    pictures = [Image.fromarray(train.image(i).numpy()) for i in range(SMALL)]
     policy = augment.Policy(size=32, blur=0)
     variants = {
         "ours": partial(do_part, "all", train, policy, CPU, np.arange(SMALL), None),
@@ -147,7 +138,7 @@ def views_of_small_images(cifar):
             K.RandomGrayscale(p=0.2),
             K.RandomHorizontalFlip(),
             K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))
-        variants["kornia, in batches"] = lambda: [kornias(pixels.float() / 255) for _ in range(2)]
+        variants["kornia, in batches"] = lambda: (kornias(pixels / 255), kornias(pixels / 255))
     return rates(in_turn(variants, 7), SMALL)
 
 
@@ -164,16 +155,17 @@ def lightlys_step(arch, cifar_stem, batch, size):
     projection = SimSiamProjectionHead(features, 2048, 2048)
     prediction = SimSiamPredictionHead(2048, 512, 2048)
     if cifar_stem:  # two layers, as ours
-        projection.layers = nn.Sequential(*list(projection.layers)[:3], *list(projection.layers)[-2:])
+        layers = list(projection.layers)
+        projection.layers = nn.Sequential(*layers[:3], *layers[-2:])
     parameters = [w for module in (backbone, projection, prediction) for w in module.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4)
     criterion = NegativeCosineSimilarity()
     views = [torch.randn(batch, 3, size, size) for _ in range(2)]
 
     def step():
-        z = [projection(backbone(x).flatten(1)) for x in views]
-        p = [prediction(each) for each in z]
-        L = 0.5 * (criterion(p[0], z[1].detach()) + criterion(p[1], z[0].detach()))
+        z1, z2 = (projection(backbone(x).flatten(1)) for x in views)
+        p1, p2 = prediction(z1), prediction(z2)
+        L = 0.5 * (criterion(p1, z2.detach()) + criterion(p2, z1.detach()))
         optimizer.zero_grad()
         L.backward()
         optimizer.step()
@@ -184,8 +176,8 @@ def lightlys_step(arch, cifar_stem, batch, size):
 def steps():
     """{case: {variant: seconds, and the share of what a large product reaches}}"""
     torch.set_num_threads(THREADS)
-    peak = {amp: matmul_rate(torch.bfloat16 if amp else torch.float32) for amp in (False, True)}
-    out = {"a large product, GFLOP/s": {"float32": round(peak[False]), "bf16": round(peak[True])}}
+    peak = {"float32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}
+    out = {"a large product, GFLOP/s": {name: round(rate) for name, rate in peak.items()}}
     for case, (recipe, batch) in STEPS.items():
         settings = recipes.recipe(recipe, simsiam.SETTINGS)
         variants = {"ours, float32": make_step(settings, batch)}
@@ -198,15 +190,18 @@ def steps():
             variants["ours, float32"]()
         flops = counter.get_total_flops()
         seconds = in_turn(variants, 5)
-        out[case] = {name: {"seconds": round(value, 3),
-                            "share": round(flops / value / 1e9 / peak["bf16" in name], 2)}
-                     for name, value in seconds.items()}
+        out[case] = {}
+        for name, value in seconds.items():
+            large = peak["bf16" if name == "ours, bf16" else "float32"]
+            share = flops / value / 1e9 / large
+            out[case][name] = {"seconds": round(value, 3), "share": round(share, 2)}
     return out
 
 
 def matmul_rate(dtype):
     """GFLOP/s of a product of two matrices of 2048 x 2048."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    a = torch.randn(2048, 2048).to(dtype)
+    b = torch.randn(2048, 2048).to(dtype)
     seconds = in_turn({"product": lambda: a @ b}, 5)["product"]
     return 2 * 2048 ** 3 / seconds / 1e9
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from harness.common.errors import Refused
+from harness.common.files import replacing
 from results.pages import cell, write
 
 
@@ -51,17 +52,19 @@ class Kept:
         return f"{self.folder}/{name}.jsonl"
 
     def of(self, name):
-        """{seed: line}; of a run that was made again the last."""
+        """{seed: line}"""
         return {line["seed"]: line for line in records(self.path(name))}
 
     def add(self, name, line, data=None):
-        """data: where the data lay; a path from the root is nobody's business"""
-        text = json.dumps(line)
+        """A run that was made again takes the place of its last line. data: where the data lay; a path from
+        the root is nobody's business"""
+        lines = self.of(name) | {line["seed"]: line}
+        text = "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines))
         if data is not None and os.path.isabs(data):
             text = text.replace(data, "CIFAR")
         os.makedirs(self.folder, exist_ok=True)
-        with open(self.path(name), "a") as f:
-            f.write(text + "\n")
+        with replacing(self.path(name), "w") as f:
+            f.write(text)
 
     def missing(self, rows):
         """[(Runs, seed)] of those that lack a line, or an evaluation in it; one seed of all rows, then the
@@ -80,6 +83,12 @@ def records(path):
         return []
     with open(path) as f:
         return [json.loads(line) for line in f if line.endswith("}\n")]
+
+
+def append(path, record):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a") as f:
+        f.write(json.dumps(record) + "\n")
 
 
 def read_json(path):
@@ -117,8 +126,10 @@ def top1_of(line, evaluation="cached"):
 
 def columns(runs):
     """Of a row's runs, as cells: how many; of their last epochs the mean loss and std, and kNN."""
-    loss, std = (statistics.mean(last(run, key) for run in runs) for key in ("loss", "std"))
-    return [len(runs), f"{loss:.3f}", f"{std:.2f}", cell([last(run, "knn") for run in runs])]
+    loss = statistics.mean(last(run, "loss") for run in runs)
+    std = statistics.mean(last(run, "std") for run in runs)
+    knn = cell([last(run, "knn") for run in runs])
+    return [len(runs), f"{loss:.3f}", f"{std:.2f}", knn]
 
 
 # --- Making runs ------------------------------------------------------------------------------------------
@@ -128,7 +139,8 @@ def make_missing(kept, rows, deadline, data=None):
     todo = kept.missing(rows)
     for runs, seed in todo:
         print(f"missing: {runs.name}, seed {seed}")
-    for name, line in results_of(make, [(kept, runs, seed, deadline) for runs, seed in todo]):
+    jobs = [(kept, runs, seed, deadline) for runs, seed in todo]
+    for name, line in results_of(make, jobs):
         kept.add(name, line, data)
         print(f"done: {name}, seed {line['seed']}", flush=True)
 
@@ -154,7 +166,8 @@ def pretrain(kept, runs, seed, deadline):
     """The run itself, where it hasn't ended yet."""
     out = f"{kept.scratch}/{runs.name}-{seed}"
     if not os.path.exists(f"{out}/backbone.pth"):
-        do([*shlex.split(runs.command), "--seed", f"{seed}", "--out", out, "--resume", "auto"], deadline)
+        options = ["--seed", f"{seed}", "--out", out, "--resume", "auto"]
+        do(shlex.split(runs.command) + options, deadline)
 
 
 def evaluate(words, out, deadline):

@@ -46,7 +46,8 @@ def evaluations_table():
     lines = []
     for name, backbone in EVALUATIONS.items():
         found = read_json(f"results/{name}.json")
-        lines.append([f"`{name}`", backbone, found["protocol"], f"{found['top1']:.2f}", f"{found['top5']:.2f}"])
+        accuracies = [f"{found['top1']:.2f}", f"{found['top5']:.2f}"]
+        lines.append([f"`{name}`", backbone, found["protocol"], *accuracies])
     return table(["file", "backbone", "protocol", "top-1", "top-5"], lines)
 
 
@@ -54,14 +55,16 @@ def gpu_table():
     """The checks of tests/drills/gpu.py."""
     lines = []
     for name, found in read_json("results/drills/gpu.json").items():
-        lines.append([name, "good" if found["good"] else "**bad**", found["seen"], found["seconds"]])
+        outcome = "good" if found["good"] else "**bad**"
+        lines.append([name, outcome, found["seen"], found["seconds"]])
     return table(["check on an H200", "outcome", "seen", "s"], lines)
 
 
 def drill_table(name):
     """What a drill has measured."""
     found = read_json(f"results/drills/{name}.json")
-    return table([f"`tests/drills/{name}.py`", "what it found"], [[key, shown(value)] for key, value in found.items()])
+    rows = [[key, shown(value)] for key, value in found.items()]
+    return table([f"`tests/drills/{name}.py`", "what it found"], rows)
 
 
 def shown(value):
@@ -72,8 +75,9 @@ def shown(value):
 
 
 def pages():
+    front = [runs_table(), evaluations_table(), gpu_table()]
     drills = [drill_table(name) for name in ("kills", "fuzz", "start_up", "tar")]
-    return page_with(FRONT, [runs_table(), evaluations_table(), gpu_table()]) | page_with(DRILLS, drills)
+    return page_with(FRONT, front) | page_with(DRILLS, drills)
 
 
 if __name__ == "__main__":

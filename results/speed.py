@@ -338,30 +338,7 @@ def steps_that_fit(device, recipe, batch, n):
     return steps(device, recipe, batch // 2, n)
 
 
-# --- kNN, and whole runs --------------------------------------------------------------------------
-
-def imagenet_knn(device):
-    """Seconds and MiB for the kNN of ImageNet: 50,000 validation images against 1,281,167 training images.
-
-    A CPU classifies 208 of them, from which we compute the time for all.
-    """
-    count = 208
-    if device.type == "cuda":
-        count = 50_000
-        torch.cuda.reset_peak_memory_stats()
-    bank = torch.empty(1_281_167, 2048, device=device)
-    for part in bank.split(2 ** 14):
-        part.normal_()
-    labels = torch.arange(len(bank), device=device) % 1000
-    queries = torch.randn(count, 2048, device=device)
-    seconds = seconds_of(lambda: simsiam.knn(bank, labels, queries), device)
-    return {
-        "queries": count,
-        "seconds for 50,000": round(seconds * 50_000 / count, 1),
-        "MiB": peak_memory(device),
-        "of these, the bank": bank.nbytes >> 20,
-    }
-
+# --- Whole runs -----------------------------------------------------------------------------------
 
 def run_of(cifar, *options):
     """A whole run: its time by the clock and by its log; on a GPU, the time of lineval.py too.
@@ -412,7 +389,6 @@ def parts_for(photos, cifar, device):
     for recipe, batch, n in STEPS[device.type]:
         parts[f"step of {recipe}"] = partial(steps_that_fit, device, recipe, batch, n)
     return parts | {
-        "knn": partial(imagenet_knn, device),
         "run": partial(run_of, data, *options),
         "in memory": partial(bench, small, augment.Policy(size=32, blur=0), device),
         "photos": partial(bench, large, augment.Policy(), device),
@@ -483,8 +459,6 @@ def section(found):
     runs = [part for name, part in found.items() if name.startswith("run")]
     if runs:
         out += ["**Whole runs**:", table_of(runs)]
-    if "knn" in found:
-        out += ["**kNN at ImageNet's size**, 1,281,167 training images:", table_of([found["knn"]])]
     return out
 
 

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 # The first imports our programs. The second is what an optimiser's first step imports, in two seconds.
 CONTEXT.set_forkserver_preload(["tests.helpers", "torch._dynamo"])
-HANGS = 300  # seconds after which a child that has not ended hangs; no test measures time by it
+HANGS = 600  # seconds after which a child that has not ended hangs; no test measures time by it
 
 
 def can_run(command):
@@ -119,9 +119,8 @@ class Child:
 
     def kill(self):
         """kill -9 it and the processes that it has started."""
+        self.process.kill()
         with contextlib.suppress(ProcessLookupError):
-            if self.poll() is None:
-                os.kill(self.pid, signal.SIGKILL)
             os.killpg(self.pid, signal.SIGKILL)
 
 

@@ -3,7 +3,6 @@ import contextlib
 import ctypes
 import itertools
 import json
-import math
 import os
 import pathlib
 import pickle
@@ -211,20 +210,8 @@ def crafted_checkpoints(whole):
         crafted[f"no {key}"] = without(key, whole)
         for kind, value in {"None": None, "a word": "x", "a list": [], "a tensor": torch.zeros(3)}.items():
             crafted[f"{key} is {kind}"] = whole | {key: value}
-    beyond = {"epoch": 10 ** 9, "step": -1, "sums": [0.0, math.nan], "seconds": math.inf}
-    for key, value in beyond.items():
-        crafted[f"{key} is {value}"] = whole | {key: value}
-    crafted["step is half a step"] = whole | {"step": 0.5}
-    state = whole["optimizer"]["state"]
-    momentum = state[0]["momentum_buffer"]
-    of_the_first_weight = {
-        "one number": {"momentum_buffer": torch.zeros(1)},
-        "NaN": {"momentum_buffer": torch.full_like(momentum, math.nan)},
-        "another name": {"exp_avg": momentum},
-    }
-    for what, kept in of_the_first_weight.items():
-        optimizer = whole["optimizer"] | {"state": state | {0: kept}}
-        crafted[f"momentum of {what}"] = whole | {"optimizer": optimizer}
+    crafted["epoch is too large"] = whole | {"epoch": 10 ** 9}
+    crafted["step is negative"] = whole | {"step": -1}
     for key in ("seed", "size", "width", "mean", "recipe"):
         crafted[f"{key} in the settings is a list"] = whole | {"settings": whole["settings"] | {key: [1]}}
     crafted["odd keys in the settings"] = whole | {"settings": whole["settings"] | {5: 6, "\x1b[2J": 7}}
@@ -344,6 +331,16 @@ def odd_files(folder):
     folder.mkdir(parents=True)
     good = odd_good_files(folder)
     return good | dict.fromkeys(odd_bad_files(folder))
+
+
+def bad_levels(folder, bad=(), count=6):
+    """A Source of image files, image i all of level 10 i; those in `bad` are empty."""
+    paths = [folder / f"{i:03}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.new("L", (8, 8), 10 * i).save(path)
+        if i in bad:
+            path.write_bytes(b"")
+    return Source(files=np.array([os.fsencode(path) for path in paths]))
 
 
 # --- The programs -------------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ def test_crop_falls_back_to_the_centre():
     whole_area = augment.Policy(area=(1.0, 1.0))  # which no box of an admissible aspect has
     tall = boxes(500, 120, 50, whole_area)
     assert set(zip(*tall[:4])) == {(170, 0, 160, 120)}
+    wide = boxes(120, 500, 50, whole_area)
+    assert set(zip(*wide[:4])) == {(0, 170, 120, 160)}
 
 
 N_COLOURS = 40_000
@@ -414,7 +416,7 @@ def the_same(a, b):
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kind, request):
-    """All views of two epochs against the same from two workers, from two processes, after an interruption."""
+    """All views of two epochs against the same from two workers and two processes, and after a break."""
     source, _, _ = opening.open_data(request.getfixturevalue(kind))
     steps = len(source) // 8
     whole = first_views(source)

@@ -128,12 +128,6 @@ def test_words_are_numbers():
     assert vocabulary.numbers(["dog " * 1000]).shape == (1, 256)
 
 
-def test_an_inverted_range_is_refused(tmp_path):
-    """As for any other data."""
-    with pytest.raises(Refused, match="--range 5 1: two finite numbers, the lower one first"):
-        opening.open_captions(listed(tmp_path, "a.png\tone\nb b.png\ttwo\n"), [5, 1])
-
-
 def test_a_vocabulary_of_other_words_is_refused():
     """What a checkpoint keeps against what the captions give."""
     vocabulary = captions.Vocabulary(["a dog"])

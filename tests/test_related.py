@@ -168,7 +168,7 @@ def test_experiments_hold_the_papers_settings_and_results(experiment):
 
 
 def test_a_small_recipe_keeps_its_own_lr_in_a_row_of_imagenets_recipes():
-    """BYOL's recipes by length are for LARS on ImageNet; what makes the row stays. The start block says so."""
+    """BYOL's recipes by length are for LARS on ImageNet; what makes the row stays. The run says so."""
     row = settings_of_row("fn2-byol-tau-0", "cifar10")
     kept = {key: row[key] for key in ("base_lr", "weight_decay", "tau", "tau_rises", "pred_lr_times")}
     own = recipes.recipe("cifar10", related.BYOL.SETTINGS)
@@ -652,21 +652,21 @@ def test_prototypes_are_frozen_in_the_first_epoch():
     assert close(after.predictor.prototypes.weight, expected)
 
 
-@pytest.mark.parametrize("name, step, more, module, expected", [
+@pytest.mark.parametrize("name, step, more, module, share", [
     ("swav", 2, dict(pred_lr="cosine"), "encoder", 3 / 6),
     ("swav", 18, dict(lr_end=0.001), "encoder", 0.001 + 0.999 / 2),
     ("swav", 30, dict(lr_end=0.001), "encoder", 0.001),
     ("byol", 18, {}, "encoder", 1 / 2),
     ("byol", 18, dict(pred_lr="cosine", pred_lr_times=10), "predictor", 10 / 2),
     ("byol", 18, dict(pred_lr="constant", pred_lr_times=10), "predictor", 10)])
-def test_the_lr_warms_up_falls_to_its_end_and_is_another_for_the_predictor(name, step, more, module, expected):
+def test_the_lr_warms_up_falls_to_its_end_and_is_another_for_the_predictor(name, step, more, module, share):
     """Against closed forms at steps of 30, of which 6 warm up: SwAV's last lr; BYOL's predictor at ten times
     the lr, constant or not."""
     method = method_of(name, epochs=10, warmup=2, **more)
     optimizer = method.optimizer()
     method.set_lr(optimizer, step)
     lrs = {group["module"]: group["lr"] for group in optimizer.param_groups}
-    assert close(lrs[module], LR * expected)
+    assert close(lrs[module], LR * share)
 
 
 @pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
@@ -741,9 +741,9 @@ def test_clips_text_is_the_mean_of_known_words():
 
 
 def test_clips_figures_are_shares_of_the_right_ones():
-    """Against loops in numpy, on 10 validation images with classes."""
+    """Against loops in numpy, on 48 images with classes."""
     method = method_of("clip")
-    _, val, _ = method.data
+    val, *_ = method.data
     policy = augment.Policy(size=16)
 
     def test_views(source, batches):
@@ -752,7 +752,7 @@ def test_clips_figures_are_shares_of_the_right_ones():
     encoder = method.model.encoder.eval()
     job = types.SimpleNamespace(val=val, train=None, device=CPU, test_views=test_views)
     found = method.measure(encoder, job)
-    _, x = next(test_views(val, [(0, np.arange(10))]))
+    _, x = next(test_views(val, [(0, np.arange(48))]))
     image, = arrays(encoder(x))
     text = text_vectors(method, val.captions)
     names = text_vectors(method, [f"a {name}" for name in val.classes])
@@ -764,7 +764,9 @@ def test_clips_figures_are_shares_of_the_right_ones():
         hits["image_to_text"] += val.captions[nearest_text] == caption
         hits["text_to_image"] += val.captions[nearest_image] == caption
         hits["zero_shot"] += nearest_name == val.labels[i]
-    assert found == {figure: 10 * count for figure, count in hits.items()}
+    for figure, count in hits.items():
+        assert count > 0
+        assert close(found[figure], 100 * count / 48), figure
 
 
 def test_an_equal_caption_is_as_good_as_ones_own():

@@ -24,7 +24,8 @@ def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
         Image.fromarray(photo).save(tmp_path / f"{k}.png")
     source, _, _ = opening.open_data(tmp_path)
     index = np.arange(len(photos))
-    levels = augment.Policy(size=96, mean=(0,) * 3, std=(1 / 255,) * 3)
+    std = (1 / 255,) * 3
+    levels = augment.Policy(size=96, mean=(0,) * 3, std=std)
     batches = [(epoch, index)]
     (_, ours), = augment.load_views(source, levels, 3, batches, CPU, 0)
     by_pillow = speed.views_by_pillow(source, levels, 3, epoch, index)
@@ -57,4 +58,5 @@ def test_the_benchmark_measures_every_part_of_files(large):
 @slow
 def test_the_benchmark_measures_every_part_in_memory():
     """The parts, of images that are held in memory."""
-    check_bench(shapes.draw_shapes(0, 0, 16), augment.Policy(size=32, blur=0), PARTS)
+    source = shapes.draw_shapes(0, 0, 16)
+    check_bench(source, augment.Policy(size=32, blur=0), PARTS)

@@ -92,8 +92,8 @@ def check_sums(data):
 
 
 # --- Knowing them again ---------------------------------------------------------------------------------
-# A picture that lies among somebody's images must not be taken for one of them. So each has a mark in its
-# file, and is looked for under these names anywhere, and under any name in the folder that is DATA.
+# A picture of ours that lies among somebody's images must not be taken for one of them: it has one of these
+# names, and a mark in its file.
 
 OURS = (b"views.png", b"curves.png", b"neighbors.png")
 MARK = "drawn by SimSiam, the reference"
@@ -105,12 +105,6 @@ def save_picture(image, path):
     mark.add_text("Software", MARK)
     with replacing(path) as f:
         image.save(f, "png", pnginfo=mark)
-
-
-def is_ours(path):
-    """Whether a file of one of our names (path: bytes) is a picture of ours: of a run, perhaps of a version
-    that set no mark, or with the mark."""
-    return os.path.exists(os.path.join(os.path.dirname(path), b"log.jsonl")) or has_mark(path)
 
 
 def has_mark(path):

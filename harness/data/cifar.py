@@ -24,60 +24,72 @@ class Layout(NamedTuple):
     """How a CIFAR lies in a folder."""
     name: str
     form: str           # binary or Python
-    signs: set          # names that show it
+    signs: tuple        # files that show it
     batches: tuple      # of the training and of the test images: the files, without .bin
-    read: object        # (path, layout) -> data (N, 3072) uint8, labels (N,)
-    classes: object     # folder -> names of the classes
     labels: bytes = b"labels"  # Python: the key of the labels
     skip: int = 0       # binary: bytes before an image's label
 
-    def fits(self, path, names):
-        """Whether a folder with these names (bytes) in it is one."""
-        return self.signs <= names and all(os.path.isfile(os.path.join(path, sign)) for sign in self.signs)
+
+LAYOUTS = [
+    Layout("CIFAR-10", "binary", ("data_batch_1.bin", ), TEN),
+    Layout("CIFAR-10", "Python", ("data_batch_1", ), TEN),
+    Layout("CIFAR-100", "binary", ("train.bin", "test.bin"), HUNDRED, skip=1),
+    Layout("CIFAR-100", "Python", ("train", "test", "meta"), HUNDRED, labels=b"fine_labels"),
+]
+# The folders that the archives unpack to.
+FOLDERS = (b"cifar-10-batches-py", b"cifar-10-batches-bin", b"cifar-100-python", b"cifar-100-binary")
 
 
-def read_split(split):
-    """A found.Split of CIFAR -> Source of (N, 3, 32, 32) pixels.
+def layout_of(folder):
+    """The layout of CIFAR that a folder has, or None."""
+    for layout in LAYOUTS:
+        if all(os.path.isfile(os.path.join(os.fsdecode(folder), sign)) for sign in layout.signs):
+            return layout
+    return None
+
+
+def read(folder, layout):
+    """The training and the validation images of a folder -> two Sources of (N, 3, 32, 32) pixels.
 
     Raises Refused, naming the file, where one isn't as it must be.
     """
-    layout = split.layout
-    classes = layout.classes(split.where)
+    folder = os.fsdecode(folder)
+    classes = CLASSES if layout.name == "CIFAR-10" else hundred_classes(folder)
+    return [read_split(folder, layout, batches, classes) for batches in layout.batches]
+
+
+def read_split(folder, layout, batches, classes):
+    """One split -> Source"""
     pixels = []
     labels = []
-    for name in split.batches:  # CIFAR-10's training images come in five files
-        path = os.path.join(split.where, name)
+    for name in batches:  # CIFAR-10's training images come in five files
+        path = os.path.join(folder, name)
         try:
-            data, numbers = layout.read(path, layout)
-            check_batch(data, numbers, len(classes))
+            data, numbers = read_batch(path, layout)
         except Exception as error:  # a damaged pickle can raise anything
             problem = f"not a batch of {layout.name} ({type(error).__name__}: {error})"
             raise Refused(f"{path}: {problem}; unpack the archive again") from None
+        fits = data.dtype == np.uint8 and data.shape == (len(numbers), 3072) and len(data) > 0
+        if not fits or numbers.min() < 0 or numbers.max() >= len(classes):
+            problem = f"not a batch of {layout.name} ({data.dtype} {data.shape}, {len(numbers)} labels)"
+            raise Refused(f"{path}: {problem}; unpack the archive again")
         pixels.append(data)
-        labels.append(np.asarray(numbers, np.int64))
+        labels.append(numbers)
     pixels = torch.from_numpy(np.concatenate(pixels).reshape(-1, 3, 32, 32))
-    return Source(pixels=pixels, labels=np.concatenate(labels), classes=classes)
+    return Source(pixels=pixels, labels=np.concatenate(labels), classes=classes, where=folder)
 
 
-def check_batch(data, labels, classes):
-    """Raise ValueError unless data is (N, 3072) uint8 and labels are N numbers below `classes`, N > 0."""
-    if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
-        raise ValueError(f"data {data.dtype} {data.shape} for {len(labels)} labels")
-    if len(data) == 0 or not {*labels} <= {*range(classes)}:
-        raise ValueError(f"{len(data)} images, labels other than 0 to {classes - 1}")
+def read_batch(path, layout):
+    """A file -> data (N, 3072), labels (N,) int64
 
-
-def read_bin(path, layout):
-    """The binary layout: for each image its label, a byte, and 3072 bytes of pixels. CIFAR-100 has the number
-    of a coarser class before it."""
-    records = np.fromfile(path + ".bin", np.uint8).reshape(-1, layout.skip + 3073)
-    return records[:, layout.skip + 1:], records[:, layout.skip]
-
-
-def read_py(path, layout):
-    """The Python layout: a pickled dict."""
+    The binary layout has for each image its label, a byte, and 3072 bytes of pixels; CIFAR-100 has the number
+    of a coarser class before it. The Python layout is a pickled dict.
+    """
+    if layout.form == "binary":
+        records = np.fromfile(path + ".bin", np.uint8).reshape(-1, layout.skip + 3073)
+        return records[:, layout.skip + 1:], records[:, layout.skip].astype(np.int64)
     batch = unpickle(path)
-    return batch[b"data"], batch[layout.labels]
+    return np.asarray(batch[b"data"]), np.array(batch[layout.labels], np.int64)
 
 
 def unpickle(path):
@@ -86,13 +98,9 @@ def unpickle(path):
         return CifarUnpickler(f, encoding="bytes").load()
 
 
-def ten_classes(folder):
-    """CIFAR-10's"""
-    return CLASSES
-
-
 def hundred_classes(folder):
-    """CIFAR-100's, from the file beside the images; numbers where that is missing or damaged."""
+    """The names of CIFAR-100's classes, from the file beside the images; numbers where that is missing or
+    damaged."""
     text = os.path.join(folder, "fine_label_names.txt")
     try:
         if os.path.exists(text):
@@ -104,17 +112,6 @@ def hundred_classes(folder):
     except Exception:  # a damaged pickle can raise anything
         names = []
     return names if len(names) == 100 else [str(k) for k in range(100)]
-
-
-LAYOUTS = [
-    Layout("CIFAR-10", "binary", {b"data_batch_1.bin"}, TEN, read_bin, ten_classes),
-    Layout("CIFAR-10", "Python", {b"data_batch_1"}, TEN, read_py, ten_classes),
-    Layout("CIFAR-100", "binary", {b"train.bin", b"test.bin"}, HUNDRED, read_bin, hundred_classes, skip=1),
-    Layout("CIFAR-100", "Python", {b"train", b"test", b"meta"}, HUNDRED, read_py, hundred_classes,
-           labels=b"fine_labels"),
-]
-# The folders that the archives unpack to.
-FOLDERS = (b"cifar-10-batches-py", b"cifar-10-batches-bin", b"cifar-100-python", b"cifar-100-binary")
 
 
 class CifarUnpickler(pickle.Unpickler):

@@ -77,7 +77,8 @@ def as_source(images, captions, start):
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)             # (N, 3, side, side)
     pixels = pixels.contiguous()
     labels = np.arange(start, start + len(images)) % len(OBJECTS)
-    return Source(pixels=pixels, labels=labels, classes=list(OBJECTS), captions=captions)
+    return Source(pixels=pixels, labels=labels, classes=list(OBJECTS), captions=captions,
+                  where="this program")
 
 
 def draw_images(seed, index, side=32):

@@ -9,7 +9,7 @@ import torch
 from ..common.errors import BadImage, printable
 from ..common.progress import warn
 from .images import read_or_replace
-from .tars import names_of
+from .tars import Files
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Source:
                 share. The reference counts of a list of Python strings would make each worker copy it
     labels      (N,) int64 array, or None
     classes     list of names, or None
+    where       the folder or the file that they come from
     captions    list of texts, one an image, or None
     value_range (low, high), which become 0 to 255 where a file has more than 8 bits; or None
     bad         {index: what is wrong with that file}, of the files that were met so far
@@ -30,12 +31,18 @@ class Source:
     files: object = None
     labels: object = None
     classes: object = None
+    where: str = ""
     captions: object = None
     value_range: object = None
     bad: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.files if self.pixels is None else self.pixels)
+
+    @property
+    def names(self):
+        """The paths of the files: (N,) array of byte strings"""
+        return self.files.names if isinstance(self.files, Files) else self.files
 
     def image(self, i):
         """The i-th image as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
@@ -80,9 +87,8 @@ class Source:
         if self.pixels is not None:
             parts = [self.pixels.numpy()]
         else:
-            names = names_of(self.files)
-            above = len(os.path.commonprefix([min(names), max(names)]))
-            parts = [b"\n".join(name[above:] for name in names)]
+            above = len(os.path.commonprefix([min(self.names), max(self.names)]))
+            parts = [b"\n".join(name[above:] for name in self.names)]
         if self.labels is not None:
             parts.append(np.ascontiguousarray(self.labels, np.int64))
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)

@@ -8,12 +8,15 @@ same words.
 import collections
 import os
 import re
+from typing import NamedTuple
 
 import numpy as np
 
 from ..common.errors import Refused, printable
 from .lists import read_lines
-from .walk import REASONS, Found, Split, as_files, suffix_of
+from .source import Source
+from .tars import gather
+from .walk import REASONS, suffix_of
 
 # Names of splits, in lower case, with what people put behind them: train2017, training_set, val_images. A
 # folder called test/ stands in where there is no val/.
@@ -28,178 +31,206 @@ BESIDE = {"labels", "masks", "mask", "annotations", "segmentation", "segmentatio
 DEPTH = 6  # so many folders deep, splits are searched for
 
 
+class Split(NamedTuple):
+    """The images of a split. A place is one of walk.Listing's."""
+    place: tuple
+    labels: dict              # {place of images: the number of their class, or an array; -1: not in the split}
+    classes: object = None    # list of names, or None: then numbers say nothing
+    labels_from: bytes = b""  # the text file that says the classes
+
+
+class Unusable(Exception):
+    """Why a validation split can't be used."""
+
+
+def find_splits(listing):
+    """What lies below a folder (walk.Listing) -> training Source, validation Source or None, {reason: files
+    left out}, notes
+
+    Raises Refused where several folders could be the training split.
+    """
+    parent = parent_of_splits(listing)
+    val = None
+    if parent is None:
+        train, notes = without_splits(listing)
+    else:
+        train, notes = training_split(listing, parent)
+        val, more = validation_split(listing, parent, train.classes)
+        notes += more
+        if not val and not more and train.classes:
+            notes.append("no validation split (val/ with images)")
+        if parent:
+            notes.insert(0, f"the splits were found in {shown(*parent)}/")
+    splits = [train, val] if val else [train]
+    left_out = listing.left_out + others(listing.tree, splits)
+    if val and val.labels_from:
+        left_out[suffix_of(val.labels_from)] -= 1
+    sources = [source_of(listing, split) for split in splits]
+    return sources[0], sources[1] if val else None, left_out, notes
+
+
+def shown(*place):
+    """A place, for people."""
+    return os.fsdecode(b"/".join(place))
+
+
 def matching(pattern, names):
     """Those of some names (bytes) that are written like this. The shortest, the plain name, comes first."""
     fitting = [name for name in names if pattern.fullmatch(os.fsdecode(name).lower())]
     return sorted(fitting, key=lambda name: (len(name), name))
 
 
-def below(images, folder):
-    """Those images that lie in a folder, at any depth. images: paths (bytes)."""
-    inside = os.path.join(folder, b"")  # "/" stays one slash
-    return [image for image in images if image.startswith(inside)]
-
-
-def place_of(image, root):
-    """The folders that an image lies in, from the root on: a list of names (bytes)."""
-    return image[len(root):].strip(b"/").split(b"/")[:-1]
-
-
 # --- Where the splits are -------------------------------------------------------------------------------
 
-def folder_with_splits(root, images):
-    """The folder that has a training split in it, with images below: the root, or else one that is deeper ->
-    its path, or None.
+def parent_of_splits(listing):
+    """The place that has a training split in it, with images below: the root, or else one that is deeper;
+    None where there is none.
 
-    Raises Refused where several folders have one: which is meant, only the user knows.
+    Raises Refused where several have one: which is meant, only the user knows.
     """
     parents = set()
-    for place in {tuple(place_of(image, root)[:DEPTH]) for image in images}:
-        for depth, name in enumerate(place):
-            if TRAIN.fullmatch(os.fsdecode(name).lower()):
-                parents.add(b"/".join(place[:depth]))
+    for place in listing.tree:
+        for depth, name in enumerate(place[:DEPTH]):
+            if matching(TRAIN, [name]):
+                parents.add(place[:depth])
                 break
-    if b"" in parents:
-        return root
+    if () in parents:
+        return ()
     if len(parents) > 1:
-        shown = ", ".join(sorted(os.fsdecode(parent) for parent in parents))
-        raise Refused(f"{os.fsdecode(root)}: several folders in it have a training split: {shown}; name one "
-                      "of them")
-    return os.path.join(root, parents.pop()) if parents else None
+        names = ", ".join(sorted(shown(*parent) for parent in parents))
+        raise Refused(f"{os.fsdecode(listing.root)}: several folders in it have a training split: {names}; "
+                      "name one of them")
+    return parents.pop() if parents else None
 
 
-def without_splits(root, listing):
-    """All images at any depth, without labels -> Found. listing: of the root, a walk.Listing
+def holding_place(listing, place):
+    """Where in a place the images or the classes lie: the place itself, or the folder images/ in it."""
+    names = {name: os.fsdecode(name).lower() for name in listing.names(place)}
+    holding = [name for name, lower in names.items() if lower in IMAGES]
+    if len(holding) == 1 and set(names.values()) - IMAGES <= BESIDE:
+        return holding_place(listing, (*place, holding[0]))
+    return place
 
-    Of a folder with images/ beside masks/, only the images.
+
+def without_splits(listing):
+    """All images at any depth, without labels -> Split, notes. Of a folder with images/ beside masks/, only
+    the images."""
+    place = holding_place(listing, ())
+    notes = []
+    if names := ", ".join(map(shown, candidates(listing.names(place)))):
+        notes.append(f"no train/ there: the images in {names}/ are trained on too")
+    return unlabelled(listing, place), notes
+
+
+def training_split(listing, parent):
+    """The images of train/, and its classes where there are two or more -> Split, notes
+
+    An image outside the class folders has no class, and is left out. Raises Refused where two folders could
+    be the training split.
     """
-    folder, by_class, direct = classes_in(root, listing.images)
-    files = sorted(direct + [image for its_images in by_class.values() for image in its_images])
-    splits = [os.fsdecode(name) for pattern in VAL for name in matching(pattern, by_class)]
-    notes = ()
-    if splits:
-        notes = (f"no train/ there: the images in {', '.join(splits)}/ are trained on too", )
-    left_out = listing.left_out + others(root, listing.images, files)
-    return Found("", Split(os.fsdecode(folder), as_files(files)), None, left_out, notes)
+    beside = listing.names(parent)
+    name, *more = matching(TRAIN, beside)
+    if more and name.lower() not in (b"train", b"training"):
+        names = ", ".join(map(shown, [name, *more]))
+        raise Refused(f"{os.fsdecode(listing.path(parent))}: several training splits: {names}; name one of "
+                      "them")
+    place = holding_place(listing, (*parent, name))
+    classes = sorted(map(os.fsdecode, listing.names(place)))
+    if len(classes) > 1:
+        return by_class(listing, place, classes), []
+    notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
+    if len(beside) > 1 and not candidates(beside):
+        notes.append(f"{shown(name)}/ is taken for the training split: the images beside it are left out")
+    return unlabelled(listing, place), notes
 
 
-def with_splits(root, folder, listing):
-    """The training split of a folder, and what can be used of a validation split -> Found
-
-    root        what the user has named; listing is of all of it
-    folder      what folder_with_splits has found there
-    Raises Refused where two folders could be the training split.
-    """
-    places = [place_of(image, folder) for image in below(listing.images, folder)]
-    names = {place[0] for place in places if place}  # of the folders in it that have images
-    train_name, *more = matching(TRAIN, names)
-    if more and train_name.lower() not in (b"train", b"training"):
-        shown = ", ".join(map(os.fsdecode, [train_name, *more]))
-        raise Refused(f"{os.fsdecode(folder)}: several training splits: {shown}; name one of them")
-    train, notes = training_split(os.path.join(folder, train_name), listing.images)
-    val, read = None, {}
-    candidates = [name for pattern in VAL for name in matching(pattern, names)]
-    if candidates:
-        shown = f"{os.fsdecode(candidates[0])}/"
-        val, problem, read = validation_split(folder, candidates[0], listing.images, train.classes)
-        if problem:
-            notes.append(f"{shown} is not used: {problem}")
-        elif candidates[0] != b"val":
-            notes.append(f"{shown} is taken for the validation split")
-    elif train.classes:
-        notes.append("no validation split (val/ with images)")
-    elif len(names) > 1:
-        notes.append(f"{os.fsdecode(train_name)}/ is taken for the training split: the images beside it are "
-                     "left out")
-    used = [*train.files.tolist(), *(val.files.tolist() if val else ())]
-    left_out = listing.left_out + others(root, listing.images, used)
-    left_out.subtract(read)  # the file with the labels was used
-    return Found("", train, val, left_out, tuple(notes))
+def unlabelled(listing, place):
+    """All images at and below a place -> Split"""
+    return Split(place, dict.fromkeys(listing.inside(place), 0))
 
 
-def others(root, images, used):
+def by_class(listing, place, classes):
+    """The images in the class folders of a place -> Split"""
+    number = {os.fsencode(name): k for k, name in enumerate(classes)}
+    labels = {inside: number[inside[len(place)]] for inside in listing.inside(place) if inside != place}
+    return Split(place, labels, classes)
+
+
+def source_of(listing, split):
+    """The images of a split, sorted by path -> Source"""
+    labels = np.concatenate([of_each(listing.tree[place], label) for place, label in split.labels.items()])
+    source = Source(
+        files=gather({listing.path(place): listing.tree[place] for place in split.labels}),
+        labels=labels if split.classes else None,
+        classes=split.classes,
+        where=os.fsdecode(listing.path(split.place)))
+    used = np.flatnonzero(labels >= 0)
+    return source.only(used[np.argsort(source.names[used], kind="stable")])
+
+
+def of_each(folder, label):
+    """The labels of a folder's images: one for all, or an array"""
+    return np.broadcast_to(label, len(folder.names))
+
+
+def others(tree, splits):
     """The images that are in no split, counted by where they lie -> Counter
 
     Two folders deep, or one where that would be more than a line can hold.
     """
-    used = set(used)
-    places = [place_of(image, root) for image in images if image not in used]
+    unused = collections.Counter({place: len(folder.names) for place, folder in tree.items()})
+    for split in splits:
+        for place, label in split.labels.items():
+            unused[place] -= int((of_each(tree[place], label) >= 0).sum())
     for depth in (2, 1):
-        counted = collections.Counter(os.fsdecode(b"/".join(place[:depth])) for place in places)
+        counted = collections.Counter()
+        for place, n in (+unused).items():
+            counted[shown(*place[:depth])] += n
         if len(counted) <= REASONS // 2:
             break
     return collections.Counter({f"images in {name}/" if name else "images beside them": n
                                 for name, n in counted.items()})
 
 
-# --- What is in them ------------------------------------------------------------------------------------
+# --- Validation -----------------------------------------------------------------------------------------
 
-def training_split(folder, images):
-    """The images of train/, and its classes where there are two or more -> Split, notes
+def candidates(names):
+    """Those of some names that a validation split can have, the best first."""
+    return [name for pattern in VAL for name in matching(pattern, names)]
 
-    An image outside the class folders has no class, and is left out.
+
+def validation_split(listing, parent, classes):
+    """The images of val/ that have labels -> Split or None, notes
+
+    classes     of the training split: a class that it lacks would be one of which nothing was learned
     """
-    folder, by_class, direct = classes_in(folder, images)
-    where = os.fsdecode(folder)
-    classes = sorted(os.fsdecode(name) for name in by_class)
-    if len(classes) > 1:
-        return labelled(where, pairs_of(by_class, classes), classes), []
-    files = sorted(direct + [image for its_images in by_class.values() for image in its_images])
-    notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
-    return Split(where, as_files(files)), notes
+    names = candidates(listing.names(parent))
+    if not names:
+        return None, []
+    try:
+        split = labelled_split(listing, parent, names[0], classes)
+    except Unusable as problem:
+        return None, [f"{shown(names[0])}/ is not used: {problem}"]
+    if names[0] == b"val":
+        return split, []
+    return split, [f"{shown(names[0])}/ is taken for the validation split"]
 
 
-def pairs_of(by_class, classes):
-    """{name of a class: its images} -> [(image, number of its class)], sorted by image"""
-    number = {os.fsencode(name): k for k, name in enumerate(classes)}
-    return sorted((image, number[name]) for name in by_class for image in by_class[name])
-
-
-def labelled(where, pairs, classes):
-    """[(image, label)] -> Split"""
-    files, labels = zip(*pairs)
-    return Split(where, as_files(files), np.array(labels), classes)
-
-
-def classes_in(folder, images):
-    """What lies in a split's folder: the folder itself, or the folder images/ in it; {name: images} of the
-    folders in it that have images; the images that lie in it directly."""
-    by_class, direct = {}, []
-    for image in below(images, folder):
-        name, slash, _ = image[len(os.path.join(folder, b"")):].partition(b"/")
-        if slash:
-            by_class.setdefault(name, []).append(image)
-        else:
-            direct.append(image)
-    holding = [name for name in by_class if os.fsdecode(name).lower() in IMAGES]
-    rest = {os.fsdecode(name).lower() for name in by_class if name not in holding}
-    if len(holding) == 1 and rest <= BESIDE:
-        return classes_in(os.path.join(folder, holding[0]), images)
-    return folder, by_class, direct
-
-
-def validation_split(parent, name, images, classes):
-    """The images of val/ that have labels.
-
-    parent, name    the folder that the splits lie in, and the split's name there
-    classes         of the training split: a class that it lacks would be one of which nothing was learned
-    Returns Split or None, why it can't be used, and {suffix: files whose labels are used}.
-    """
+def labelled_split(listing, parent, name, classes):
+    """The images in the class folders of a validation split, or those that a text file has labels of -> Split.
+    Raises Unusable."""
     if classes is None:
-        return None, "the training images have no labels", {}
-    folder, by_class, direct = classes_in(os.path.join(parent, name), images)
-    read = {}
-    if by_class:
-        unknown = sorted(by_class.keys() - {os.fsencode(name) for name in classes})
-        if unknown:
-            return None, f"{os.fsdecode(unknown[0])} is no class of the training split", {}
-        pairs = pairs_of(by_class, classes)
-    else:
-        pairs, problem, path = labels_beside(parent, folder, name, direct, classes)
-        if problem:
-            return None, problem, {}
-        read = {suffix_of(path): 1}
-    return labelled(os.fsdecode(folder), pairs, classes), None, read
+        raise Unusable("the training images have no labels")
+    place = holding_place(listing, (*parent, name))
+    names = listing.names(place)
+    unknown = sorted(names - set(map(os.fsencode, classes)))
+    if unknown:
+        raise Unusable(f"{shown(unknown[0])} is no class of the training split")
+    if names:
+        return by_class(listing, place, classes)
+    path = label_file(listing, parent, name, place)
+    labels = read_labels(path, listing.tree[place].names, classes)
+    return Split(place, {place: labels}, classes, path)
 
 
 # --- Labels of a flat validation folder, from a text file beside it ---------------------------------------
@@ -208,36 +239,33 @@ def validation_split(parent, name, images, classes):
 # one of the training folders, or its number as sorted, from 0 on. Whatever could be meant in two ways is not
 # guessed: a wrong label would only show as a low accuracy.
 
-def labels_beside(parent, folder, split, images, classes):
-    """The labels of these images in a folder -> [(image, label)] sorted, why there are none, and the file
-    that was read.
-
-    parent      the folder that the split lies in; the text file is there, or in the split, or between them
-    split       the split's name, by which the file is called: val.txt, test.txt
-    """
-    names = [split + b".txt", split + b"_annotations.txt", b"val_annotations.txt"]
-    if re.search(b"^(ilsvrc.*_)?val", split.lower()):
+def label_file(listing, parent, name, place):
+    """The text file with the labels of a split of this name, whose images lie at a place: in the split, beside
+    it, or between -> its path. Raises Unusable where there is none."""
+    names = [name + b".txt", name + b"_annotations.txt", b"val_annotations.txt"]
+    if re.search(b"^(ilsvrc.*_)?val", name.lower()):
         names.append(b"val.txt")
-    places = dict.fromkeys([folder, os.path.dirname(folder), parent])
-    paths = [os.path.join(place, name) for place in places for name in names]
-    path = next((path for path in paths if os.path.isfile(path)), None)
-    if path is None:
-        return [], f"it has no class folders, and there is no {os.fsdecode(split)}.txt with labels", None
-    shown = os.fsdecode(os.path.basename(path))
-    by_name = {os.path.basename(image): image for image in images}
-    said = {}
-    for line in read_lines(path):
-        name, label = name_and_class(line, by_name)
-        if name in by_name:
-            said[name] = label
+    for folder in (place, place[:-1], parent):
+        for name_of_file in names:
+            path = os.path.join(listing.path(folder), name_of_file)
+            if os.path.isfile(path):
+                return path
+    raise Unusable(f"it has no class folders, and there is no {shown(name)}.txt with labels")
+
+
+def read_labels(path, images, classes):
+    """A file with labels -> the number of the class of each of these images (names), or -1. Raises Unusable."""
+    text = shown(os.path.basename(path))
+    known = set(images)
+    said = dict(name_and_class(line, known) for line in read_lines(path))
+    said.pop(None, None)
     if not said:
-        return [], f"{shown} names none of its images", path
+        raise Unusable(f"{text} names none of its images")
     numbers = numbers_of(set(said.values()), classes)
     if numbers is None:
-        problem = (f"the classes in {shown} are neither names of the training folders nor numbers from 0 to "
-                   f"{len(classes) - 1} (numbers count only if a 0 is among them, and no folder is a number)")
-        return [], problem, path
-    return sorted((by_name[name], numbers[label]) for name, label in said.items()), None, path
+        raise Unusable(f"the classes in {text} are neither names of the training folders nor numbers from 0 to "
+                       f"{len(classes) - 1} (numbers count only if a 0 is among them, and no folder is a number)")
+    return np.array([numbers[said[name]] if name in said else -1 for name in images])
 
 
 def name_and_class(line, known):

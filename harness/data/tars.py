@@ -2,82 +2,69 @@
 
 A million small files are a burden for the disks that many machines share; a tar file is one file. A member
 is called as if the tar file were a folder of its name: train.tar has train/<class>/<file>. A tar file in a
-tar file is a folder too, as in ILSVRC2012_img_train.tar, which has one for each class.
-
-To know where the members lie, all of a tar file's headers are read once. This index is kept in a file, and is
-good for as long as the tar file's size and time stay as they were.
+tar file is a folder too: ILSVRC2012_img_train.tar has one for each class. All headers are read at the start,
+to know where the images lie.
 """
 import array
 import collections
-import contextlib
-import hashlib
+import concurrent.futures
+import functools
 import os
-import tarfile
-import time
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 from ..common.errors import Refused
-from ..common.files import replacing
 from ..common.progress import warn
 
 SUFFIX = b".tar"
-BLOCK = 512       # bytes, of which a tar file is made up
-DEPTH = 3         # so many tar files in each other are looked into
-VERSION = 1       # of the files with an index
-LINES = 10        # seconds between two lines of progress
-LONGEST = 4096    # letters of a path
-COMPRESSED = {  # by the first bytes
-    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+MOST_OPEN = 64         # tar files at a time; systems allow a process some thousand files, or 256
+READERS = 8            # threads that read headers: they mostly wait for the disk
+LARGE = 10 * 2 ** 30   # bytes; of a larger tar file the start says that it takes long
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-class Archive(NamedTuple):
-    """A tar file, as it was when its index was made."""
-    path: bytes
-    size: int
-    modified: int  # time, in nanoseconds
+class Folder(NamedTuple):
+    """The images that lie directly in a folder, on the disk or in a tar file."""
+    names: list            # bytes
+    tar: object = None     # the tar file's path: bytes
+    places: object = None  # in a tar file: array of where an image begins, its bytes, where the next begins, ...
 
 
-class Index(NamedTuple):
-    """Where the images of a tar file lie."""
-    archive: Archive
-    names: object    # (N,) byte strings, sorted: as paths, as if the tar file were a folder
-    offset: object   # (N,) int64, where an image begins in the tar file
-    size: object     # (N,) int64, in bytes
-    left_out: dict   # {reason: how many members that are no images}
-
+# --- Images by number -----------------------------------------------------------------------------------
 
 class Member(bytes):
-    """An image in a tar file. The bytes are its path, as if the tar file were a folder."""
+    """An image in a tar file. The bytes are its path, as if the tar file were a folder. place: the tar file,
+    where the image begins in it, and its bytes."""
 
     def content(self):
-        """All bytes of it. Raises Refused where the tar file has changed, or can't be read."""
-        shown = os.fsdecode(self.archive.path)
+        """All bytes of it. Raises Refused where the tar file can't be read: the image isn't bad then."""
+        tar, offset, size = self.place
         try:
-            descriptor = opened(self.archive.path)
-            if of_now(self.archive.path, os.fstat(descriptor)) != self.archive:
-                raise Refused(f"{shown}: has changed since its index was made; start again")
-            return os.pread(descriptor, self.size, self.offset)
-        except OSError as error:  # it is not this image that is bad
-            raise Refused(f"{shown}: can't be read ({error.strerror})") from None
+            return os.pread(opened(tar).fileno(), size, offset)
+        except OSError as error:
+            raise Refused(f"{os.fsdecode(tar)}: can't be read ({error.strerror})") from None
+
+
+@functools.lru_cache(MOST_OPEN)
+def opened(path):
+    """A tar file, open. Reading by offset needs no position, so processes may share it."""
+    return open(path, "rb", buffering=0)
 
 
 class Files:
-    """In the place of an array of paths: files, some of which lie in tar files. Like such an array, it is a
+    """Takes the place of an array of paths, where some images lie in tar files. Like such an array, it is a
     few large buffers, which worker processes share.
 
     names       (N,) byte strings
-    archive     (N,) int64: the number of the tar file among `archives`, or -1 for a file of its own
-    offset, size    (N,) int64, of those in tar files
+    places      (N, 3) int64: the number of the tar file in `tars`, or -1; where the image begins; its bytes
     """
 
-    def __init__(self, names, archive, offset, size, archives):
+    def __init__(self, names, places, tars):
         self.names = names
-        self.archive = archive
-        self.offset = offset
-        self.size = size
-        self.archives = archives
+        self.places = places
+        self.tars = tars
 
     def __len__(self):
         return len(self.names)
@@ -85,79 +72,34 @@ class Files:
     def __getitem__(self, i):
         """One path, or a Member; for an array of indices, these Files."""
         if not isinstance(i, (int, np.integer)):
-            return Files(self.names[i], self.archive[i], self.offset[i], self.size[i], self.archives)
-        if self.archive[i] < 0:
+            return Files(self.names[i], self.places[i], self.tars)
+        number, offset, size = self.places[i].tolist()
+        if number < 0:
             return self.names[i]
         member = Member(self.names[i])
-        member.archive = self.archives[self.archive[i]]
-        member.offset = int(self.offset[i])
-        member.size = int(self.size[i])
+        member.place = self.tars[number], offset, size
         return member
 
 
-class Joined:
-    """Several such sequences, one after the other."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __len__(self):
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, i):
-        for part in self.parts:
-            if i < len(part):
-                return part[i]
-            i -= len(part)
-        raise IndexError
-
-
-def names_of(files):
-    """The paths of files, in an array."""
-    return files.names if isinstance(files, Files) else files
-
-
-def locate(names, indexes):
-    """An array of paths, some of which are members of these tar files -> Files; the array itself, where there
-    is no tar file."""
-    if not indexes:
+def gather(folders):
+    """All images of some folders, {path: Folder} -> an array of their paths, or Files where some lie in tar
+    files."""
+    names = np.array([os.path.join(path, b"") + name for path, folder in folders.items()
+                      for name in folder.names])
+    tars = sorted({folder.tar for folder in folders.values() if folder.tar})
+    if not tars:
         return names
-    number = np.full(len(names), -1)
-    offset = np.zeros(len(names), np.int64)
-    size = np.zeros(len(names), np.int64)
-    for k, index in enumerate(indexes):
-        place = np.searchsorted(index.names, names).clip(max=max(0, len(index.names) - 1))
-        found = np.flatnonzero(index.names[place] == names) if len(index.names) else []
-        number[found] = k
-        offset[found] = index.offset[place[found]]
-        size[found] = index.size[place[found]]
-    return Files(names, number, offset, size, [index.archive for index in indexes])
+    places = []
+    for folder in folders.values():
+        of_folder = np.full((len(folder.names), 3), -1)
+        if folder.tar:
+            of_folder[:, 0] = tars.index(folder.tar)
+            of_folder[:, 1:] = np.reshape(folder.places, (-1, 2))
+        places.append(of_folder)
+    return Files(names, np.concatenate(places), tars)
 
 
-# --- Reading --------------------------------------------------------------------------------------------
-
-MOST_OPEN = 64  # tar files at a time; systems allow a process some thousand descriptors, or 256
-descriptors = collections.OrderedDict()  # {path: descriptor}, the one that was used last at the end
-
-
-def opened(path):
-    """The descriptor of a tar file. To read by offset needs no position, so that processes may share it."""
-    if path in descriptors:
-        descriptors.move_to_end(path)
-        return descriptors[path]
-    descriptors[path] = os.open(path, os.O_RDONLY)
-    if len(descriptors) > MOST_OPEN:
-        _, oldest = descriptors.popitem(last=False)
-        os.close(oldest)
-    return descriptors[path]
-
-
-def of_now(path, status):
-    """A tar file as it is -> Archive"""
-    return Archive(path, status.st_size, status.st_mtime_ns)
-
-
-# --- The index ------------------------------------------------------------------------------------------
+# --- What lies in a tar file ----------------------------------------------------------------------------
 
 def is_tar(name):
     """Whether a name (bytes) is that of a tar file; checkpoint.pth.tar is none, by an old custom."""
@@ -170,183 +112,126 @@ def as_folder(path):
     return path[:-len(SUFFIX)]
 
 
-def index_of(path, keep, is_wanted, rules=""):
-    """The index of a tar file, from the folder `keep` if it lies there, else made and kept there -> Index
+def list_tar(path, why_no_image):
+    """A tar file -> its images, {place: Folder}, and {reason: members that are no images}
 
-    keep        a folder, or None
-    is_wanted   (path in the tar file) -> None for an image, else the reason why it is none
-    rules       what is_wanted goes by, in words: a kept index of other rules is made again
-    Raises Refused where it can't be read, is no tar file, compressed, or damaged.
+    A place is a tuple of names, from the folder on that the tar file is in the place of.
+    why_no_image    [folders and file] that a member's name is made of -> the reason, or None
+    Raises Refused where it can't be read, is compressed, damaged, or no tar file.
     """
     shown = os.fsdecode(path)
     try:
-        status = os.stat(path)
-        archive = of_now(path, status)
-        sign = hashlib.sha256(repr((VERSION, rules, archive[1:], status.st_ctime_ns)).encode()).hexdigest()
-        kept = keep and os.path.join(keep, name_of_index(path))
-        index = kept and read_index(kept, archive, sign)
-        if not index:
-            with open(path, "rb") as f:
-                index = Scan(f, archive, is_wanted).index()
-            # Of several processes only one writes; a folder that can't be written to is no reason to end.
-            if kept and os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(Refused, OSError):
-                    write_index(kept, index, sign)
+        with open(path, "rb") as f:
+            size = os.path.getsize(path)
+            if size > LARGE and os.environ.get("LOCAL_RANK", "0") == "0":
+                warn(f"{shown}: finding the images in it, which takes minutes on a slow disk")
+            beginning = f.read(8)
+            for signature, what in COMPRESSED.items():
+                if beginning.startswith(signature):
+                    raise Refused(f"{shown}: compressed ({what}), so no image can be read by its place; "
+                                  "decompress it, or unpack it")
+            look = functools.partial(look_into, path, f.fileno(), why_no_image)
+            tree, left_out, inner = look(((), 0, size))
+            with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+                for found, passed_over, _ in pool.map(look, inner):
+                    tree |= found
+                    left_out += passed_over
     except OSError as error:
         raise Refused(f"{shown}: can't be read ({error.strerror})") from None
-    folder = as_folder(path) + b"/"
-    return index._replace(names=np.char.add(folder, index.names) if len(index.names) else index.names)
+    return tree, left_out
 
 
-def name_of_index(path):
-    """The file for a tar file's index: by its name, and where it lies."""
-    place = hashlib.sha256(os.path.realpath(path)).hexdigest()[:12]
-    return f"index-of-{os.path.basename(os.fsdecode(path))}-{place}.npz"
+def look_into(path, descriptor, why_no_image, span):
+    """A tar file, or one within it -> its images, {reason: others}, and the spans of the tar files in it: no
+    deeper ones are looked into.
+
+    span    its place, and where it starts and ends in the open file: the whole file has the place ()
+    """
+    place, start, end = span
+    tree = {}
+    left_out = collections.Counter()
+    inner = []
+    where = os.fsdecode(path)
+    if place:
+        where += f", {os.fsdecode(b'/'.join(place))}.tar in it"
+    for parts, offset, size, is_file in members(descriptor, start, end, where):
+        *folders, name = parts
+        reason = why_no_image(parts) if is_file else "links and the like in a tar file"
+        if is_file and not place and is_tar(name):
+            inner.append(((*folders, as_folder(name)), offset, offset + size))
+        elif reason:
+            left_out[reason] += 1
+        else:
+            folder = tree.setdefault(tuple(folders), Folder([], path, array.array("q")))
+            folder.names.append(name)
+            folder.places.extend((offset, size))
+    # `tar cf train.tar train` has put all into a folder of the tar file's own name: that is no level.
+    stem = place[-1] if place else os.path.basename(as_folder(path))
+    around = all(folders[:1] == (stem, ) for folders in (*tree, *(folders for folders, *_ in inner)))
+    tree = {place + folders[around:]: folder for folders, folder in tree.items()}
+    return tree, left_out, [(place + folders[around:], *rest) for folders, *rest in inner]
 
 
-def write_index(kept, index, sign):
-    """The index into a file; names without the folder."""
-    os.makedirs(os.path.dirname(kept) or ".", exist_ok=True)
-    reasons = list(index.left_out)
-    with replacing(kept) as f:
-        np.savez(f, sign=sign, names=index.names, offset=index.offset, size=index.size,
-                 reasons=np.array(reasons, str), counts=np.array([index.left_out[r] for r in reasons], int))
+# --- The format (POSIX pax, with GNU's long names) --------------------------------------------------------
+
+BLOCK = 512  # bytes, of which a tar file is made up
+END = bytes(BLOCK)
+PLAIN = (b"0", b"\0", b"7")  # kinds of members: files
+WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+FOLDER, PAX, LONG_NAME, OF_ALL, LONG_LINK = b"5", b"x", b"L", b"g", b"K"
+RECORD = re.compile(rb"^\d+ (path|size|GNU\.sparse\.[^=]+)=(.*)$", re.MULTILINE)  # of a pax header
 
 
-def read_index(kept, archive, sign):
-    """The index in a file -> Index; None where there is none, or it is another tar file's, or damaged."""
-    try:
-        with np.load(kept) as found:
-            if found["sign"] != sign:
-                return None
-            left_out = dict(zip(found["reasons"].tolist(), found["counts"].tolist()))
-            names, offset, size = found["names"], found["offset"], found["size"]
-    except Exception:  # a damaged file can raise anything
-        return None
-    sound = names.dtype.kind == "S" and offset.shape == size.shape == names.shape
-    return Index(archive, names, offset, size, left_out) if sound else None
-
-
-class Scan:
-    """The reading of all headers of a tar file, which is open. It says how far it is."""
-
-    def __init__(self, f, archive, is_wanted):
-        self.f = f
-        self.archive = archive
-        self.is_wanted = is_wanted
-        self.shown = os.fsdecode(archive.path)
-        self.left_out = collections.Counter()
-        self.members = 0
-        self.told = time.monotonic()
-
-    def index(self):
-        """-> Index, the names without the folder. Raises Refused."""
-        beginning = self.f.read(8)
-        for signature, what in COMPRESSED.items():
-            if beginning.startswith(signature):
-                raise Refused(f"{self.shown}: compressed ({what}), so that no image can be read by its "
-                              "place; decompress it, or unpack it")
-        stem = os.path.basename(as_folder(self.archive.path))
-        found, places = self.images(0, self.archive.size, b"", stem)
-        names = np.array(found, bytes)
-        order = np.argsort(names, kind="stable")
-        names = names[order]
-        counts = np.append(names[1:] != names[:-1], True)[:len(names)]  # of two of a name, the last
-        offset, size = np.array(places, np.int64).reshape(-1, 2)[order][counts].T
-        return Index(self.archive, names[counts], offset.copy(), size.copy(), dict(self.left_out))
-
-    def images(self, start, end, folder, stem, depth=0):
-        """The images of the tar file that lies from start to end: a list of names, and an array of offset and
-        size of each in turn. (A million tuples would take half a gigabyte, in the worker processes too.)
-
-        folder, stem    the folder in whose place it is, and that folder's own name
-        Names are in `folder`. Members that are tar files are looked into. Raises Refused where one is
-        damaged: where it doesn't end with a block of zeros, for one.
-        """
-        where = f"{self.shown}, {os.fsdecode(folder)}.tar in it" if folder else self.shown
-        names = []
-        places = array.array("q")
+def members(descriptor, start, end, where):
+    """Yield ([folders and file], offset, size, whether it is a plain file) of each member, but for folders,
+    of the tar file that lies from start to end in an open file. Raises Refused where it is no whole one."""
+    at = start
+    extended = {}  # what headers before it say of the next member
+    while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != END:
         try:
-            for member in self.headers(start, end):
-                name = os.path.join(folder, clean(member.name))
-                inner = as_folder(name)
-                reason = reason_of(member) or (None if is_tar(name) else self.is_wanted(name))
-                if reason:
-                    self.left_out[reason] += 1
-                elif not is_tar(name):
-                    names.append(name)
-                    places.extend((member.offset_data, member.size))
-                elif depth + 1 < DEPTH:
-                    first, end_of_it = member.offset_data, member.offset_data + member.size
-                    theirs = self.images(first, end_of_it, inner, os.path.basename(inner), depth + 1)
-                    names += theirs[0]
-                    places += theirs[1]
-                else:
-                    self.left_out["tar files deep in others"] += 1
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            problem = f"{where}: no whole tar file ({error})"
-            raise Refused(f"{problem}: damaged, or cut off; copy it again") from None
-        return lifted(names, folder, stem), places
-
-    def headers(self, start, end):
-        """Yield the members of the tar file that lies from start to end, but for folders. Raises
-        tarfile.ReadError, and ValueError for headers that nobody writes."""
-        self.f.seek(start)
-        tar = tarfile.open(fileobj=self.f, mode="r:")
-        before = start
-        while True:
-            member = tar.next()
-            if member is None:
-                break
-            tar.members.clear()  # it would keep them all
-            if member.size < 0 or not before <= member.offset_data <= tar.offset <= end:
-                place = member.offset_data - start
-                raise tarfile.ReadError(f"a member at byte {place} goes on behind its end")
-            before = tar.offset
-            self.members += 1
-            self.tell(tar.offset)
-            if not member.isdir():
-                yield member
-        self.f.seek(tar.offset)
-        if self.f.read(BLOCK) != bytes(BLOCK) or tar.offset + BLOCK > end:
-            raise tarfile.ReadError(f"no end mark at byte {tar.offset - start} of {end - start}")
-        left = end - tar.offset - BLOCK
-        while left > 0:
-            block = self.f.read(min(left, 2 ** 20))
-            if not block or block.strip(b"\0"):
-                raise tarfile.ReadError("something behind its end mark, perhaps another tar file: tar -A "
-                                        "joins them, cat does not")
-            left -= len(block)
-
-    def tell(self, position):
-        """A line, every so many seconds, from one process of a machine."""
-        if self.members % 1000 == 0 and time.monotonic() - self.told > LINES:
-            self.told = time.monotonic()
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                share = position / self.archive.size
-                warn(f"{self.shown}: index of {self.members:,} members, {share:.0%} of the file")
+            name, size, kind = parse(block)
+            size = int(extended.get(b"size", size))
+            if size < 0:
+                raise ValueError
+        except ValueError:
+            raise Refused(f"{where}: no whole tar file (no header at byte {at - start}): damaged, or cut off; "
+                          "copy it again") from None
+        offset = at + BLOCK
+        at = offset if kind in WITHOUT_CONTENT else offset + -(-size // BLOCK) * BLOCK
+        if at + BLOCK > end:
+            raise Refused(f"{where}: no whole tar file (a member goes on behind its end): cut off; copy it "
+                          "again")
+        if kind == PAX:
+            extended = dict(RECORD.findall(os.pread(descriptor, size, offset)))
+        elif kind == LONG_NAME:
+            extended = {b"path": os.pread(descriptor, size, offset).rstrip(b"\0")}
+        elif kind not in (OF_ALL, LONG_LINK):
+            name = extended.pop(b"path", name)
+            extended.pop(b"size", None)
+            parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+            if parts and kind != FOLDER and not name.endswith(b"/"):
+                yield parts, offset, size, kind in PLAIN and not extended  # what is left is of a sparse file
+            extended = {}
 
 
-def lifted(names, folder, stem):
-    """The names without a folder of the tar file's own name, if all are in it: `tar cf train.tar train`
-    makes one."""
-    around = os.path.join(folder, stem, b"")
-    if not all(name.startswith(around) for name in names):
-        return names
-    return [os.path.join(folder, name[len(around):]) for name in names]
+def parse(block):
+    """A header -> the member's name, size and kind. Raises ValueError where it is none."""
+    total = sum(block) - sum(block[148:156]) + 8 * ord(" ")  # the checksum counts itself as blanks
+    if len(block) != BLOCK or number(block[148:156]) != total:
+        raise ValueError
+    name = text(block[:100])
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = text(block[345:500]) + b"/" + name
+    return name, number(block[124:136]), block[156:157]
 
 
-def clean(name):
-    """A member's name as bytes, without "./" and the like."""
-    return b"/".join(part for part in os.fsencode(name).split(b"/") if part not in (b"", b"."))
+def text(field):
+    """A field of a header up to its end."""
+    return field.partition(b"\0")[0]
 
 
-def reason_of(member):
-    """Why a member can't be an image, by its kind; None for a file."""
-    if member.islnk() or member.issym():
-        return "links in a tar file"
-    if not member.isreg() or member.issparse():
-        return "members of a tar file that are no plain files"
-    if ".." in member.name.split("/") or len(member.name) > LONGEST:
-        return "members of a tar file whose names no folder can have"
-    return None
+def number(field):
+    """A number in a header: octal digits, or GNU's bytes for large ones."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(text(field).strip() or b"0", 8)

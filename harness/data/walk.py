@@ -1,4 +1,4 @@
-"""What lies at DATA, as a value; which files below a folder are its images, and why the others are none.
+"""The files below a folder, as a tree; which of them are images, and why the others are none.
 
 Systems and tools leave files behind, hidden ones and others, and so do our own programs: none of them is
 data. Every file that is passed over is counted, with the reason.
@@ -7,12 +7,10 @@ import collections
 import os
 from typing import NamedTuple
 
-import numpy as np
-
 from ..common.errors import Refused, printable
-from ..common.files import OURS, has_mark, is_ours
-from .images import SUFFIXES, is_image
-from .tars import as_folder, index_of, is_tar
+from ..common.files import OURS, has_mark
+from .images import is_image
+from .tars import Folder, as_folder, is_tar, list_tar
 
 # Beside all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
 # into folders, in lower case.
@@ -21,30 +19,126 @@ SYSTEMS = {
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
     "lost+found", "@eadir", "#recycle", "#snapshot", "__pycache__",
 }
-
-FEW = 10_000  # pictures in DATA itself, up to which each is searched for our mark
-
 REASONS = 12  # shown; the others are added up
 
 
-class Split(NamedTuple):
-    """The images of a split, not read yet."""
-    where: str              # the folder or the file that they come from
-    files: object = None    # (N,) array of byte strings
-    labels: object = None   # (N,) int64, or None where there are none
-    classes: object = None  # list of names, or None
-    batches: tuple = ()     # of CIFAR: the files that hold the images
-    layout: object = None   # of CIFAR: how they are read, a cifar.Layout
+class Listing(NamedTuple):
+    """What lies below a folder. A place is a tuple of names (bytes), from the folder on."""
+    root: bytes
+    tree: dict     # {place: tars.Folder} of all folders that images lie in directly
+    left_out: collections.Counter  # {reason: files}
+
+    def inside(self, place):
+        """The places at and below a place."""
+        return [other for other in self.tree if other[:len(place)] == place]
+
+    def names(self, place):
+        """The names of the folders in a place that have images below."""
+        return {other[len(place)] for other in self.inside(place) if other != place}
+
+    def path(self, place):
+        """Where a place is on the disk."""
+        return os.path.join(self.root, *place)
 
 
-class Found(NamedTuple):
-    """What lies at DATA."""
-    layout: str             # a row of layouts.LAYOUTS, in words
-    train: Split
-    val: object = None      # Split, or None
-    left_out: dict = {}     # {reason: how many files}
-    notes: tuple = ()       # what else has to be said: of val/, of classes, of where the images were found
-    tars: tuple = ()        # tars.Index of each tar file that images lie in
+def walk(root):
+    """All files below a folder (its path: bytes), at any depth, and in tar files there -> Listing
+
+    Links to folders are followed, but never into a folder that they lie in, nor from one link into another:
+    links across class folders could lead round in any order. Of a hidden folder nothing is looked at: it
+    counts as one file. Raises Refused where a folder can't be listed.
+    """
+    tree = {}
+    left_out = collections.Counter()
+    waiting = [((), frozenset(), False)]  # place, identities of the folders above, whether a link led there
+    while waiting:
+        place, above, linked = waiting.pop()
+        folder = os.path.join(root, *place)
+        above |= {identity(folder)}
+        images = []
+        folders = set()
+        for entry in entries(folder):
+            if is_left_behind(entry.name):
+                left_out["hidden or a system's"] += 1
+            elif is_folder(entry):
+                folders.add(entry.name)
+                is_link = entry.is_symlink()
+                if is_link and (linked or identity(entry.path) in above):
+                    left_out["links that lead back, or on to links"] += 1
+                else:
+                    waiting.append(((*place, entry.name), above, linked or is_link))
+            elif not entry.is_symlink() and not entry.is_file():
+                left_out["pipes, sockets or devices"] += 1  # opening a pipe can take for ever
+            elif is_tar(entry.name) and os.path.isfile(entry.path):
+                name = as_folder(entry.name)
+                if name in folders:
+                    raise Refused(f"{os.fsdecode(entry.path)}: {os.fsdecode(as_folder(entry.path))}/ is there "
+                                  "too, perhaps unpacked from it; move one of them away")
+                folders.add(name)
+                found, passed_over = list_tar(entry.path, why_no_image)
+                tree |= {(*place, name, *inside): its_images for inside, its_images in found.items()}
+                left_out += passed_over
+            elif not is_image(entry.name):
+                left_out[suffix_of(entry.name)] += 1
+            elif entry.name in OURS and has_mark(entry.path):
+                left_out["pictures that our programs drew"] += 1
+            else:
+                images.append(entry.name)
+        if images:
+            tree[place] = Folder(images)
+    return Listing(root, tree, left_out)
+
+
+def walk_tar(path):
+    """A tar file, as the folder in whose place it is -> Listing"""
+    return Listing(as_folder(path), *list_tar(path, why_no_image))
+
+
+def entries(folder):
+    """A folder's entries, by name. Raises Refused where it can't be listed: what is in it would be missing
+    without a word."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise Refused(f"{os.fsdecode(folder)}: can't be listed ({error.strerror}); give yourself the right "
+                      "to read it, or move it away") from None
+
+
+def identity(folder):
+    """What a folder is known by, whichever way leads to it."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry):
+    """Whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def is_left_behind(name):
+    """Whether a name (bytes) is a hidden one, or one that a system has made for itself."""
+    name = os.fsdecode(name)
+    return name.startswith(".") or name.lower() in SYSTEMS
+
+
+def why_no_image(parts):
+    """Why a member of a tar file, [folders and file], is no image; None where it is one."""
+    if any(map(is_left_behind, parts)):
+        return "hidden or a system's"
+    if is_image(parts[-1]):
+        return None
+    suffix = suffix_of(parts[-1])
+    return ".txt in a tar file, where labels are not read: they must lie beside it" if suffix == ".txt" else suffix
+
+
+def suffix_of(name):
+    """The end of a file's name, as the reason why it is no image."""
+    _, suffix = os.path.splitext(os.fsdecode(name).lower())
+    return suffix or "without a suffix"
 
 
 def describe(left_out):
@@ -62,133 +156,3 @@ def describe(left_out):
         shown.append(f"{rest} others")
     total = sum(reasons.values())
     return f"{total} file{'s' if total > 1 else ''}: {', '.join(shown)}"
-
-
-# --- Walking ------------------------------------------------------------------------------------------------
-
-class Listing(NamedTuple):
-    """The files below a folder: those that are used, and how many are not."""
-    images: list   # paths (bytes), sorted
-    left_out: collections.Counter  # {reason: files}
-    tars: list     # tars.Index of each tar file, whose images are among `images`
-
-
-def is_left_behind(name):
-    """Whether a name (bytes) is a hidden one, or one that a system has made for itself."""
-    name = os.fsdecode(name)
-    return name.startswith(".") or name.lower() in SYSTEMS
-
-
-def entries(folder):
-    """A folder's entries, by name. Raises Refused where it can't be listed: what is in it would be missing
-    without a word."""
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise Refused(f"{os.fsdecode(folder)}: can't be listed ({error.strerror}); give yourself the right "
-                      "to read it, or move it away") from None
-
-
-def is_folder(entry):
-    """Whether an entry is a folder, or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def walk(root, keep=None):
-    """All files below a folder, at any depth, and in tar files there -> Listing
-
-    keep    the folder in which the indexes of tar files are kept, or None
-    Links to folders are followed, but never into a folder that they lie in, nor from one link into another:
-    links across class folders could lead round in any order. Of a hidden folder nothing is looked at: it
-    counts as one file. Raises Refused where a folder can't be listed.
-    """
-    if is_within(keep, root):
-        keep = None  # nothing is ever written below DATA
-    images = []
-    tars = []
-    at_the_top = []  # pictures in the root itself, any of which may be a contact sheet of ours
-    left_out = collections.Counter()
-    waiting = [(root, frozenset(), False)]  # folder, identities of those above it, whether a link led there
-    while waiting:
-        folder, above, linked = waiting.pop()
-        status = os.stat(folder)
-        above |= {(status.st_dev, status.st_ino)}
-        for entry in entries(folder):
-            if is_left_behind(entry.name):
-                left_out["hidden or a system's"] += 1
-            elif is_folder(entry):
-                link = entry.is_symlink()
-                inside = os.stat(entry.path)
-                if link and ((inside.st_dev, inside.st_ino) in above or linked):
-                    left_out["links that lead back, or on to links"] += 1
-                else:
-                    waiting.append((entry.path, above, linked or link))
-            elif not entry.is_symlink() and not entry.is_file():
-                left_out["pipes, sockets or devices"] += 1  # to open a pipe can take for ever
-            elif is_tar(entry.name) and os.path.isfile(entry.path):
-                check_alone(entry.path, tars)
-                tars.append(look_into(entry.path, keep))
-                images += tars[-1].names.tolist()
-                left_out.update(tars[-1].left_out)
-            elif not is_image(entry.name):
-                left_out[suffix_of(entry.name)] += 1
-            elif entry.name in OURS and is_ours(entry.path):
-                left_out["pictures that our programs drew"] += 1
-            elif folder == root:
-                at_the_top.append(entry.path)
-            else:
-                images.append(entry.path)
-    for path in at_the_top:
-        # Each is opened: not in a folder of a million pictures, where it would take minutes on a slow disk.
-        if len(at_the_top) <= FEW and path.endswith(b".png") and has_mark(path):
-            left_out["pictures that our programs drew"] += 1
-        else:
-            images.append(path)
-    return Listing(sorted(images), left_out, tars)
-
-
-def is_within(folder, root):
-    """Whether a folder, if any, is another one or lies in it."""
-    if folder is None:
-        return False
-    root = os.path.realpath(root)
-    return os.path.commonpath([os.path.realpath(os.fsencode(folder)), root]) == root
-
-
-def check_alone(path, tars):
-    """Raise Refused where a folder of a tar file's name is there too, or another tar file of it: a path would
-    have two meanings."""
-    folder = as_folder(path)
-    if os.path.isdir(folder):
-        raise Refused(f"{os.fsdecode(path)}: {os.fsdecode(folder)}/ is there too, perhaps unpacked from it; "
-                      "move one of them away")
-    for index in tars:
-        if as_folder(index.archive.path) == folder:
-            raise Refused(f"{os.fsdecode(path)}: {os.fsdecode(index.archive.path)} is there too; rename one")
-
-
-def look_into(path, keep):
-    """A tar file -> tars.Index. Raises Refused where it is damaged or compressed."""
-    return index_of(path, keep, why_no_image, rules=repr((SUFFIXES, sorted(SYSTEMS))))
-
-
-def why_no_image(name):
-    """Why a member of a tar file (its path there) is no image; None where it is one."""
-    if any(map(is_left_behind, name.split(b"/"))):
-        return "hidden or a system's"
-    return None if is_image(name) else suffix_of(name)
-
-
-def suffix_of(name):
-    """The end of a file's name, as the reason why it is no image."""
-    _, suffix = os.path.splitext(os.fsdecode(name).lower())
-    return suffix or "without a suffix"
-
-
-def as_files(images):
-    """Paths as one buffer, which worker processes share: (N,) array of byte strings."""
-    return np.array(images)

@@ -22,7 +22,8 @@ from ..common.errors import Refused
 from ..common.files import check_sums, refusing
 from ..training.folder import check_format
 
-ZIP = b"PK\x03\x04"  # how files begin since torch 1.6, and before
+# How a file begins: since torch 1.6, and before.
+ZIP = b"PK\x03\x04"
 OLD_FORM = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 ARCHS = {  # (blocks have a third convolution, blocks per stage): arch
     (False, (2, 2, 2, 2)): "resnet18",
@@ -45,8 +46,8 @@ FORMS = [
     ("0", "1", "4", "5", "6", "7"),
 ]
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-# What stands in a name but for a network's parts: a whole network that was pickled has its tensors in the
-# first three; torch.compile, FSDP and gradient checkpointing wrap what they are given.
+# What a name has besides a network's parts: a whole pickled network has its tensors in the first three;
+# torch.compile, FSDP and gradient checkpointing wrap what they are given.
 BETWEEN = {"_modules", "_parameters", "_buffers",
            "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -131,7 +132,7 @@ def why_not(data, path):
         return "it is a safetensors file; load it with that package, and torch.save what you get"
     if data.startswith(OLD_FORM):
         return ("it has the form of before torch 1.6, and is damaged or has more in it than tensors; if you "
-                "trust it, torch.load it, and torch.save its state_dict")
+                "trust it, load it with weights_only=False, and torch.save its state_dict")
     if data[257:262] == b"ustar":
         return "it is a tar archive; unpack it, and name the file of weights in it"
     if not data.startswith(ZIP):
@@ -142,8 +143,8 @@ def why_not(data, path):
         return "it is a TorchScript program; load it, and torch.save its state_dict"
     if "data.pkl" not in names:
         return "it is a zip archive; unpack it, and name the file of weights in it"
-    return ("that would take running code in it; if you trust it, torch.load it, and torch.save its "
-            "state_dict")
+    return ("it has more in it than tensors, numbers and words, and reading that could run code; if you "
+            "trust it, load it with weights_only=False, and torch.save its state_dict")
 
 
 def has_checksums(path):

@@ -181,7 +181,7 @@ def tar_of(members, form):
 
 def read_tar(path):
     """All images of a tar file that can be read, and what else its folder holds then."""
-    tars.descriptors.clear()  # the file of this name was another one
+    tars.opened.cache_clear()  # the file of this name was another one
     data = find_data(path)
     read = []
     for i in range(len(data.train)):
