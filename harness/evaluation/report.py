@@ -10,6 +10,8 @@ from .features import calibrated, neighbours, share_bad
 
 LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had 0.34 at least (docs/operations.md)
 FEW_STEPS = 4000  # a small data set needs so many (docs/own-data.md)
+TOO_SHORT = ("on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained network, 1,500 "
+             "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md)")
 WIDTH = 108       # columns of the start block
 
 # What the log has of each epoch besides its number and its step: null where it doesn't exist.
@@ -159,10 +161,7 @@ def describe_run(job, method, watches_knn):
         f"on its own data: {on_its_own:,}), global batch {s['batch']}, lr {method.lr:.4g}")
     if method.total_steps < min(FEW_STEPS, on_its_own):
         epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
-        rows["too short"] = (
-            "on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained network, 1,500 "
-            "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md); "
-            f"--epochs {epochs}, or a smaller --batch, gives {FEW_STEPS:,}")
+        rows["too short"] = f"{TOO_SHORT}; --epochs {epochs}, or a smaller --batch, gives {FEW_STEPS:,}"
     rows["processes"] = (
         f"{world} x {s['batch'] // world} images, BN over {s['batch']}, {hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job, watches_knn)
