@@ -3,8 +3,8 @@
     python augment.py PHOTO_OR_DATA --out views.png     a contact sheet: originals beside pairs of views
     python augment.py DATA --check                      reads every image file, and lists the bad ones
 
-`one_view` is the specification: a view of one image, from beginning to end, in plain operations. The rest does
-the same, fast. There a view is made in two steps:
+`one_view` is the specification: a view of one image, from beginning to end, in plain operations. The rest
+does the same, fast. It makes a view in two steps that share only plain arrays:
 
     draw    random numbers -> what to do: crop box, flip, colour changes and their order, grayscale, blur
     apply   image, what to do -> view: deterministic; crop and resize first, everything photometric after
@@ -69,21 +69,21 @@ class Policy(NamedTuple):
 def one_view(image, policy, seed, epoch, index, view):
     """View number `view` of image number `index` in an epoch, as the network sees it.
 
-    image (H, W, 3) -> (3, S, S) float32. A resized picture has whole levels, as a stored one. Of a uint8 image
-    torch rounds the rows and then the columns, as for images in files; a float one is rounded once, as for
-    images in memory.
+    image (H, W, 3) -> (3, S, S) float32, normalised
+
+    What is cropped and resized has whole levels, as a picture. torch rounds a uint8 image twice, after rows
+    and after columns; so are images in files. A float image is rounded once; so are images in memory.
     """
     height, width, _ = image.shape
-    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
+    top, left, h, w, flip, vflip = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
     colour = pick(draw_colour(policy, seed, epoch, index, view), 0)
 
-    x = image[crop.top:crop.top + crop.height, crop.left:crop.left + crop.width]
-    x = x.permute(2, 0, 1)[None]                                      # (1, 3, h, w)
-    x, = F.interpolate(x, (policy.size, policy.size), mode="bilinear", antialias=True)
-    x = x.round() / 255                                               # (3, S, S) in [0, 1]
-    if crop.flip:
+    x = image[top:top + h, left:left + w].permute(2, 0, 1)            # (3, h, w)
+    x, = F.interpolate(x[None], (policy.size, policy.size), mode="bilinear", antialias=True)
+    x = x.round() / 255                                               # (3, S, S): in [0, 1]
+    if flip:
         x = x.flip(2)
-    if crop.vflip:
+    if vflip:
         x = x.flip(1)
     if colour.jitter:
         for change in colour.order:
@@ -115,17 +115,18 @@ def saturation(x, factor):
 
 
 def hue(x, turns):
-    """x (3, S, S) with its hue in HSV (Smith 1978) rotated by so many turns."""
+    """A view (3, S, S) with its hue rotated by so many turns: to HSV (Smith 1978), and back."""
     r, g, b = x
-    value = x.amax(dim=0)
-    chroma = value - x.amin(dim=0)
-    c = chroma.clamp(min=1e-9)                                        # a grey pixel has any hue
-    h = torch.where(value == r, (g - b) / c, torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4))
-    # Six to a turn: red is 0, green 2, blue 4. A channel is at its most up to 1 from its own hue, at its least
-    # from 2 on.
+    largest = x.amax(dim=0)
+    chroma = largest - x.amin(dim=0)
+    c = chroma.clamp(min=1e-9)                                        # a grey pixel may have any hue
+    h = (r - g) / c + 4                                               # six to a turn: red 0, green 2, blue 4
+    h = torch.where(largest == g, (b - r) / c + 2, h)
+    h = torch.where(largest == r, (g - b) / c, h)
+    # A channel is the largest up to 1 from its own hue, and the smallest from 2 on.
     own = torch.tensor([0, 2, 4]).view(3, 1, 1)
-    distance = (h + 6 * turns - own + 3) % 6 - 3
-    return value - chroma * (distance.abs() - 1).clamp(0, 1)
+    distance = ((h + 6 * turns - own + 3) % 6 - 3).abs()              # around a circle of 6
+    return largest - chroma * (distance - 1).clamp(0, 1)
 
 
 CHANGES = brightness, contrast, saturation, hue
@@ -145,10 +146,9 @@ def gaussian_blur(x, sigma):
     """x (3, S, S) under a Gaussian of std sigma in pixels, cut at REACH; edges repeat."""
     distance = torch.arange(-REACH, REACH + 1)
     gaussian = torch.exp(-distance ** 2 / (2 * sigma ** 2))
-    gaussian = gaussian / gaussian.sum()
+    kernel = gaussian[:, None] * gaussian
     x = F.pad(x[:, None], [REACH] * 4, mode="replicate")
-    x = F.conv2d(x, gaussian.view(1, 1, 1, -1))
-    x = F.conv2d(x, gaussian.view(1, 1, -1, 1))
+    x = F.conv2d(x, kernel[None, None] / kernel.sum())
     return x[:, 0]
 
 
@@ -168,7 +168,7 @@ class Colour(NamedTuple):
 
 
 def pick(drawn, which):
-    """The Crop or Colour of some of its views: arrays for an array of their numbers, one row for one number."""
+    """The Crop or Colour of one view, `which`, as plain numbers; or of several, `which` an array."""
     return drawn._make([field[which] for field in drawn])
 
 
@@ -195,6 +195,12 @@ def draw(seed, epoch, index, view):
     return uniforms(seed, epoch, index, view, np.arange(DRAWS))
 
 
+def between(bounds, u):
+    """u in [0, 1), stretched to lie between the two bounds."""
+    low, high = bounds
+    return low + (high - low) * u
+
+
 def draw_crop(policy, seed, epoch, index, view, height, width):
     """RandomResizedCrop and flips, for images of height x width pixels.
 
@@ -205,10 +211,8 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     notation that the paper names.
     """
     u = draw(seed, epoch, index, view)                                # (N, 36)
-    low, high = policy.area
-    area = height * width * (low + (high - low) * u[:, AREA])         # (N, 10)
-    low, high = np.log(policy.aspect)
-    aspect = np.exp(low + (high - low) * u[:, ASPECT])                # (N, 10)
+    area = height * width * between(policy.area, u[:, AREA])          # (N, 10)
+    aspect = np.exp(between(np.log(policy.aspect), u[:, ASPECT]))     # (N, 10)
     w = np.rint(np.sqrt(area * aspect))                               # (N, 10)
     h = np.rint(np.sqrt(area / aspect))                               # (N, 10)
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)         # (N, 10)
@@ -222,13 +226,8 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     left = np.floor(u[:, LEFT] * (width - w + 1))                     # (N,)
     top = np.where(found, top, (height - h) // 2)                     # (N,)
     left = np.where(found, left, (width - w) // 2)                    # (N,)
-    return Crop(
-        top=top.astype(np.int64),
-        left=left.astype(np.int64),
-        height=h.astype(np.int64),
-        width=w.astype(np.int64),
-        flip=u[:, FLIP] < policy.flip,
-        vflip=u[:, VFLIP] < policy.vflip)
+    top, left, h, w = np.stack([top, left, h, w]).astype(np.int64)    # (N,) each
+    return Crop(top, left, h, w, flip=u[:, FLIP] < policy.flip, vflip=u[:, VFLIP] < policy.vflip)
 
 
 def draw_colour(policy, seed, epoch, index, view):
@@ -239,7 +238,7 @@ def draw_colour(policy, seed, epoch, index, view):
     u = draw(seed, epoch, index, view)                                # (N, 36)
     centre = np.array([1, 1, 1, 0])
     spread = np.array(policy.strength)
-    sigma = policy.sigma[0] + np.ptp(policy.sigma) * u[:, SIGMA]      # (N,)
+    sigma = between(policy.sigma, u[:, SIGMA])                        # (N,)
     return Colour(
         jitter=u[:, JITTER] < policy.jitter,
         order=np.argsort(u[:, ORDER], axis=1),
@@ -248,7 +247,7 @@ def draw_colour(policy, seed, epoch, index, view):
         sigma=np.where(u[:, BLUR] < policy.blur, sigma, 0))
 
 
-# --- The same, fast: crop, resize, flip. uint8 -> uint8 ---------------------------------------------------
+# --- The same, fast: crop, resize, flip. uint8 -> uint8 -------------------------------------------------
 # In the released code the flip comes last. Here it comes with the crop, which changes nothing: all later
 # steps treat left and right alike. Files are cropped by workers, one image after the other (crop_resize);
 # images in memory are cropped on the device, a batch at a time, by matrix products (crop_resize_batch).
@@ -279,38 +278,35 @@ def crop_resize_batch(images, crop, size):
     from columns to columns.
     """
     height, width = images.shape[2:]
-    rows = resize_matrices(height, size, images.device)
-    cols = resize_matrices(width, size, images.device)
-    row = matrix_number(height, crop.top, crop.height, crop.vflip)    # (N,)
-    col = matrix_number(width, crop.left, crop.width, crop.flip)      # (N,)
-    row = to_device(row, images.device)
-    col = to_device(col, images.device)
+    rows = matrices_of(crop.top, crop.height, crop.vflip, height, size, images.device)
+    cols = matrices_of(crop.left, crop.width, crop.flip, width, size, images.device)
     out = images.new_empty(len(images), 3, size, size)
     for part in pieces(images, 0, len(images)):
         # (n, H, 3, W): in this order both products find their numbers one after the other in memory
         x = images[part].transpose(1, 2).contiguous().float()
-        x = rows.index_select(0, row[part]) @ x.flatten(2)
+        x = rows[part] @ x.flatten(2)
         x = x.view(-1, size * 3, width)
-        x = x @ cols.index_select(0, col[part]).mT
+        x = x @ cols[part].mT
         x = x.round_().view(-1, size, 3, size)
         out[part] = x.transpose(1, 2)
     return out
 
 
-def matrix_number(side, start, length, flip):
-    """Where resize_matrices has the matrix of [start, start + length) of a line of `side` pixels."""
-    return (flip * side + start) * (side + 1) + length
+def matrices_of(start, length, flip, side, size, device):
+    """Matrices (N, size, side) that resize N parts [start, start + length) of lines of `side` pixels."""
+    number = (flip * side + start) * (side + 1) + length              # (N,)
+    return resize_matrices(side, size, device).index_select(0, to_device(number, device))
 
 
 @lru_cache
 def resize_matrices(side, size, device):
     """Bilinear, antialiased resizing of every part of a line of `side` pixels to `size`.
 
-    Matrices (size, side), stacked along the first axis; that of a part stands at matrix_number(). All are
-    made at once and kept: 9 MB for 32 pixels, 136 MB for 64. Those of parts that reach beyond the line mean nothing. Row i of a matrix holds the weights
-    of the pixels that make output i: a triangle around its centre, which reaches one output pixel either
-    way (one input pixel where that is larger), and nothing outside the part. The second half of the
-    matrices has the output flipped.
+    Matrices (size, side), stacked along the first axis in the order that matrices_of knows. All are made at
+    once and kept: 9 MB for 32 pixels, 136 MB for 64. Those of parts that reach beyond the line mean nothing.
+    Row i of a matrix holds the weights of the pixels that make output i: a triangle around its centre, which
+    reaches one output pixel either way (one input pixel where that is larger), and nothing outside the part.
+    The second half of the matrices has the output flipped.
     """
     # One axis each, so that what follows broadcasts to (start, length, output, pixel).
     start = torch.arange(side, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
@@ -350,7 +346,7 @@ def resize_centre(images, policy):
     return images[:, :, top:top + size, left:left + size]
 
 
-# --- The same, fast: colour jitter, grayscale, blur, normalisation. uint8 -> float32, any device ----------
+# --- The same, fast: colour jitter, grayscale, blur, normalisation. uint8 -> float32, any device --------
 # How far from Pillow's result for the same draws, in levels of 255, worst pixel / mean (24 photographs at
 # 224 pixels):
 #
@@ -388,13 +384,12 @@ def photometric(x, colour, policy, layout=torch.contiguous_format):
     for part in pieces(x, 0, len(x)):
         view = x[part]
         gray = to_device(np.flatnonzero(colour.gray[part]), x.device)
-        grays = luma(view.index_select(0, gray))
-        view.index_copy_(0, gray, grays.expand(-1, 3, -1, -1))
+        view[gray] = luma(view[gray])
         sigma = colour.sigma[part].astype(np.float32)
         if sigma.any():
             blurred = to_device(np.flatnonzero(sigma), x.device)
             std = to_device(sigma[sigma > 0], x.device)
-            view.index_copy_(0, blurred, blur(view.index_select(0, blurred), std))
+            view[blurred] = blur(view[blurred], std)
         normalize(view, policy)
     unsort = to_device(np.argsort(sort), x.device)
     out = torch.empty_like(x, memory_format=layout)
@@ -447,9 +442,9 @@ def blend(x, share, to_luma, to_mean):
 def shift_hue(x, shift):
     """Rotate the hue of x (N, 3, S, S) by `shift` (N, 1, 1, 1) turns, at most half a turn, in place.
 
-    HSV without HSV. Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back to RGB (Smith
-    1978) gives each channel min + c clamp(2 - d, 0, 1), where d is how far h is around the circle from that
-    channel's own hue. No division and no condition is needed, because
+    HSV without HSV. Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back
+    to RGB (Smith 1978) gives each channel min + c clamp(2 - d, 0, 1), where d is how far h is around the
+    circle from that channel's own hue. No division and no condition is needed, because
     - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g (at b = g either sign is right);
     - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is how far v is from 0 around a circle of 6.
     Both are computed times c, so that a grey pixel, c = 0, stays as it is.
@@ -538,11 +533,13 @@ def load_centres(source, policy, batches, device, workers):
     x (N, 3, S, S), normalised, on the device
     """
     if source.pixels is None:
-        centres = decode(source, partial(cut_centre, policy), batches, device, workers)
+        for _, index, (x,) in decode(source, partial(cut_centre, policy), batches, device, workers):
+            yield index, normalize(x.float(), policy)
     else:
-        centres = cut_centres_in_memory(source.pixels, policy, batches, device)
-    for _, index, (x,) in centres:
-        yield index, normalize(x.float(), policy)
+        for _, index in batches:
+            images = source.pixels.index_select(0, torch.from_numpy(index))
+            x = resize_centre(images, policy).to(device)  # resized here: torch resizes uint8 on CPUs alone
+            yield index, normalize(x.float(), policy)
 
 
 def cut_views(policy, seed, views, image, epoch, i):
@@ -570,13 +567,6 @@ def cut_views_in_memory(pixels, policy, seed, batches, views):
 def cut_centre(policy, image, epoch, i):
     """An image's test view: (H, W, 3) uint8 -> [(3, S, S) uint8]"""
     return list(resize_centre(image.permute(2, 0, 1)[None], policy))
-
-
-def cut_centres_in_memory(pixels, policy, batches, device):
-    """The same for batches of pixels (N, 3, H, W), on the CPU, where alone torch resizes uint8."""
-    for epoch, index in batches:
-        images = pixels.index_select(0, torch.from_numpy(index))
-        yield epoch, index, [resize_centre(images, policy).to(device)]
 
 
 # --- The contact sheet ----------------------------------------------------------------------------------

@@ -997,11 +997,9 @@ def pretrain(args):
 
     def load(batches):
         """Batches of (epoch, indices) -> yields (indices, [x1, x2, ...])"""
-        loaded = augment.load_views(
+        return augment.load_views(
             job.train, job.policy, s["seed"], batches, job.device, s["workers"], method.views,
-            run.waiting_for)
-        for index, views in loaded:
-            yield index, [x.contiguous(memory_format=layout) for x in views]
+            run.waiting_for, layout)
 
     batches = index_batches(
         s["seed"], len(job.train), s["batch"], s["epochs"],
