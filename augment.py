@@ -71,8 +71,8 @@ def one_view(image, policy, seed, epoch, index, view):
 
     image (H, W, 3) -> (3, S, S) float32, normalised
 
-    What is cropped and resized has whole levels, as a picture. torch rounds a uint8 image twice, after rows
-    and after columns; so are images in files. A float image is rounded once; so are images in memory.
+    The resized crop has whole levels, as a picture has. torch rounds a uint8 image along either side, which
+    happens to images in files. A float image is rounded once, which happens to images in memory.
     """
     height, width, _ = image.shape
     top, left, h, w, flip, vflip = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
@@ -82,9 +82,9 @@ def one_view(image, policy, seed, epoch, index, view):
     x, = F.interpolate(x[None], (policy.size, policy.size), mode="bilinear", antialias=True)
     x = x.round() / 255                                               # (3, S, S): in [0, 1]
     if flip:
-        x = x.flip(2)
+        x = x.flip(2)  # left and right
     if vflip:
-        x = x.flip(1)
+        x = x.flip(1)  # up and down
     if colour.jitter:
         for change in colour.order:
             x = CHANGES[change](x, colour.factor[change]).clamp(0, 1)
@@ -97,25 +97,25 @@ def one_view(image, policy, seed, epoch, index, view):
     return (x - mean) / std
 
 
-# Brightness, contrast and saturation blend a view (3, S, S) with something grey.
+# Brightness, contrast and saturation blend a view x (3, S, S) with something grey. With factor 1 it stays.
 
 def brightness(x, factor):
-    """A blend with black."""
+    """x and black."""
     return factor * x
 
 
 def contrast(x, factor):
-    """A blend with the mean of the view's grayscale."""
+    """x and the mean of its grayscale."""
     return factor * x + (1 - factor) * grayscale(x).mean()
 
 
 def saturation(x, factor):
-    """A blend with the view's grayscale."""
+    """x and its grayscale."""
     return factor * x + (1 - factor) * grayscale(x)
 
 
 def hue(x, turns):
-    """A view (3, S, S) with its hue rotated by so many turns: to HSV (Smith 1978), and back."""
+    """x (3, S, S) with its hue rotated by so many turns: to HSV (Smith 1978), and back."""
     r, g, b = x
     largest = x.amax(dim=0)
     chroma = largest - x.amin(dim=0)
@@ -189,7 +189,7 @@ DRAWS = 36
 
 
 def draw(seed, epoch, index, view):
-    """All random numbers of N views, whose images and view numbers are (N,), or one for all: (N, DRAWS)"""
+    """All random numbers of N views: index (N,), view (N,), or one for all -> (N, DRAWS)"""
     index = np.reshape(index, (-1, 1))
     view = np.reshape(view, (-1, 1))
     return uniforms(seed, epoch, index, view, np.arange(DRAWS))
@@ -258,15 +258,12 @@ def crop_resize(image, crop, n, size):
     image (H, W, 3) uint8 -> (3, S, S) uint8. Bilinear, antialiased. The crop is cut out first, so that no
     pixel outside it is read.
     """
-    top = crop.top[n]
-    left = crop.left[n]
-    bottom = top + crop.height[n]
-    right = left + crop.width[n]
-    part = image[None, top:bottom, left:right].permute(0, 3, 1, 2)    # (1, 3, h, w)
+    top, left, h, w, flip, vflip = pick(crop, n)
+    part = image[None, top:top + h, left:left + w].permute(0, 3, 1, 2)  # (1, 3, h, w)
     view, = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
-    if crop.flip[n]:
+    if flip:
         view = view.flip(2)
-    if crop.vflip[n]:
+    if vflip:
         view = view.flip(1)
     return view
 
@@ -512,7 +509,7 @@ def load_views(source, policy, seed, batches, device, workers, views=2, waiting=
                layout=torch.contiguous_format):
     """For each (epoch, indices) of `batches`, yield (indices, views): normalised, on the device.
 
-    Views are [x1, x2, ...], (N, 3, S, S) each, in this memory layout. waiting: what is read from files goes
+    views is (x1, x2, ...), (N, 3, S, S) each, in this memory layout. waiting: what is read from files goes
     through it, and so can be timed (harness/data/loading.py). Raises BadImage where too many files can't be
     read.
     """

@@ -1159,7 +1159,7 @@ SETTINGS_MAP = {
                   "tests/test_one_view.py", "test_grayscale_agrees_with_pillow"),
     "blur": ("supp. A", "augment.py", "def gaussian_blur(",
              "tests/test_one_view.py", "test_blur_agrees_with_pillow"),
-    "flip": ("supp. A", "augment.py", "    if flip:",
+    "flip": ("supp. A", "augment.py", "        x = x.flip(2)",
              "tests/test_one_view.py", "test_crop_resize_and_flip_agree_with_pillow"),
     "projection MLP": ("Sec. 3", "simsiam.py", "def projection_mlp(",
                        "test_simsiam.py", "test_model_has_the_released_models_names_and_shapes"),
