@@ -75,11 +75,13 @@ def one_view(image, policy, seed, epoch, index, view):
     happens to images in files. A float image is rounded once, which happens to images in memory.
     """
     height, width, _ = image.shape
-    top, left, h, w, flip, vflip = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
+    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
     colour = pick(draw_colour(policy, seed, epoch, index, view), 0)
 
+    top, left, h, w, flip, vflip = crop
+    size = policy.size, policy.size
     x = image[top:top + h, left:left + w].permute(2, 0, 1)            # (3, h, w)
-    x, = F.interpolate(x[None], (policy.size, policy.size), mode="bilinear", antialias=True)
+    x, = F.interpolate(x[None], size, mode="bilinear", antialias=True)
     x = x.round() / 255                                               # (3, S, S): in [0, 1]
     if flip:
         x = x.flip(2)  # left and right
@@ -227,7 +229,9 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     top = np.where(found, top, (height - h) // 2)                     # (N,)
     left = np.where(found, left, (width - w) // 2)                    # (N,)
     top, left, h, w = np.stack([top, left, h, w]).astype(np.int64)    # (N,) each
-    return Crop(top, left, h, w, flip=u[:, FLIP] < policy.flip, vflip=u[:, VFLIP] < policy.vflip)
+    flip = u[:, FLIP] < policy.flip
+    vflip = u[:, VFLIP] < policy.vflip
+    return Crop(top, left, h, w, flip, vflip)
 
 
 def draw_colour(policy, seed, epoch, index, view):
@@ -372,7 +376,8 @@ def photometric(x, colour, policy, layout=torch.contiguous_format):
     x (N, 3, S, S) uint8 and its Colour -> (N, 3, S, S) float32, on x's device, in this memory layout
     """
     # Views that take hue at the same place of their order become neighbours; change_colours says why.
-    hue_at = np.where(colour.jitter, np.argmax(colour.order == HUE, axis=1), 4)  # (N,)
+    hue_at = np.argmax(colour.order == HUE, axis=1)
+    hue_at = np.where(colour.jitter, hue_at, 4)                       # (N,)
     sort = np.argsort(hue_at, kind="stable")
     bounds = np.searchsorted(hue_at[sort], range(5))
     colour = pick(colour, sort)
