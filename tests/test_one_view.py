@@ -51,6 +51,18 @@ def test_views_of_files_are_those_of_one_view(photos, tmp_path):
     check_views(source, [torch.from_numpy(photo) for photo in photos], IMAGENET, epochs=25)
 
 
+def test_views_have_the_memory_layout_that_is_asked_for():
+    """channels_last against the usual one: other strides, the same bits."""
+    source = shapes.draw_shapes(0, 0, 6, 32)
+    batch = 0, np.arange(6)
+    (_, usual), = augment.load_views(source, CIFAR10, 5, [batch], CPU, 0)
+    (_, asked), = augment.load_views(source, CIFAR10, 5, [batch], CPU, 0, layout=torch.channels_last)
+    for x, y in zip(usual, asked, strict=True):
+        assert x.is_contiguous()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x, y)
+
+
 # --- It agrees with Pillow, with the bounds of tests/test_augment.py ----------------------------------------
 
 def test_crop_resize_and_flip_agree_with_pillow(photos):
