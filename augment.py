@@ -3,7 +3,8 @@
     python augment.py PHOTO_OR_DATA --out views.png     a contact sheet: originals beside pairs of views
     python augment.py DATA --check                      reads every image file, and lists the bad ones
 
-A view is made in two steps, which meet only in plain numbers:
+`one_view` is the specification: a view of one image, from beginning to end, in plain operations. The rest
+does the same, fast. It makes a view in two steps that share only plain arrays:
 
     draw    random numbers -> what to do: crop box, flip, colour changes and their order, grayscale, blur
     apply   image, what to do -> view: deterministic; crop and resize first, everything photometric after
@@ -12,8 +13,8 @@ Every random number is a pure function of (seed, epoch, image, view, draw number
 harness/common/draws.py. So a view does not depend on how many workers, processes or interruptions there were,
 and any view can be shown again.
 
-Order of this file: the draws of a view and their policy; crop, resize, flip; colour jitter, grayscale, blur,
-normalisation; the views of a batch; the contact sheet.
+Order of this file: the policy; one view; what is drawn; the same, fast: crop, resize and flip, then colour
+jitter, grayscale, blur and normalisation; the views of a batch; the contact sheet.
 
 Shapes in comments: N images or views, H x W pixels as stored, S pixels a side as trained.
 """
@@ -41,7 +42,7 @@ from harness.common.pictures import draw_contact_sheet
 from harness.training.ends import show_any_name
 from harness.training.options import add_range
 
-# --- The policy, and the draws of a view -----------------------------------------------------------------
+# --- The policy -----------------------------------------------------------------------------------------
 
 
 class Policy(NamedTuple):
@@ -61,6 +62,99 @@ class Policy(NamedTuple):
     centre: float = 224 / 256               # test view: the share of the shorter side that is kept
 
 
+# --- One view of one image, from beginning to end: the specification ------------------------------------
+# tests/test_one_view.py compares it with Pillow, and all that follows with it.
+
+def one_view(image, policy, seed, epoch, index, view):
+    """View number `view` of image number `index` in an epoch, as the network sees it.
+
+    image (H, W, 3) -> (3, S, S) float32, normalised
+
+    The resized crop has whole levels, as a picture has. torch rounds a uint8 image along either side, which
+    happens to images in files. A float image is rounded once, which happens to images in memory.
+    """
+    height, width, _ = image.shape
+    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
+    colour = pick(draw_colour(policy, seed, epoch, index, view), 0)
+
+    top, left, h, w, flip, vflip = crop
+    size = policy.size, policy.size
+    x = image[top:top + h, left:left + w].permute(2, 0, 1)            # (3, h, w)
+    x, = F.interpolate(x[None], size, mode="bilinear", antialias=True)
+    x = x.round() / 255                                               # (3, S, S): in [0, 1]
+    if flip:
+        x = x.flip(2)  # left and right
+    if vflip:
+        x = x.flip(1)  # up and down
+    if colour.jitter:
+        for change in colour.order:
+            x = CHANGES[change](x, colour.factor[change]).clamp(0, 1)
+    if colour.gray:
+        x = grayscale(x).expand(3, -1, -1)
+    if colour.sigma > 0:
+        x = gaussian_blur(x, colour.sigma)
+    mean = torch.tensor(policy.mean).view(3, 1, 1)
+    std = torch.tensor(policy.std).view(3, 1, 1)
+    return (x - mean) / std
+
+
+# Brightness, contrast and saturation blend a view x (3, S, S) with something grey. With factor 1 it stays.
+
+def brightness(x, factor):
+    """x and black."""
+    return factor * x
+
+
+def contrast(x, factor):
+    """x and the mean of its grayscale."""
+    return factor * x + (1 - factor) * grayscale(x).mean()
+
+
+def saturation(x, factor):
+    """x and its grayscale."""
+    return factor * x + (1 - factor) * grayscale(x)
+
+
+def hue(x, turns):
+    """x (3, S, S) with its hue rotated by so many turns: to HSV (Smith 1978), and back."""
+    r, g, b = x
+    largest = x.amax(dim=0)
+    chroma = largest - x.amin(dim=0)
+    c = chroma.clamp(min=1e-9)                                        # a grey pixel may have any hue
+    h = (r - g) / c + 4                                               # six to a turn: red 0, green 2, blue 4
+    h = torch.where(largest == g, (b - r) / c + 2, h)
+    h = torch.where(largest == r, (g - b) / c, h)
+    # A channel is the largest up to 1 from its own hue, and the smallest from 2 on.
+    own = torch.tensor([0, 2, 4]).view(3, 1, 1)
+    distance = ((h + 6 * turns - own + 3) % 6 - 3).abs()              # around a circle of 6
+    return largest - chroma * (distance - 1).clamp(0, 1)
+
+
+CHANGES = brightness, contrast, saturation, hue
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def grayscale(x):
+    """ITU-R 601-2 luma: (3, S, S) -> (S, S)"""
+    r, g, b = x
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+REACH = 8   # pixels: four times the paper's largest std. Beyond it a Gaussian holds 6e-5 of its mass
+
+
+def gaussian_blur(x, sigma):
+    """x (3, S, S) under a Gaussian of std sigma in pixels, cut at REACH; edges repeat."""
+    distance = torch.arange(-REACH, REACH + 1)
+    gaussian = torch.exp(-distance ** 2 / (2 * sigma ** 2))
+    kernel = gaussian[:, None] * gaussian
+    x = F.pad(x[:, None], [REACH] * 4, mode="replicate")
+    x = F.conv2d(x, kernel[None, None] / kernel.sum())
+    return x[:, 0]
+
+
+# --- What is drawn --------------------------------------------------------------------------------------
+
 # Where views lie in their images: arrays (N,), in pixels. Bool: flip, left and right; vflip, up and down.
 Crop = namedtuple("Crop", "top left height width flip vflip")
 
@@ -68,10 +162,15 @@ Crop = namedtuple("Crop", "top left height width flip vflip")
 class Colour(NamedTuple):
     """What happens to the pixels of N views."""
     jitter: np.ndarray  # (N,)    bool: whether the four changes apply
-    order: np.ndarray   # (N, 4)  the change that comes k-th: 0 brightness, 1 contrast, 2 saturation, 3 hue
+    order: np.ndarray   # (N, 4)  the change that comes k-th, as CHANGES numbers them
     factor: np.ndarray  # (N, 4)  of brightness, contrast, saturation (1: as it was); of hue, turns (0)
     gray: np.ndarray    # (N,)    bool
     sigma: np.ndarray   # (N,)    std of the blur in pixels; 0: none
+
+
+def pick(drawn, which):
+    """The Crop or Colour of one view, `which`, as plain numbers; or of several, `which` an array."""
+    return drawn._make([field[which] for field in drawn])
 
 
 # Each random decision has a draw number of its own. A new decision can be added without changing the others.
@@ -87,23 +186,34 @@ GRAY = 32
 BLUR = 33
 SIGMA = 34
 VFLIP = 35
+DRAWS = 36
+
+
+def draw(seed, epoch, index, view):
+    """All random numbers of N views: index (N,), view (N,), or one for all -> (N, DRAWS)"""
+    index = np.reshape(index, (-1, 1))
+    view = np.reshape(view, (-1, 1))
+    return uniforms(seed, epoch, index, view, np.arange(DRAWS))
+
+
+def between(bounds, u):
+    """u in [0, 1), stretched to lie between the two bounds."""
+    low, high = bounds
+    return low + (high - low) * u
 
 
 def draw_crop(policy, seed, epoch, index, view, height, width):
-    """RandomResizedCrop and flip, for images `index` (N,) and view numbers `view` (N,) of height x width
-    pixels -> Crop.
+    """RandomResizedCrop and flips, for images of height x width pixels.
+
+    index (N,), view (N,), or one for all -> Crop
 
     Ten tries at an area and an aspect. The first box that fits the image is placed uniformly. If none fits,
     the crop is the largest centred box with an admissible aspect. This is the procedure of the PyTorch
     notation that the paper names.
     """
-    index = np.asarray(index)[:, None]
-    view = np.asarray(view)[:, None]
-    u = uniforms(seed, epoch, index, view, np.arange(23))             # (N, 23)
-    low, high = policy.area
-    area = height * width * (low + (high - low) * u[:, AREA])         # (N, 10)
-    low, high = np.log(policy.aspect)
-    aspect = np.exp(low + (high - low) * u[:, ASPECT])                # (N, 10)
+    u = draw(seed, epoch, index, view)                                # (N, 36)
+    area = height * width * between(policy.area, u[:, AREA])          # (N, 10)
+    aspect = np.exp(between(np.log(policy.aspect), u[:, ASPECT]))     # (N, 10)
     w = np.rint(np.sqrt(area * aspect))                               # (N, 10)
     h = np.rint(np.sqrt(area / aspect))                               # (N, 10)
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)         # (N, 10)
@@ -117,18 +227,21 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     left = np.floor(u[:, LEFT] * (width - w + 1))                     # (N,)
     top = np.where(found, top, (height - h) // 2)                     # (N,)
     left = np.where(found, left, (width - w) // 2)                    # (N,)
-    box = (a.astype(np.int64) for a in (top, left, h, w))
-    vflip = uniforms(seed, epoch, index, view, VFLIP)[:, 0] < policy.vflip
-    return Crop(*box, u[:, FLIP] < policy.flip, vflip)
+    top, left, h, w = np.stack([top, left, h, w]).astype(np.int64)    # (N,) each
+    flip = u[:, FLIP] < policy.flip
+    vflip = u[:, VFLIP] < policy.vflip
+    return Crop(top, left, h, w, flip, vflip)
 
 
 def draw_colour(policy, seed, epoch, index, view):
-    """ColorJitter, grayscale and blur, for images `index` (N,) and one view number -> Colour."""
-    index = np.asarray(index)[:, None]
-    u = uniforms(seed, epoch, index, view, np.arange(35))             # (N, 35)
+    """ColorJitter, grayscale and blur.
+
+    index (N,), view (N,), or one for all -> Colour
+    """
+    u = draw(seed, epoch, index, view)                                # (N, 36)
     centre = np.array([1, 1, 1, 0])
     spread = np.array(policy.strength)
-    sigma = policy.sigma[0] + np.ptp(policy.sigma) * u[:, SIGMA]      # (N,)
+    sigma = between(policy.sigma, u[:, SIGMA])                        # (N,)
     return Colour(
         jitter=u[:, JITTER] < policy.jitter,
         order=np.argsort(u[:, ORDER], axis=1),
@@ -137,68 +250,63 @@ def draw_colour(policy, seed, epoch, index, view):
         sigma=np.where(u[:, BLUR] < policy.blur, sigma, 0))
 
 
-# --- Applying, first part: crop, resize, flip. uint8 -> uint8 -------------------------------------------
+# --- The same, fast: crop, resize, flip. uint8 -> uint8 -------------------------------------------------
 # In the released code the flip comes last. Here it comes with the crop, which changes nothing: all later
 # steps treat left and right alike. Files are cropped by workers, one image after the other (crop_resize);
 # images in memory are cropped on the device, a batch at a time, by matrix products (crop_resize_batch).
 
 def crop_resize(image, crop, n, size):
-    """One stored image (H, W, 3) uint8 and the n-th box of `crop` -> (3, S, S) uint8, on the CPU. Bilinear,
-    antialiased.
+    """The n-th box of `crop`, cut out of one stored image, resized and flipped, on the CPU.
 
-    The crop is cut out first, so that no pixel outside it is read.
+    image (H, W, 3) uint8 -> (3, S, S) uint8. Bilinear, antialiased. The crop is cut out first, so that no
+    pixel outside it is read.
     """
-    top = crop.top[n]
-    left = crop.left[n]
-    bottom = top + crop.height[n]
-    right = left + crop.width[n]
-    part = image[None, top:bottom, left:right].permute(0, 3, 1, 2)    # (1, 3, h, w)
+    top, left, h, w, flip, vflip = pick(crop, n)
+    part = image[None, top:top + h, left:left + w].permute(0, 3, 1, 2)  # (1, 3, h, w)
     view, = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
-    flipped = [axis for axis, flip in ((-1, crop.flip[n]), (-2, crop.vflip[n])) if flip]
-    return view.flip(flipped) if flipped else view
+    if flip:
+        view = view.flip(2)
+    if vflip:
+        view = view.flip(1)
+    return view
 
 
 def crop_resize_batch(images, crop, size):
-    """Images of one size (N, 3, H, W) uint8, on any device -> (N, 3, S, S) uint8.
+    """The boxes of `crop`, one an image, cut out of images of one size, resized and flipped, on any device.
 
-    It does what crop_resize does, by two matrices an image: one takes rows to rows, the other columns to
-    columns.
+    (N, 3, H, W) uint8 -> (N, 3, S, S) uint8. It takes two matrices an image: one from rows to rows, the other
+    from columns to columns.
     """
     height, width = images.shape[2:]
-    rows = resize_matrices(height, size, images.device)
-    cols = resize_matrices(width, size, images.device)
-    row = matrix_number(height, crop.top, crop.height, crop.vflip)    # (N,)
-    col = matrix_number(width, crop.left, crop.width, crop.flip)      # (N,)
-    row = to_device(row, images.device)
-    col = to_device(col, images.device)
+    rows = matrices_of(crop.top, crop.height, crop.vflip, height, size, images.device)
+    cols = matrices_of(crop.left, crop.width, crop.flip, width, size, images.device)
     out = images.new_empty(len(images), 3, size, size)
     for part in pieces(images, 0, len(images)):
         # (n, H, 3, W): in this order both products find their numbers one after the other in memory
         x = images[part].transpose(1, 2).contiguous().float()
-        x = rows.index_select(0, row[part]) @ x.flatten(2)
+        x = rows[part] @ x.flatten(2)
         x = x.view(-1, size * 3, width)
-        x = x @ cols.index_select(0, col[part]).mT
+        x = x @ cols[part].mT
         x = x.round_().view(-1, size, 3, size)
         out[part] = x.transpose(1, 2)
     return out
 
 
-def matrix_number(side, start, length, flip):
-    """Where resize_matrices has the matrix for the part [start, start + length) of a line of `side`
-    pixels."""
-    return (flip * side + start) * (side + 1) + length
+def matrices_of(start, length, flip, side, size, device):
+    """Matrices (N, size, side) that resize N parts [start, start + length) of lines of `side` pixels."""
+    number = (flip * side + start) * (side + 1) + length              # (N,)
+    return resize_matrices(side, size, device).index_select(0, to_device(number, device))
 
 
 @lru_cache
 def resize_matrices(side, size, device):
-    """Bilinear, antialiased resizing of every part of a line of `side` pixels to `size`: matrices (size,
-    side), stacked along the first axis.
+    """Bilinear, antialiased resizing of every part of a line of `side` pixels to `size`.
 
-    The matrix of a part stands at matrix_number(). All are made at once and kept: 9 MB for 32 pixels, 136
-    MB for 64. Those of parts that reach beyond the line mean nothing. Row i of a matrix holds the weights
-    of the pixels that make output i: a triangle around its centre, which reaches one output pixel either
-    way (one input pixel where that is larger), and nothing outside the part. The second half of the
-    matrices has the output flipped.
+    Matrices (size, side), stacked along the first axis in the order that matrices_of knows. All are made at
+    once and kept: 9 MB for 32 pixels, 136 MB for 64. Those of parts that reach beyond the line mean nothing.
+    Row i of a matrix holds the weights of the pixels that make output i: a triangle around its centre, which
+    reaches one output pixel either way (one input pixel where that is larger), and nothing outside the part.
+    The second half of the matrices has the output flipped.
     """
     # One axis each, so that what follows broadcasts to (start, length, output, pixel).
     start = torch.arange(side, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
@@ -217,8 +325,10 @@ STRIP = 4  # an image that is longer than so many times its shorter side loses i
 
 
 def resize_centre(images, policy):
-    """The test view: shorter side to S / centre, then the centre S x S. (N, 3, H, W) uint8 -> (N, 3, S, S)
-    uint8"""
+    """The test view: shorter side to S / centre, then the centre S x S.
+
+    (N, 3, H, W) uint8 -> (N, 3, S, S) uint8
+    """
     size = policy.size
     resize = round(size / policy.centre)
     shorter = min(images.shape[2:])
@@ -228,14 +338,15 @@ def resize_centre(images, policy):
         images = images.narrow(axis, beyond, images.shape[axis] - 2 * beyond)
     height, width = images.shape[2:]
     if resize != shorter:
-        height, width = (side * resize // shorter for side in (height, width))
+        height = height * resize // shorter
+        width = width * resize // shorter
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
     top = round((height - size) / 2)
     left = round((width - size) / 2)
     return images[:, :, top:top + size, left:left + size]
 
 
-# --- Applying, second part: colour jitter, grayscale, blur, normalisation. uint8 -> float32, any device 
+# --- The same, fast: colour jitter, grayscale, blur, normalisation. uint8 -> float32, any device --------
 # How far from Pillow's result for the same draws, in levels of 255, worst pixel / mean (24 photographs at
 # 224 pixels):
 #
@@ -247,8 +358,10 @@ def resize_centre(images, policy):
 # cache holds.
 
 def pieces(x, start, end):
-    """Slices of x[start:end], to work on one after the other: on a CPU 2^19 numbers each, which its cache
-    holds."""
+    """Slices of x[start:end], to work on one after the other.
+
+    On a CPU they are of 2^19 numbers, which its cache holds; on a GPU there is one.
+    """
     size = len(x)
     if x.device.type == "cpu":
         size = max(1, 2 ** 19 // x[0].numel())
@@ -256,34 +369,36 @@ def pieces(x, start, end):
     return [slice(i, min(i + size, end)) for i in starts]
 
 
-def photometric(x, colour, policy):
-    """Cropped views (N, 3, S, S) uint8 and their Colour -> normalised views (N, 3, S, S) float32, on x's
-    device."""
+def photometric(x, colour, policy, layout=torch.contiguous_format):
+    """Colour jitter, grayscale, blur and normalisation of cropped views.
+
+    x (N, 3, S, S) uint8 and its Colour -> (N, 3, S, S) float32, on x's device, in this memory layout
+    """
     # Views that take hue at the same place of their order become neighbours; change_colours says why.
-    hue_at = np.where(colour.jitter, np.argmax(colour.order == 3, axis=1), 4)  # (N,)
+    hue_at = np.argmax(colour.order == HUE, axis=1)
+    hue_at = np.where(colour.jitter, hue_at, 4)                       # (N,)
     sort = np.argsort(hue_at, kind="stable")
     bounds = np.searchsorted(hue_at[sort], range(5))
-    colour = Colour(*(a[sort] for a in colour))
+    colour = pick(colour, sort)
     x = x.index_select(0, to_device(sort, x.device)).float()
     change_colours(x, colour, bounds)
     for part in pieces(x, 0, len(x)):
         view = x[part]
-        sigma = colour.sigma[part].astype(np.float32)
         gray = to_device(np.flatnonzero(colour.gray[part]), x.device)
-        grayscale = luma(view.index_select(0, gray))
-        view.index_copy_(0, gray, grayscale.expand(-1, 3, -1, -1))
+        view[gray] = luma(view[gray])
+        sigma = colour.sigma[part].astype(np.float32)
         if sigma.any():
             blurred = to_device(np.flatnonzero(sigma), x.device)
             std = to_device(sigma[sigma > 0], x.device)
-            view.index_copy_(0, blurred, blur(view.index_select(0, blurred), std))
+            view[blurred] = blur(view[blurred], std)
         normalize(view, policy)
     unsort = to_device(np.argsort(sort), x.device)
-    return x.index_select(0, unsort)
+    out = torch.empty_like(x, memory_format=layout)
+    return torch.index_select(x, 0, unsort, out=out)
 
 
 def change_colours(x, colour, bounds):
-    """Color jitter: apply the four changes to x (N, 3, S, S) in [0, 255], in place, each view in its own
-    order.
+    """Colour jitter: the four changes of x (N, 3, S, S) in [0, 255], in place, each view in its own order.
 
     Brightness, contrast and saturation are one operation with three kinds of weights (see blend). Only hue
     differs. So the views are sorted by the place of hue in their order: those in x[bounds[k]:bounds[k + 1]]
@@ -291,12 +406,12 @@ def change_colours(x, colour, bounds):
     is.
     """
     factor = np.take_along_axis(colour.factor, colour.order, axis=1)  # (N, 4)
-    to_luma = colour.order == 2
-    to_mean = colour.order == 1
+    to_luma = colour.order == SATURATION
+    to_mean = colour.order == CONTRAST
     weights = np.stack([1 - factor, to_luma, to_mean]).astype(np.float32)
     weights = weights.transpose(2, 0, 1)                              # (4, 3, N)
     weights = to_device(weights, x.device)[..., None, None, None]
-    shift = colour.factor[:, 3].astype(np.float32)                    # (N,)
+    shift = colour.factor[:, HUE].astype(np.float32)                  # (N,)
     shift = to_device(shift, x.device).view(-1, 1, 1, 1)              # (N, 1, 1, 1)
     for hue_at in range(4):
         for part in pieces(x, bounds[hue_at], bounds[hue_at + 1]):
@@ -304,8 +419,7 @@ def change_colours(x, colour, bounds):
 
 
 def four_changes(x, weights, shift, hue_at):
-    """The four changes of x (N, 3, S, S), in place, hue as number hue_at; see blend and shift_hue for the
-    rest."""
+    """The four changes of x (N, 3, S, S), in place, hue as number hue_at; see blend and shift_hue."""
     for k in range(4):
         if k == hue_at:
             shift_hue(x, shift)
@@ -327,12 +441,11 @@ def blend(x, share, to_luma, to_mean):
 
 
 def shift_hue(x, shift):
-    """Rotate the hue of x (N, 3, S, S) by `shift` (N, 1, 1, 1) turns, at most half a turn, in place. HSV
-    without HSV.
+    """Rotate the hue of x (N, 3, S, S) by `shift` (N, 1, 1, 1) turns, at most half a turn, in place.
 
-    Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back to RGB (Smith
-    1978) gives each channel min + c clamp(2 - d, 0, 1), where d is how far h is around the circle from that
-    channel's own hue. No division and no condition is needed, because
+    HSV without HSV. Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back
+    to RGB (Smith 1978) gives each channel min + c clamp(2 - d, 0, 1), where d is how far h is around the
+    circle from that channel's own hue. No division and no condition is needed, because
     - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g (at b = g either sign is right);
     - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is how far v is from 0 around a circle of 6.
     Both are computed times c, so that a grey pixel, c = 0, stays as it is.
@@ -356,13 +469,11 @@ def luma(x):
     return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-REACH = 8   # pixels: four times the paper's largest std. Beyond it a Gaussian holds 6e-5 of its mass
 BLOCK = 16  # pixels of a line that one product makes
 
 
 def blur(x, sigma):
-    """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels. The Gaussian is cut at REACH,
-    edges repeat.
+    """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels.
 
     Each line is cut into blocks, with what the Gaussian reaches on both sides, and multiplied by one small
     matrix. Then each column is.
@@ -398,57 +509,58 @@ def compile_colours():
 
 # --- The views of a batch -------------------------------------------------------------------------------
 
-def load_views(source, policy, seed, batches, device, workers, views=2, waiting=iter):
-    """For each (epoch, indices) of `batches`, yield (indices, [x1, x2, ...]): views (N, 3, S, S),
-    normalised, on the device.
+def load_views(source, policy, seed, batches, device, workers, views=2, waiting=iter,
+               layout=torch.contiguous_format):
+    """For each (epoch, indices) of `batches`, yield (indices, views): normalised, on the device.
 
-    waiting: what is read from files goes through it, and so can be timed (harness/data/loading.py). Raises
-    BadImage where too many files can't be read.
+    views is (x1, x2, ...), (N, 3, S, S) each, in this memory layout. waiting: what is read from files goes
+    through it, and so can be timed (harness/data/loading.py). Raises BadImage where too many files can't be
+    read.
     """
     if source.pixels is None:
         crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers, waiting)
     else:
         crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
     for epoch, index, x in crops:
-        colours = [draw_colour(policy, seed, epoch, index, v) for v in range(views)]
         # All views at once: half the operations, each on twice as many images.
-        colour = Colour(*map(np.concatenate, zip(*colours)))
-        yield index, photometric(torch.cat(x), colour, policy).chunk(views)
+        view = np.repeat(np.arange(views), len(index))
+        colour = draw_colour(policy, seed, epoch, np.tile(index, views), view)
+        yield index, photometric(torch.cat(x), colour, policy, layout).chunk(views)
 
 
 def load_centres(source, policy, batches, device, workers):
-    """For each (epoch, indices), yield (indices, x): test views (N, 3, S, S), normalised, without
-    randomness."""
+    """For each (epoch, indices), yield (indices, x): test views, without randomness.
+
+    x (N, 3, S, S), normalised, on the device
+    """
     if source.pixels is None:
-        centres = decode(source, partial(cut_centre, policy), batches, device, workers)
-        for _, index, (x,) in centres:
+        for _, index, (x,) in decode(source, partial(cut_centre, policy), batches, device, workers):
             yield index, normalize(x.float(), policy)
     else:
-        pixels = source.pixels.to(device)
-        if round(policy.size / policy.centre) != min(pixels.shape[2:]):  # torch resizes uint8 on CPUs alone
-            pixels = source.pixels
         for _, index in batches:
-            images = pixels.index_select(0, to_device(index, pixels.device))
-            x = resize_centre(images, policy).to(device)
+            images = source.pixels.index_select(0, torch.from_numpy(index))
+            x = resize_centre(images, policy).to(device)  # resized here: torch resizes uint8 on CPUs alone
             yield index, normalize(x.float(), policy)
 
 
 def cut_views(policy, seed, views, image, epoch, i):
     """The geometry of an image's views: (H, W, 3) uint8 -> [(3, S, S) uint8, one per view]"""
     height, width = image.shape[:2]
-    crop = draw_crop(policy, seed, epoch, np.full(views, i), np.arange(views), height, width)
+    crop = draw_crop(policy, seed, epoch, i, np.arange(views), height, width)
     return [crop_resize(image, crop, v, policy.size) for v in range(views)]
 
 
 def cut_views_in_memory(pixels, policy, seed, batches, views):
-    """The same for batches of pixels (N, 3, H, W): yields (epoch, indices, [(N, 3, S, S) uint8, one per
-    view])."""
+    """The same for batches of pixels (N, 3, H, W).
+
+    Yields (epoch, indices, [(N, 3, S, S) uint8, one per view])
+    """
     height, width = pixels.shape[2:]
     for epoch, index in batches:
         images = pixels.index_select(0, to_device(index, pixels.device))
         cut = []
         for v in range(views):
-            crop = draw_crop(policy, seed, epoch, index, np.full(len(index), v), height, width)
+            crop = draw_crop(policy, seed, epoch, index, v, height, width)
             cut.append(crop_resize_batch(images, crop, policy.size))
         yield epoch, index, cut
 
@@ -461,8 +573,8 @@ def cut_centre(policy, image, epoch, i):
 # --- The contact sheet ----------------------------------------------------------------------------------
 
 def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
-    """A picture (PIL Image): on each row an image as stored, then pairs of its views x1, x2, of consecutive
-    epochs."""
+    """A picture (PIL Image) of some images, each beside pairs of its views x1, x2, of consecutive epochs."""
+    plain = policy._replace(mean=(0, 0, 0), std=(1, 1, 1))  # views in [0, 1]
     rows = min(rows, len(source))
     chosen = np.linspace(0, len(source) - 1, rows).astype(int)
     shown = []
@@ -470,21 +582,17 @@ def contact_sheet(source, policy, seed, epoch=0, rows=8, pairs=4):
         stored = source.image(i)
         views = []
         for pair in range(pairs):
-            crops = cut_views(policy, seed, 2, stored, epoch + pair, i)
-            views += [view_as_picture(crops[v], policy, seed, epoch + pair, i, v) for v in range(2)]
+            for v in range(2):
+                x = one_view(stored, plain, seed, epoch + pair, i, v)
+                views.append(as_picture(x))
         shown.append((Image.fromarray(stored.numpy()), views))
     return draw_contact_sheet(shown, policy.size)
 
 
-def view_as_picture(crop, policy, seed, epoch, i, v):
-    """View number v of image i, from its crop (3, S, S) uint8, as a PIL image: its normalisation undone."""
-    colour = draw_colour(policy, seed, epoch, [i], v)
-    x, = photometric(crop[None], colour, policy)
-    mean = torch.tensor(policy.mean).view(3, 1, 1)
-    std = torch.tensor(policy.std).view(3, 1, 1)
-    x = (x * std + mean) * 255
-    x = x.round().clamp(0, 255).byte()
-    return Image.fromarray(x.permute(1, 2, 0).numpy())
+def as_picture(x):
+    """A view (3, S, S) in [0, 1] as a PIL image."""
+    levels = (255 * x).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
 def parse(argv=None):
@@ -507,8 +615,10 @@ def parse(argv=None):
 
 
 def check(data):
-    """Say what was found, read every image file of both splits, and list the bad ones. Raises Refused, with
-    their count, where there are any."""
+    """Say what was found, read every image file of both splits, and list the bad ones.
+
+    Raises Refused, with their count, where there are any.
+    """
     for heading, text in data.rows().items():
         print(f"{heading:10}{printable(text)}", file=sys.stderr)
     files = [source.files for source in (data.train, data.val) if source and source.files is not None]

@@ -346,7 +346,8 @@ def pretrain(args):
     batches = index_batches(
         s["seed"], len(data.train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
     views = augment.load_views(
-        data.train, policy, s["seed"], batches, device, s["workers"], method.views, run.waiting_for)
+        data.train, policy, s["seed"], batches, device, s["workers"], method.views, run.waiting_for,
+        layout)
     set_lr = partial(method.set_lr, optimizer)
     train_step = partial(method.train_step, network, optimizer)
     after_epoch = partial(report.epoch, model.encoder, optimizer)

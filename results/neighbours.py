@@ -238,13 +238,10 @@ def steps_of(command, device):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     batches = index_batches(s["seed"], len(data.train), s["batch"], s["epochs"])
 
-    def load(batches):
-        loaded = augment.load_views(data.train, policy, s["seed"], batches, device, 0, method.views)
-        for index, views in loaded:
-            yield index, [x.contiguous(memory_format=layout) for x in views]
-
+    batches = augment.load_views(
+        data.train, policy, s["seed"], batches, device, 0, method.views, layout=layout)
     method.parts()
-    for step, (index, views) in enumerate(load(batches)):
+    for step, (index, views) in enumerate(batches):
         method.set_lr(optimizer, step)
         method.train_step(method.model, optimizer, step, index, views)
         yield
