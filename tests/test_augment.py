@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 
 import augment
 from harness.data import loading, opening, shapes
@@ -245,51 +245,6 @@ def colour(n, factor=None, gray=False, sigma=0.0):
 def levels(x, changes):
     """photometric's result on the scale 0 to 255: (N, 3, S, S) float64"""
     return augment.photometric(x, changes, PLAIN).double().numpy() * 255
-
-
-def pil_hue(image, shift):
-    """An image with its hue shifted, as torchvision does it: in Pillow's HSV of 8 bits."""
-    h, s, v = image.convert("HSV").split()
-    turned = np.array(h) + np.uint8(int(shift * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(turned), s, v))
-
-
-CHANGES = {  # what: (our change by some value; Pillow's; its values; the gap at most, and in the mean)
-    "brightness": (  # Pillow truncates to whole levels
-        lambda f: dict(factor=(f, 1, 1, 0)),
-        lambda image, f: ImageEnhance.Brightness(image).enhance(f),
-        (0.6, 0.9, 1.4), 1.3, 0.6),
-    "contrast": (  # and rounds the mean
-        lambda f: dict(factor=(1, f, 1, 0)),
-        lambda image, f: ImageEnhance.Contrast(image).enhance(f),
-        (0.6, 0.9, 1.4), 1.3, 0.6),
-    "saturation": (
-        lambda f: dict(factor=(1, 1, f, 0)),
-        lambda image, f: ImageEnhance.Color(image).enhance(f),
-        (0.6, 0.9, 1.4), 1.3, 0.6),
-    "hue": (  # 8 bits put Pillow's up to 12 levels from the exact one
-        lambda f: dict(factor=(1, 1, 1, f)),
-        pil_hue,
-        (-0.1, 0.07), 13, 1.0),
-    "grayscale": (  # Pillow rounds
-        lambda f: dict(gray=True),
-        lambda image, f: image.convert("L"),
-        (1,), 0.52, 0.3),
-    "blur": (  # Pillow approximates the Gaussian by three boxes
-        lambda f: dict(sigma=f),
-        lambda image, f: image.filter(ImageFilter.GaussianBlur(f)),
-        (0.1, 0.5, 1.0, 2.0), 32, 0.8)}
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_each_change_agrees_with_pillow(photos, what):
-    """Against Pillow, with its rounding."""
-    change, in_pillow, values, worst, mean = CHANGES[what]
-    x = views_of(photos)
-    for value in values:
-        ours = levels(x, colour(len(x), **change(value)))
-        expected = [from_pil(in_pillow(as_pil(view), value)) for view in x]
-        assert_close(ours, expected, worst, mean)
 
 
 def exact_hue(view, shift):

@@ -2,13 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
 import augment
 from harness.data import opening, shapes
 from tests.helpers import CPU
-from tests.test_augment import ENHANCE, PLAIN, assert_close, colour, hue, of_each, pil_blur, pil_crop_resize
-from tests.test_augment import pil_enhance, pil_gray, pil_hue, views_of
+from tests.test_augment import PLAIN, as_pil, assert_close, colour, from_pil, pil_crop_resize, views_of
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -75,53 +74,48 @@ def test_crop_resize_and_flip_agree_with_pillow(photos):
             assert_close(255 * ours, pil_crop_resize(image, crop, 0, 224), worst=1, mean=0.35)
 
 
-@pytest.fixture
-def changed(monkeypatch):
-    """A function: square views (N, 3, S, S), changes as `colour` takes them -> levels of each one's one_view.
-
-    The crop is the whole image, and not flipped.
-    """
-    whole = PLAIN._replace(area=(1, 1), aspect=(1, 1), flip=0)
-
-    def levels(x, *factors, **others):
-        monkeypatch.setattr(augment, "draw_colour", lambda *drawn_for: colour(1, *factors, **others))
-        policy = whole._replace(size=x.shape[-1])
-        images = x.permute(0, 2, 3, 1)
-        return 255 * of_each(augment.one_view, images, policy, 0, 0, 0, 0)
-
-    return levels
+def pil_hue(image, shift):
+    """An image with its hue shifted, as torchvision does it: in Pillow's HSV of 8 bits."""
+    h, s, v = image.convert("HSV").split()
+    turned = np.array(h) + np.uint8(int(shift * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(turned), s, v))
 
 
-@pytest.mark.parametrize("which", range(3), ids=["brightness", "contrast", "saturation"])
-@pytest.mark.parametrize("factor", [0.6, 0.9, 1.4])
-def test_brightness_contrast_saturation_agree_with_pillow(photos, changed, which, factor):
-    """Against Pillow, which truncates to whole levels, and rounds the mean."""
-    x = views_of(photos)
-    factors = [1, 1, 1, 0]
-    factors[which] = factor
-    ours = changed(x, factors)
-    expected = of_each(pil_enhance, x, ENHANCE[which], factor)
-    assert_close(ours, expected, worst=1.3, mean=0.6)
+CHANGES = {  # what: (our change by some value; Pillow's; its values; the gap at most, and in the mean)
+    "brightness": (  # Pillow truncates to whole levels
+        lambda f: dict(factor=(f, 1, 1, 0)),
+        lambda image, f: ImageEnhance.Brightness(image).enhance(f),
+        (0.6, 0.9, 1.4), 1.3, 0.6),
+    "contrast": (  # and rounds the mean
+        lambda f: dict(factor=(1, f, 1, 0)),
+        lambda image, f: ImageEnhance.Contrast(image).enhance(f),
+        (0.6, 0.9, 1.4), 1.3, 0.6),
+    "saturation": (
+        lambda f: dict(factor=(1, 1, f, 0)),
+        lambda image, f: ImageEnhance.Color(image).enhance(f),
+        (0.6, 0.9, 1.4), 1.3, 0.6),
+    "hue": (  # 8 bits put Pillow's up to 12 levels from the exact one
+        lambda f: dict(factor=(1, 1, 1, f)),
+        pil_hue,
+        (-0.1, 0.07), 13, 1.0),
+    "grayscale": (  # Pillow rounds
+        lambda f: dict(gray=True),
+        lambda image, f: image.convert("L"),
+        (1,), 0.52, 0.3),
+    "blur": (  # Pillow approximates the Gaussian by three boxes
+        lambda f: dict(sigma=f),
+        lambda image, f: image.filter(ImageFilter.GaussianBlur(f)),
+        (0.1, 0.5, 1.0, 2.0), 32, 0.8)}
 
 
-@pytest.mark.parametrize("shift", [-0.1, 0.07])
-def test_hue_agrees_with_pillow(photos, changed, shift):
-    """Against Pillow's HSV, whose 8 bits put it up to 12 levels from the exact one."""
-    x = views_of(photos)
-    ours = changed(x, hue(shift))
-    assert_close(ours, of_each(pil_hue, x, shift), worst=13, mean=1.0)
-
-
-def test_grayscale_agrees_with_pillow(photos, changed):
-    """Against Pillow's grayscale, which rounds."""
-    x = views_of(photos)
-    ours = changed(x, gray=True)
-    assert_close(ours, of_each(pil_gray, x), worst=0.52, mean=0.3)
-
-
-@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_blur_agrees_with_pillow(photos, changed, sigma):
-    """Against Pillow, which approximates the Gaussian by three boxes."""
-    x = views_of(photos, n=8)
-    ours = changed(x, sigma=sigma)
-    assert_close(ours, of_each(pil_blur, x, sigma), worst=32, mean=0.8)
+@pytest.mark.parametrize("what", CHANGES)
+def test_each_change_agrees_with_pillow(photos, monkeypatch, what):
+    """Of square views, as they are: the crop is the whole image, and not flipped."""
+    change, in_pillow, values, worst, mean = CHANGES[what]
+    whole = PLAIN._replace(area=(1, 1), aspect=(1, 1), flip=0, size=64)
+    x = views_of(photos, size=64)
+    for value in values:
+        monkeypatch.setattr(augment, "draw_colour", lambda *drawn_for: colour(1, **change(value)))
+        ours = [255 * augment.one_view(view.permute(1, 2, 0), whole, 0, 0, 0, 0) for view in x]
+        expected = [from_pil(in_pillow(as_pil(view), value)) for view in x]
+        assert_close(torch.stack(ours), expected, worst, mean)
