@@ -25,7 +25,8 @@ def wide(x):
 def batch_norm_stats(x, eps):
     """Mean and 1/std of each channel."""
     dims = channels_alone(x)
-    return wide(x).mean(dims), (wide(x).var(dims, unbiased=False) + eps).rsqrt()
+    var = wide(x).var(dims, unbiased=False)
+    return wide(x).mean(dims), (var + eps).rsqrt()
 
 
 def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, share, eps, counts):
@@ -53,7 +54,8 @@ def batch_norm_backward_reduce(gradient, x, mean, invstd, weight, of_x, of_weigh
     """The sums over this process's values that the gradients need."""
     dims = channels_alone(x)
     sum_dy = wide(gradient).sum(dims)
-    sum_dy_xmu = (wide(gradient) * (wide(x) - along_channels(mean, x))).sum(dims)
+    centred = wide(x) - along_channels(mean, x)
+    sum_dy_xmu = (wide(gradient) * centred).sum(dims)
     return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy.clone()
 
 
@@ -63,7 +65,8 @@ def batch_norm_backward_elemt(gradient, x, mean, invstd, weight, sum_dy, sum_dy_
     n = counts.sum()
     centred = wide(x) - along_channels(mean, x)
     slope = along_channels(invstd ** 2 * sum_dy_xmu / n, x)
-    out = (wide(gradient) - along_channels(sum_dy / n, x) - centred * slope) * along_channels(invstd, x)
+    out = wide(gradient) - along_channels(sum_dy / n, x) - centred * slope
+    out = out * along_channels(invstd, x)
     if weight is not None:
         out = out * along_channels(weight, x)
     return out.to(x.dtype)

@@ -35,7 +35,7 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path, small, impati
         wait_for_epoch(first, out)
         first.send_signal(signal.SIGSTOP)
         before = files_of(out)
-        said = refusal("simsiam.py", small, *ENDLESS, "--out", out, "--resume", "auto")
+        said = refusal("simsiam.py", small, *RUN, "--out", out, "--resume", "auto")
         assert f"another process (pid {first.pid} on " in said
         assert f"{out}: another process (pid {first.pid} on " in capsys.readouterr().err
         assert files_of(out) == before
