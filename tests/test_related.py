@@ -847,7 +847,7 @@ def test_lars_of_simclr_and_byol_is_its_formula_step_by_step(lr_inside):
     weights = [torch.nn.Parameter(t.double()) for t in initial]
     groups = [{"params": [weights[0], weights[2], weights[3]], "weight_decay": 0.1},
               {"params": [weights[1]], "adapted": False}]
-    optimizer = LARS(groups, lr=0.0, momentum=0.9, joint_norm=True, lr_inside=lr_inside)
+    optimizer = related.JointLARS(groups, lr=0.0, momentum=0.9, lr_inside=lr_inside)
     expected = [w.detach().numpy().copy() for w in weights]
     velocity = [0.0, 0.0, 0.0]
     for lr in (1.6, 0.8, 0.3, 0.1):
@@ -870,14 +870,14 @@ def test_lars_of_simclr_and_byol_is_its_formula_step_by_step(lr_inside):
     assert (expected[3] == 1).all()                                  # no gradient, no step
 
 
-@pytest.mark.parametrize("form", [{}, {"joint_norm": True}, {"joint_norm": True, "lr_inside": True}])
+@pytest.mark.parametrize("form", [LARS, related.JointLARS, related.FORMS["lars-inside"][0]])
 def test_a_first_step_of_lars_is_as_long_as_the_weight_says(form):
     """lr x 0.001 x |w|, whatever the gradient's length, at weight decay 0 too."""
     for length in (1e-3, 1e3):
         w = torch.nn.Parameter(torch.randn(5, 4).double())
         start = w.detach().clone()
         w.grad = length * torch.randn(5, 4).double()
-        LARS([w], lr=2.0, momentum=0.9, **form).step()
+        form([w], lr=2.0, momentum=0.9).step()
         assert (w - start).norm().item() == pytest.approx(2 * 0.001 * start.norm().item(), rel=1e-4)
 
 
@@ -888,7 +888,7 @@ def test_the_lrs_place_matters_with_a_schedule_alone(lrs, same):
     for lr_inside in (True, False):
         generator = torch.Generator().manual_seed(0)
         w = torch.nn.Parameter(torch.randn(5, 4, generator=generator).double())
-        optimizer = LARS([w], lr=0.0, momentum=0.9, joint_norm=True, lr_inside=lr_inside)
+        optimizer = related.JointLARS([w], lr=0.0, momentum=0.9, lr_inside=lr_inside)
         for lr in lrs:
             w.grad = torch.randn(5, 4, generator=generator).double()
             optimizer.param_groups[0]["lr"] = lr
