@@ -45,8 +45,8 @@ from harness.data.opening import open_data
 from harness.data.tars import names_of
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, hits, neighbours
-from harness.evaluation.report import last_lines, neighbors, save_classifier, save_features
-from harness.evaluation.report import save_features_alone, start_block, write_result
+from harness.evaluation.report import describe_sweep, last_lines, neighbors, save_classifier
+from harness.evaluation.report import save_features, save_features_alone, start_block, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.training.job import Job
@@ -315,7 +315,7 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
     return layer, base_lr, lr, held_out
 
 
-def cached(job, bank, queries):
+def cached(job, bank, queries, say):
     """Not the paper's: train on features that are computed once, which takes seconds instead of hours.
 
     bank, queries   features of the training and of the validation images, (n, D) each
@@ -328,6 +328,8 @@ def cached(job, bank, queries):
         bank, labels, s["classes"], base_lrs, s["epochs"], s["batch"], s["seed"])
     for w in layer.parameters():
         dist.broadcast(w.data, 0)  # on GPUs the processes' fits can differ in the last bits
+    if held_out:
+        say(describe_sweep(held_out, base_lr))
     top1, top5 = test_layer(job, layer, queries)
     return Judged(top1, top5, layer, {"base_lr": base_lr, "lr": lr, "held_out_top1": held_out})
 
@@ -399,7 +401,7 @@ def evaluate(args):
     if protocol.optimizer:
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
-        judged = cached(job, bank, queries)
+        judged = cached(job, bank, queries, say)
     else:
         judged = knn(job, bank, queries)
 
@@ -568,18 +570,21 @@ def parse(argv=None):
     group = parser.add_mutually_exclusive_group()
     for name, protocol in PROTOCOLS.items():
         group.add_argument(f"--{name}", dest="protocol", action="store_const", const=name, help=protocol.note)
-    parser.add_argument("--base-lr", type=number, help=f"lr of a batch of 256 ({defaults('base_lr')})")
-    parser.add_argument("--batch", type=int, help=f"images of a step ({defaults('batch')})")
-    parser.add_argument("--epochs", type=int, help=f"passes over the images ({defaults('epochs')})")
+    parser.add_argument("--base-lr", type=number,
+                        help=f"learning rate for a batch of 256 images ({defaults('base_lr')})")
+    parser.add_argument("--batch", type=int, help=f"images of a step, of all processes ({defaults('batch')})")
+    parser.add_argument("--epochs", type=int, help=f"passes over the training images ({defaults('epochs')})")
     parser.add_argument("--width", type=number,
-                        help="of the network (default: the file's own; random: the recipe's)")
+                        help="width of the network, 1 for the usual (default: the file's own; random: the "
+                             "recipe's)")
     add_prefix(parser, "--ckpt")
     parser.add_argument("--features", metavar="FILE.npz",
-                        help="save features, labels and file names of both splits there")
-    where = "(default: the pre-training's, or else the recipe's)"
-    parser.add_argument("--size", type=int, help=f"side of the views in pixels {where}")
-    parser.add_argument("--mean", type=number, nargs=3, metavar="M", help=f"of the views' channels {where}")
-    parser.add_argument("--std", type=number, nargs=3, metavar="S", help=f"of the views' channels {where}")
+                        help="save features, labels and file names of both splits there; data without labels "
+                             "or val/ is not evaluated then")
+    own = "(default: the pre-training's, or else the recipe's)"
+    parser.add_argument("--size", type=int, help=f"side of the views, in pixels {own}")
+    parser.add_argument("--mean", type=number, nargs=3, metavar="M", help=f"mean of the channels {own}")
+    parser.add_argument("--std", type=number, nargs=3, metavar="S", help=f"std of the channels {own}")
     parser.add_argument("--export", choices=("torchvision", "released"),
                         help="write the network in this layout, and evaluate nothing")
     return parser.parse_args(argv)

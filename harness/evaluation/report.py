@@ -67,7 +67,7 @@ def describe_protocol(s):
 
 
 def describe_sweep(held_out, chosen):
-    """How each base lr did on held-out images, {base_lr: percent}, and whether the chosen one is the best."""
+    """How each base lr did on held-out images, {base_lr: percent}, and whether to look further."""
     shown = ", ".join(f"{base_lr:g} {percent:.1f}%" for base_lr, percent in held_out.items())
     line = f"held-out top-1 by base lr: {shown}"
     first, *_, last = held_out
@@ -79,19 +79,14 @@ def describe_sweep(held_out, chosen):
 def last_lines(job, judged, images):
     """The lines that an evaluation ends with. images: of val/, those that can't be read among them"""
     s = job.settings
-    lines = []
-    if judged.found.get("held_out_top1"):
-        lines.append(describe_sweep(judged.found["held_out_top1"], judged.found["base_lr"]))
     which = f"all {images}"
     if images > s["val_images"]:
         which = f"the {s['val_images']} good ones of {images}"
-    lines.append(f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {which} validation "
-                 f"images ({s['note']})")
     files = f"{os.path.join(job.out, 'lineval.json')}, neighbors.png"
     if judged.layer is not None:
         files += ", classifier.pth"
-    lines.append(f"done: {files}")
-    return "\n".join(lines)
+    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {which} validation "
+            f"images ({s['note']})\ndone: {files}")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
