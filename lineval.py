@@ -38,15 +38,14 @@ import resnet
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import to_device
-from harness.common.pictures import draw_neighbors
 from harness.common.progress import Progress
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
 from harness.data.tars import names_of
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, hits, neighbours
-from harness.evaluation.report import describe_sweep, last_lines, neighbors, save_classifier
-from harness.evaluation.report import save_features, save_features_alone, start_block, write_result
+from harness.evaluation.report import describe_sweep, last_lines, save_features, save_features_alone
+from harness.evaluation.report import start_block, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.training.job import Job
@@ -408,11 +407,7 @@ def evaluate(args):
     # 5. The result
     bad = len(data.train) - len(train) + len(data.val) - len(val)
     if rank == 0:
-        if judged.layer is not None:
-            save_classifier(job, judged.layer)
-        nearest = neighbors(train, val, bank, queries)
-        draw_neighbors(os.path.join(out, "neighbors.png"), train, val, *nearest)
-        write_result(job, judged, bad)
+        write_result(job, judged, bank, queries, bad)
     if args.features:
         save_features(args.features, {"train": (train, bank), "val": (val, queries)}, names_of)
     say(last_lines(job, judged, images=len(data.val)))

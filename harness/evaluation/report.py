@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..common.errors import printable
 from ..common.files import replacing, save
 from ..common.machine import device_name, hardware
+from ..common.pictures import draw_neighbors
 from .backbones import shape_in_words
 from .features import Frozen
 from .weights import describe_found
@@ -91,8 +92,12 @@ def last_lines(job, judged, images):
 
 # --- In files ---------------------------------------------------------------------------------------------
 
-def write_result(job, judged, bad_images):
-    """lineval.json: the accuracy first, then all that it could depend on.
+def write_result(job, judged, bank, queries, bad_images):
+    """neighbors.png, classifier.pth where a layer was trained, and lineval.json.
+
+    bank, queries   features of the training and of the validation images, (n, D) each
+
+    lineval.json has the accuracy first, then all that it could depend on:
 
         top1, top5                  percent of the validation images that could be read, after the last epoch
         protocol, note              which protocol, and whether it is the paper's
@@ -105,6 +110,10 @@ def write_result(job, judged, bad_images):
         images, val_images          those that could be read: a bad one takes no part in anything
         bad_images                  files that could not be read
     """
+    chosen, nearest = neighbors(job.train, job.val, bank, queries)
+    draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
+    if judged.layer is not None:
+        save_classifier(job, judged.layer)
     result = {
         "top1": judged.top1,
         "top5": judged.top5,
@@ -142,10 +151,10 @@ def neighbors(train, val, bank, queries, rows=10, columns=8):
 
 
 def save_features(path, splits, names_of):
-    """For each split NAME_features (n, D) float32, and where they are known NAME_labels (n,), NAME_files
-    (bytes) and the classes.
+    """Features of good images in a file, with labels, classes and file names where these are known.
 
-    splits      {"train" or "val": (source of good images, their features)}
+    NAME_features (n, D) float32, NAME_labels (n,), NAME_files (n,) bytes, for each split
+    splits      {NAME, "train" or "val": (source of good images, their features)}
     names_of    source.files -> the files' names
     There is nothing of bad files: whoever reads the features has the names of the others.
     """
