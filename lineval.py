@@ -44,8 +44,8 @@ from harness.data.opening import open_data
 from harness.data.tars import names_of
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, hits, neighbours
-from harness.evaluation.report import describe_sweep, last_lines, save_features, save_features_alone
-from harness.evaluation.report import start_block, write_result
+from harness.evaluation.result import describe_sweep, last_lines, save_features, save_features_alone
+from harness.evaluation.result import start_block, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.training.job import Job

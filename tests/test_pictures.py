@@ -6,7 +6,7 @@ from PIL import Image
 
 from harness.data.source import Source
 from harness.common import pictures
-from harness.evaluation import report
+from harness.evaluation import result
 
 RED = (200, 0, 0)
 GREEN = (0, 200, 0)
@@ -38,7 +38,7 @@ def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path):
     val = source_of([DARK, GREY], [1, 0])
     bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 3.0]])
     queries = torch.tensor([[0.1, 1.0], [2.0, 0.1]])
-    found = report.neighbors(train, val, bank, queries, columns=3)
+    found = result.neighbors(train, val, bank, queries, columns=3)
     pictures.draw_neighbors(tmp_path / "n.png", train, val, *found, tile=20)
     sheet = Image.open(tmp_path / "n.png")
     row = 20 + 2 * 6 + 16
@@ -53,7 +53,7 @@ def test_neighbors_are_shown_for_each_class_in_turn():
     labels = np.arange(40) % 4
     val = Source(files=np.zeros(40, "S1"), labels=labels)
     train = Source(files=np.zeros(6, "S1"))
-    chosen, nearest = report.neighbors(train, val, torch.randn(6, 3), torch.randn(40, 3))
+    chosen, nearest = result.neighbors(train, val, torch.randn(6, 3), torch.randn(40, 3))
     assert len(set(chosen.tolist())) == 10
     assert labels[chosen].tolist() == sorted(labels[chosen])
     assert set(labels[chosen]) == {0, 1, 2, 3}
