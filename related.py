@@ -331,13 +331,38 @@ def adamw(groups, lr, momentum):
     return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), eps=1e-8)
 
 
+class JointLARS(LARS):
+    """LARS as SimCLR and BYOL have it: local lr = trust |w| / |gradient + wd w|.
+
+    Groups of parameters with adapted=False are trained by plain SGD.
+    lr_inside   the lr is a factor of what goes into the momentum (SimCLR), and not of the step (BYOL): the same
+                while it stays
+    """
+
+    def __init__(self, groups, lr, momentum, lr_inside=False):
+        super().__init__(groups, lr, momentum)
+        self.lr_inside = lr_inside
+
+    def update(self, w, lr, momentum, weight_decay, adapted=True, **others):
+        gradient = w.grad + weight_decay * w
+        if adapted:
+            norm = w.norm()
+            grad_norm = gradient.norm()
+            scaled = self.trust * norm / grad_norm * gradient
+            gradient = torch.where((norm > 0) & (grad_norm > 0), scaled, gradient)
+        if self.lr_inside:
+            gradient = lr * gradient
+            lr = 1
+        self.momentum_step(w, gradient, lr, momentum)
+
+
 # {optimizer: (what makes it, whether BN's tensors, biases and scales are neither adapted nor decayed)}
 FORMS = {
     "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
-    "lars-inside": (functools.partial(LARS, joint_norm=True, lr_inside=True), True),    # SimCLR's
-    "lars-outside": (functools.partial(LARS, joint_norm=True), True),                   # BYOL's
-    "larc": (LARS, False),                                                              # SwAV's
-    "adamw": (adamw, True),                                                             # CLIP's
+    "lars-inside": (functools.partial(JointLARS, lr_inside=True), True),    # SimCLR's
+    "lars-outside": (JointLARS, True),                                      # BYOL's
+    "larc": (LARS, False),                                                  # SwAV's
+    "adamw": (adamw, True),                                                 # CLIP's
 }
 
 

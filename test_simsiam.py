@@ -940,16 +940,18 @@ def test_default_policy_is_the_papers_for_imagenet():
 
 def test_linear_protocols_hold_the_papers_settings():
     """Against supplement A; which protocol a recipe has."""
-    assert {name: lineval.PROTOCOLS[name] for name in LINEAR} == LINEAR
+    for name, expected in LINEAR.items():
+        protocol = lineval.PROTOCOLS[name]
+        assert {option: getattr(protocol, option) for option in expected} == expected
     assert lineval.DEFAULT == {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}
 
 
 def test_linear_protocols_lrs_fall_as_the_papers_do():
     """Steps at 60 and 80 of 100 epochs, half a cosine for LARS."""
-    steps = [lineval.lr_factor("sgd", epoch * 7 + 6, 700) for epoch in range(100)]
+    sgd, lars = (lineval.PROTOCOLS[name].schedule for name in ("sgd", "lars"))
+    steps = [sgd(epoch * 7 + 6, 700) for epoch in range(100)]
     assert close(steps, [1] * 60 + [0.1] * 20 + [0.01] * 20)
-    cosine = [lineval.lr_factor("lars", t, 90) for t in (0, 30, 45, 90)]
-    assert close(cosine, [1, 0.75, 0.5, 0])
+    assert close([lars(t, 90) for t in (0, 30, 45, 90)], [1, 0.75, 0.5, 0])
 
 
 def test_linear_layer_starts_as_in_the_released_code():
@@ -964,7 +966,8 @@ def test_linear_layer_starts_as_in_the_released_code():
 @pytest.mark.parametrize("protocol", LINEAR)
 def test_linear_protocols_have_the_papers_optimizers(protocol):
     """Momentum 0.9 and no weight decay, on the weight and the bias."""
-    optimizer = lineval.optimizer_for(protocol, lineval.linear_layer(8, 3))
+    layer = lineval.linear_layer(8, 3)
+    optimizer = lineval.PROTOCOLS[protocol].optimizer(layer.parameters())
     group, = optimizer.param_groups
     assert isinstance(optimizer, lineval.LARS) == (protocol == "lars")
     assert isinstance(optimizer, torch.optim.SGD) == (protocol == "sgd")
@@ -1196,9 +1199,9 @@ SETTINGS_MAP = {
                      "test_simsiam.py", "test_recipes_hold_the_papers_settings"),
     "the ablations": ("Sec. 4, 5; supp. A, B", "simsiam.py", "EXPERIMENTS = {",
                       "test_simsiam.py", "test_experiments_hold_the_papers_settings_and_results"),
-    "LARS evaluation": ("supp. A", "lineval.py", "def lars(",
+    "LARS evaluation": ("supp. A", "lineval.py", '    "lars": Protocol(',
                         "tests/test_lineval.py", "test_two_processes_give_the_accuracy_of_one"),
-    "SGD evaluation": ("supp. A", "lineval.py", "def sgd(",
+    "SGD evaluation": ("supp. A", "lineval.py", '    "sgd": Protocol(',
                        "tests/test_lineval.py", "test_two_processes_give_the_accuracy_of_one"),
     "kNN monitor": ("supp. D", "simsiam.py", "def knn(",
                     "test_simsiam.py", "test_knn_agrees_with_a_loop"),
@@ -1228,7 +1231,7 @@ READING = [  # what to read, the file, from and up to the lines that begin so, a
     ("", "resnet.py", '"""', None, "He et al. 2016, Table 1"),
     ("", "augment.py", '"""', None, "supplement A: crop, flip, jitter, grayscale, blur"),
     ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: ablations, the hypothesis"),
-    ("the protocols", "lineval.py", '"""', "# --- The frozen backbone", "supplement A: linear evaluation"),
+    ("the protocols", "lineval.py", '"""', "# --- 6. The program", "supplement A: linear evaluation"),
     ("", "related.py", '"""', None, "Sec. 6.2, Table 4: SimCLR, MoCo v2, BYOL, SwAV"),
     ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, against something independent"),
 ]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import lineval
 from harness.common.errors import Refused
 from harness.data.source import Source
 from harness.evaluation import features
+from harness.training.job import Job
 from tests.helpers import CPU, close, equal, untrained
 
 pytest_plugins = ["tests.fixtures"]
@@ -77,6 +79,15 @@ def test_hits_among_fewer_than_five_classes():
 
 
 # --- The frozen network -------------------------------------------------------------------------------------
+
+def test_a_split_needs_an_image_for_each_process(world_of_one, monkeypatch):
+    """Three images for four processes."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    train = Source(pixels=torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+    job = Job({"data": "DATA", "amp": False}, CPU, train, None, as_they_are, "out", False)
+    with pytest.raises(Refused, match="DATA: a split has only 3 images"):
+        features.Frozen(lineval.untrained("resnet18", 1 / 16, True), job)
+
 
 def test_tensor_hashes_are_the_sha256_of_the_values():
     """Against hashlib over the values packed one by one, whatever the memory layout."""

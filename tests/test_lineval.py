@@ -1,4 +1,5 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def test_a_backbone_that_is_not_frozen_gives_no_number(tmp_path, ten, monkeypatc
     monkeypatch.setattr(resnet.ResNet, "features", features_in_training_mode)
     message = refusal("lineval.py", ten, *EVALUATION, "--knn", "--out", tmp_path / "run")
     assert "has changed during the evaluation (" in message
-    assert "running_mean" in message
+    assert "bn1.num_batches_tracked" in message
     assert not (tmp_path / "run/lineval.json").exists()
 
 
@@ -410,6 +411,42 @@ def test_an_export_does_not_replace_a_file(exported):
     """The first export stays."""
     checkpoint = exported[0] / "checkpoint.pth"
     assert "exists already" in refusal("lineval.py", "--ckpt", checkpoint, "--export", "released")
+
+
+# --- Features alone -----------------------------------------------------------------------------------------
+
+def test_data_without_labels_gets_features_alone(tmp_path, judged, ten, capsys):
+    """Against those that an evaluation has saved of the same images; nothing else is written."""
+    path, _ = judged
+    arguments = [ten / "train", "--ckpt", path, "--features", tmp_path / "f.npz"]
+    assert here("lineval.py", *arguments) is None
+    assert f"writes to   {tmp_path}/f.npz" in capsys.readouterr().out
+    alone = np.load(tmp_path / "f.npz")
+    beside_the_result = np.load(path.parent / "f.npz")
+    assert set(alone) == {"train_features", "train_files"}
+    for name in alone:
+        assert np.array_equal(alone[name], beside_the_result[name])
+    assert list(tmp_path.iterdir()) == [tmp_path / "f.npz"]
+    assert "f.npz: exists already" in refusal("lineval.py", *arguments)
+
+
+# --- The options --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("parse, needed", [(simsiam.parse, []), (lineval.parse, ["--ckpt", "b.pth"])])
+def test_no_option_is_understood_by_its_first_letters(parse, needed):
+    """--kn is neither --knn nor --knn-every."""
+    with pytest.raises(SystemExit, match="unrecognized arguments: --kn"):
+        parse([*needed, "--kn", "20"])
+
+
+def test_every_option_has_words_of_help(monkeypatch):
+    """Two words at least, beside the default."""
+    parsers = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: parsers.append(parser))
+    lineval.parse([])
+    for action in parsers[0]._actions:
+        words, _, _ = action.help.partition("default:")
+        assert len(words.strip("( ").split()) >= 2, action.option_strings
 
 
 # --- The whole way ------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import lineval
 from harness.data.source import Source
 from harness.common import pictures
+from harness.evaluation import result
 
 RED = (200, 0, 0)
 GREEN = (0, 200, 0)
@@ -28,8 +28,8 @@ def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path):
     train = source_of([RED, GREEN, BLUE], [0, 1, 0])
     val = source_of([GREY], [0])
     bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 3.0]])
-    query = torch.tensor([[2, 0.1]])
-    found = lineval.neighbors(train, val, bank, query, columns=3)
+    queries = torch.tensor([[0.1, 1.0], [2.0, 0.1]])
+    found = result.neighbors(train, val, bank, queries, columns=3)
     pictures.draw_neighbors(tmp_path / "n.png", train, val, *found, tile=20)
     sheet = Image.open(tmp_path / "n.png")
     expected = {  # middles of tiles of 20 pixels with frames of 6; a gap of 12 after the first
@@ -47,8 +47,7 @@ def test_neighbors_are_shown_for_each_class_in_turn():
     labels = np.arange(40) % 4
     val = Source(files=np.zeros(40, "S1"), labels=labels)
     train = Source(files=np.zeros(6, "S1"))
-    bank = torch.randn(6, 3)
-    chosen, nearest = lineval.neighbors(train, val, bank, torch.randn(40, 3))
+    chosen, nearest = result.neighbors(train, val, torch.randn(6, 3), torch.randn(40, 3))
     assert len(set(chosen.tolist())) == 10
     assert labels[chosen].tolist() == sorted(labels[chosen])
     assert set(labels[chosen]) == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-"""Features of many images by all processes together, counting hits, and checking that a network is frozen."""
+"""Features of many images by all processes together, counting hits, and a network that stays frozen."""
 import contextlib
 import copy
 import hashlib
@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..common.machine import to_device
 from ..common.draws import permutation
 from ..common.errors import Refused
+from ..common.machine import fastest_layout, to_device
+from ..common.progress import Progress
 from ..training.processes import all_sum, my_share, same_everywhere
 
 
@@ -142,3 +143,65 @@ def check_frozen(network, loaded):
     if changed:
         raise Refused(f"the backbone has changed during the evaluation ({', '.join(changed[:3])}; "
                       f"{len(changed)} tensors): its accuracy would mean nothing; please report this")
+
+
+class Frozen:
+    """The network of a Backbone, frozen, on a job's device: what the features of images are taken from.
+
+    It is in eval mode: BN takes its running statistics, so an image's features don't depend on its batch. The
+    BN of an untrained network is calibrated first, on the job's training images. Raises Refused where the
+    processes have different weights, and where a split has fewer images than there are processes.
+    """
+
+    def __init__(self, backbone, job):
+        self.job = job
+        self.autocast = torch.autocast(job.device.type, torch.bfloat16, enabled=job.settings["amp"])
+        world = dist.get_world_size()
+        images = [len(source) for source in (job.train, job.val) if source]
+        if min(images) < world:
+            raise Refused(f"{job.settings['data']}: a split has only {min(images)} images; start at most as "
+                          f"many processes, not {world}")
+        batches = sum(math.ceil(n / world / BATCH) for n in images)  # as extract makes them
+        self.progress = Progress(batches, quiet=dist.get_rank() > 0)
+        layout = fastest_layout(backbone.network, job.device)
+        network = backbone.network.to(job.device, memory_format=layout)
+        if backbone.found is None:
+            network = calibrated(network, job.test_views, job.train)
+            for statistics in network.buffers():
+                dist.broadcast(statistics, 0)  # GPUs can differ in the last bits
+        self.network = network.eval().requires_grad_(False)
+        self.hashes = tensor_hashes(network)
+        # 32 bits of each hash, added up, are a number that fits a float64.
+        digest = sum(int(value[:8], 16) for value in self.hashes.values())
+        if not same_everywhere(digest, job.device):
+            raise Refused(f"{job.settings['backbone']}: the processes have read different weights from it; "
+                          "put one file where all of them read it")
+
+    def features(self, x):
+        """Images (N, 3, S, S) -> (N, D), in pieces, because a batch of 4096 need not fit a GPU whole."""
+        with self.autocast:
+            parts = [self.network.features(part).float() for part in x.split(256)]
+        return torch.cat(parts)
+
+    def features_of(self, source):
+        """Features of a source's images as they are -> the source without bad files, and (n, D).
+
+        A bad file is replaced by another image, which has another label: so it takes no part in anything.
+        Raises Refused where features are not finite.
+        """
+        def watched(x):
+            self.progress.step(lambda: f"features of {len(source)} images")
+            return self.features(x)
+
+        v, good = good_ones(source, extract(watched, self.job.test_views, source, self.job.device))
+        self.check()
+        if len(good) < len(source):
+            source = source.only(good)
+        if not v.isfinite().all():
+            raise Refused(f"{self.job.settings['backbone']}: its features are not all finite; the run that "
+                          "wrote it had diverged")
+        return source, v
+
+    def check(self):
+        """Raise Refused unless the network is bit for bit what it was."""
+        check_frozen(self.network, self.hashes)

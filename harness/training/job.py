@@ -12,7 +12,7 @@ class Job(NamedTuple):
     device      of this process
     train, val  Sources; val may be None
     test_views  (source, batches of (epoch, indices)) -> yields (indices, images (N, 3, S, S))
-    out         the folder that it writes to
+    out         the folder that it writes to; or the file, where that is all
     resuming    whether it goes on from what is in that folder
     """
     settings: dict

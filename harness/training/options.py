@@ -106,10 +106,13 @@ def number(text):
 
 
 def new_parser(script, description, data, out, amp):
-    """A parser with the options that both scripts have. data, out, amp: the help's words for their
-    defaults."""
+    """A parser with the options that both scripts have.
+
+    data, out, amp: the help's words for their defaults. Options have to be written out.
+    """
     parser = argparse.ArgumentParser(
-        prog=script, description=description, allow_abbrev=False,
+        prog=script, description=description,
+        allow_abbrev=False,  # --k 20 must not be --knn-every 20, nor what a later option begins with
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
     # argparse would print the usage, which is two screens long here. One line says what is wrong.
     parser.error = lambda message: sys.exit(f"{script}: {message}; see --help")
@@ -125,10 +128,10 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--override", nargs="+", default=[], metavar="SETTING",
                         help="with --resume: settings that may differ from the checkpoint's")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of weights, views and order (default: %(default)s)")
+                        help="seed of weights, views and order (default: %(default)s)")
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_name, default=fastest, metavar="cuda|cpu",
-                        help="default: cuda where there is one")
+                        help="what computes (default: cuda where there is one)")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         help=f"bf16 autocast (default: {amp})")
     parser.add_argument("--workers", type=int, default=min(16, cores()),

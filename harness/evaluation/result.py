@@ -1,0 +1,189 @@
+"""What an evaluation says of itself: the lines on the screen, and the files of its result."""
+import json
+import os
+import shlex
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..common.errors import printable
+from ..common.files import replacing, save
+from ..common.machine import device_name, hardware
+from ..common.pictures import draw_neighbors
+from .backbones import shape_in_words
+from .features import Frozen
+from .weights import describe_found
+
+# --- On the screen ----------------------------------------------------------------------------------------
+
+
+def start_block(job, backbone, rows):
+    """The lines that an evaluation starts with. rows: what is said of the data, {heading: text}"""
+    s = job.settings
+    rows = {
+        "backbone": describe_backbone(s, backbone),
+        **rows,
+        "views": describe_views(s, backbone),
+        "protocol": describe_protocol(s),
+        "processes": f"{s['world']}, {hardware(s, job.device)}",
+        "writes to": job.out,
+    }
+    return "\n".join(f"{heading:12}{printable(text)}" for heading, text in rows.items())
+
+
+def describe_backbone(s, backbone):
+    """Which network it is, and where it is from."""
+    origin = "untrained, BN calibrated"
+    if backbone.found:
+        origin = f"sha256 {backbone.sha256[:12]}, {describe_found(backbone.found, s['backbone'])}"
+        if backbone.epochs is not None:
+            origin = f"{backbone.epochs} epochs, {origin}"
+    return f"{s['backbone']}: {shape_in_words(backbone)} ({origin})"
+
+
+def describe_views(s, backbone):
+    """How images are shown to the network, and who said so."""
+    told = f"of recipe {s['recipe']}: the file names none"
+    if backbone.settings:
+        told = "as in its pre-training"
+    if s["views_given"]:
+        told = f"{', '.join(s['views_given'])} as given"
+    mean = " ".join(f"{v:g}" for v in s["mean"])
+    std = " ".join(f"{v:g}" for v in s["std"])
+    return f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)"
+
+
+def describe_protocol(s):
+    """Which protocol it is, and what it trains with."""
+    if "protocol" not in s:
+        return "none: features alone"
+    trained = "k by the size of the classes"
+    if "epochs" in s:
+        base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
+        trained = f"{s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
+    return f"{s['protocol']}: {s['note']}; {trained}"
+
+
+def describe_sweep(held_out, chosen):
+    """How each base lr did on held-out images, {base_lr: percent}, and whether to look further."""
+    shown = ", ".join(f"{base_lr:g} {percent:.1f}%" for base_lr, percent in held_out.items())
+    line = f"held-out top-1 by base lr: {shown}"
+    first, *_, last = held_out
+    if chosen in (first, last):
+        line += "; the best is at an end of the sweep: try --base-lr beyond it"
+    return line
+
+
+def last_lines(job, judged, images):
+    """The lines that an evaluation ends with. images: of val/, those that can't be read among them"""
+    s = job.settings
+    which = f"all {images}"
+    if images > s["val_images"]:
+        which = f"the {s['val_images']} good ones of {images}"
+    files = f"{os.path.join(job.out, 'lineval.json')}, neighbors.png"
+    if judged.layer is not None:
+        files += ", classifier.pth"
+    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {which} validation "
+            f"images ({s['note']})\ndone: {files}")
+
+
+# --- In files ---------------------------------------------------------------------------------------------
+
+def write_result(job, judged, bank, queries, bad_images):
+    """neighbors.png, classifier.pth where a layer was trained, and lineval.json.
+
+    bank, queries   features of the training and of the validation images, (n, D) each
+
+    lineval.json has the accuracy first, then all that it could depend on:
+
+        top1, top5                  percent of the validation images that could be read, after the last epoch
+        protocol, note              which protocol, and whether it is the paper's
+        base_lr, batch, epochs, lr  of the linear layer, where one was trained
+        backbone, sha256, ...       what was evaluated
+        data, content, ...          on what; content is a number that tells data sets apart
+        views_given                 which of size, mean and std the command line named
+        held_out_top1               cached: how each lr of the sweep did on held-out training images
+        best_epoch_not_the_result   lars, sgd: for papers that report it
+        images, val_images          those that could be read: a bad one takes no part in anything
+        bad_images                  files that could not be read
+    """
+    chosen, nearest = neighbors(job.train, job.val, bank, queries)
+    draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
+    if judged.layer is not None:
+        save_classifier(job, judged.layer)
+    result = {
+        "top1": judged.top1,
+        "top5": judged.top5,
+        **job.settings,
+        **judged.found,
+        "bad_images": bad_images,
+        "torch": torch.__version__,
+        "hardware": device_name(job.device),
+        "command": shlex.join(sys.argv),
+    }
+    with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
+        f.write(json.dumps(result, indent=1) + "\n")
+
+
+def save_classifier(job, layer):
+    """classifier.pth: the linear layer's weight (C, D) and bias (C,), the classes' names, the note."""
+    content = {name: t.cpu() for name, t in layer.state_dict().items()}
+    content["classes"] = job.train.classes
+    content["note"] = job.settings["note"]
+    save(content, os.path.join(job.out, "classifier.pth"))
+
+
+def neighbors(train, val, bank, queries, rows=10, columns=8):
+    """Some validation images, of each class in turn, and for each the training images nearest by cosine.
+
+    -> (R,), (R, C)
+    """
+    # Even steps through the images as sorted by class meet as many classes as there are rows.
+    by_class = np.argsort(val.labels, kind="stable")
+    places = np.linspace(0, len(val) - 1, min(rows, len(val)))
+    chosen = by_class[places.astype(int)]
+    similarity = F.normalize(queries[chosen]) @ F.normalize(bank).T
+    nearest = similarity.topk(min(columns, len(train))).indices
+    return chosen, nearest.cpu().numpy()
+
+
+def save_features(path, splits):
+    """Features of good images in a file, with labels, classes and file names where these are known.
+
+    NAME_features (n, D) float32, NAME_labels (n,), NAME_files (n,) bytes, for each split
+    splits      {NAME, "train" or "val": (source of good images, their features)}
+    There is nothing of bad files: whoever reads the features has the names of the others.
+    """
+    if dist.get_rank() > 0:
+        return
+    arrays = {}
+    for name, (source, v) in splits.items():
+        arrays[f"{name}_features"] = v.cpu().numpy()
+        if source.labels is not None:
+            arrays["classes"] = np.array(source.classes)
+            arrays[f"{name}_labels"] = source.labels
+        if source.files is not None:
+            arrays[f"{name}_files"] = source.names
+    # Through an open file: numpy would add .npz to a name.
+    with replacing(path) as f:
+        np.savez(f, **arrays)
+
+
+def save_features_alone(job, backbone, rows, say):
+    """--features of data without labels or without val/, which no protocol can judge.
+
+    job     its `out` is the file
+    rows    what the start block says of the data
+    say     prints lines
+    """
+    say(start_block(job, backbone, rows))
+    frozen = Frozen(backbone, job)
+    splits = {"train": frozen.features_of(job.train)}
+    if job.val:
+        splits["val"] = frozen.features_of(job.val)
+    save_features(job.out, splits)
+    train, _ = splits["train"]
+    say(f"done: {job.out}, features of {len(train)} images ({len(job.train) - len(train)} bad)")
