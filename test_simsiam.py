@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import augment
 import lineval
+import related
 import simsiam
 import tests.helpers
 from harness.data import loading, shapes
@@ -704,14 +705,14 @@ def test_interrupted_experiment_ends_with_the_uninterrupted_weights(tmp_path, sm
 
 # --- Supplement A: LARS (You et al. 2017) -------------------------------------------------------------------
 
-LARS_FORMS = [  # the released code's, at its weight decay and at another; BYOL's, SimCLR's (related.py)
-    dict(weight_decay=0.0),
-    dict(weight_decay=0.1),
-    dict(weight_decay=0.1, joint_norm=True),
-    dict(weight_decay=0.1, joint_norm=True, lr_inside=True)]
+LARS_FORMS = [  # (the form, weight decay, its options): the released code's; BYOL's and SimCLR's
+    (lineval.LARS, 0.0, {}),
+    (lineval.LARS, 0.1, {}),
+    (related.JointLARS, 0.1, {}),
+    (related.JointLARS, 0.1, {"lr_inside": True})]
 
 
-def lars_gradient(w, gradient, weight_decay, joint_norm=False):
+def lars_gradient(w, gradient, weight_decay, joint_norm):
     """The gradient with weight decay, of a norm in proportion to the weight's; in numpy."""
     norm = np.linalg.norm(w)
     decayed = gradient + weight_decay * w
@@ -724,28 +725,27 @@ def lars_gradient(w, gradient, weight_decay, joint_norm=False):
     return 0.001 * norm / length * decayed
 
 
-@pytest.mark.parametrize("form", LARS_FORMS)
-def test_lars_alg1_is_its_formula_step_by_step(form):
-    """Against numpy, at four lrs: a weight, a bias that starts at 0, a tensor that plain SGD takes, and, in
-    the released code's form, one whose gradient is 0."""
-    decay = form["weight_decay"]
-    joint = form.get("joint_norm", False)
+@pytest.mark.parametrize("form, decay, options", LARS_FORMS)
+def test_lars_alg1_is_its_formula_step_by_step(form, decay, options):
+    """Against numpy, at four lrs: a weight, a bias that starts at 0, and one whose gradient is 0 in the
+    released code's form; in the others one that plain SGD takes."""
+    joint = form is related.JointLARS
     rng = np.random.default_rng(0)
-    expected = [rng.normal(size=(4, 3)), np.zeros(4), rng.normal(size=5)]
-    if not joint:
-        expected.append(np.ones(2))
+    expected = [rng.normal(size=(4, 3)), np.zeros(4), np.ones(2)]
     weights = [torch.nn.Parameter(torch.tensor(w)) for w in expected]
+    groups = [{"params": weights[:2], "weight_decay": decay}, {"params": weights[2:], "weight_decay": decay}]
+    if joint:
+        groups[1]["adapted"] = False
+    optimizer = form(groups, lr=0.0, momentum=0.9, **options)
     velocity = [0.0] * len(weights)
-    plain = weights.pop(2)
-    groups = [{"params": weights}, {"params": [plain], "adapted": False}]
-    optimizer = lineval.LARS(groups, lr=0.0, momentum=0.9, **form)
-    weights.insert(2, plain)
     for lr in (1.6, 0.8, 0.3, 0.1):
-        lr_before_momentum, lr_after = (lr, 1) if form.get("lr_inside") else (1, lr)
+        lr_before_momentum, lr_after = (lr, 1) if options else (1, lr)
         for k, w in enumerate(weights):
-            gradient = rng.normal(size=w.shape) * (k != 3)
+            gradient = rng.normal(size=w.shape)
+            if k == 2 and not joint:
+                gradient = 0 * gradient
             w.grad = torch.tensor(gradient)
-            if k == 2:
+            if k == 2 and joint:
                 gradient = gradient + decay * expected[k]
             else:
                 gradient = lars_gradient(expected[k], gradient, decay, joint)

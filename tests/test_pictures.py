@@ -28,8 +28,8 @@ def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path):
     train = source_of([RED, GREEN, BLUE], [0, 1, 0])
     val = source_of([GREY], [0])
     bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 3.0]])
-    queries = torch.tensor([[0.1, 1.0], [2.0, 0.1]])
-    found = result.neighbors(train, val, bank, queries, columns=3)
+    query = torch.tensor([[2, 0.1]])
+    found = result.neighbors(train, val, bank, query, columns=3)
     pictures.draw_neighbors(tmp_path / "n.png", train, val, *found, tile=20)
     sheet = Image.open(tmp_path / "n.png")
     expected = {  # middles of tiles of 20 pixels with frames of 6; a gap of 12 after the first
