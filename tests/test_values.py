@@ -218,7 +218,8 @@ def test_the_range_is_said_and_kept_and_read_alike(tmp_path, capsys, monkeypatch
     for more, high in (([], 4095), (["--range", 0, 8190], 8190)):
         out = tmp_path / str(high)
         assert here("simsiam.py", folder, *TINY, "--epochs", 1, *more, "--out", out) is None
-        assert f"0 to {high} become 0 to 255 in files of more than 8 bits (--range)" in capsys.readouterr().out
+        said = f"0 to {high} become 0 to 255 in files of more than 8 bits (--range)"
+        assert said in capsys.readouterr().out
         assert log_of(out)[0]["settings"]["range"] == [0, high]
         assert here("lineval.py", "--ckpt", out / "checkpoint.pth", "--knn") is None
         assert result_of(out / "lineval-knn")["range"] == [0, high]
