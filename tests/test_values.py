@@ -405,10 +405,11 @@ def test_a_bad_file_is_told_by_what_it_is(tmp_path, case, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_our_own_code_raises_is_no_bad_image(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["is_deep", "raw_mode", "to_levels"])
+def test_what_our_own_code_raises_is_no_bad_image(tmp_path, monkeypatch, name):
     """A bug behind the decoder stays a bug."""
     whole(np.uint16, 16)(tmp_path / "x.png", levels())
-    monkeypatch.setattr(images, "raw_mode", lambda image: image.no_such_attribute)
+    monkeypatch.setattr(images, name, lambda x, *more: x.no_such_attribute)
     with pytest.raises(AttributeError):
         images.read_image(os.fsencode(tmp_path / "x.png"))
 
