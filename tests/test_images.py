@@ -1,4 +1,4 @@
-"""harness, images.py, augment.py --check: odd files become RGB or are bad; a bad one is replaced and named."""
+"""harness, images.py, augment.py --check: odd files become RGB or are bad; a bad one is replaced."""
 import os
 import re
 import sys

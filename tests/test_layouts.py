@@ -375,7 +375,8 @@ OWN = {  # id: tree, images, classes, validation images
     "kind 3: runs among the classes": (
         WITH_VAL | {"train/run/views.png": OURS, "train/run/log.jsonl": b"{}"}, 24, 3, 12),
     "kind 3: a linear evaluation's": (
-        WITH_VAL | {"runs/r/log.jsonl": b"{}", "runs/r/neighbors.png": OURS, "runs/r/views.png": OURS}, 24, 3, 12),
+        WITH_VAL | {"runs/r/log.jsonl": b"{}", "runs/r/neighbors.png": OURS, "runs/r/views.png": OURS},
+        24, 3, 12),
     "kind 3: curves of somebody else": (many("{}.png", 5) | {"mine/curves.png": 8}, 6, None, None),
     "kind 3: a half-written file": (many("{}.png", 5) | {"views.png.tmp": b"x"}, 5, None, None),
     "kind 4: capitals": (many("{}.JPG", 3) | many("{}.Png", 2) | many("x/{}.TIFF", 2), 7, None, None),

@@ -218,7 +218,8 @@ def test_the_range_is_said_and_kept_and_read_alike(tmp_path, capsys, monkeypatch
     for more, high in (([], 4095), (["--range", 0, 8190], 8190)):
         out = tmp_path / str(high)
         assert here("simsiam.py", folder, *TINY, "--epochs", 1, *more, "--out", out) is None
-        assert f"0 to {high} become 0 to 255 in files of more than 8 bits (--range)" in capsys.readouterr().out
+        said = f"0 to {high} become 0 to 255 in files of more than 8 bits (--range)"
+        assert said in capsys.readouterr().out
         assert log_of(out)[0]["settings"]["range"] == [0, high]
         assert here("lineval.py", "--ckpt", out / "checkpoint.pth", "--knn") is None
         assert result_of(out / "lineval-knn")["range"] == [0, high]
@@ -404,10 +405,11 @@ def test_a_bad_file_is_told_by_what_it_is(tmp_path, case, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_our_own_code_raises_is_no_bad_image(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["is_deep", "raw_mode", "to_levels"])
+def test_what_our_own_code_raises_is_no_bad_image(tmp_path, monkeypatch, name):
     """A bug behind the decoder stays a bug."""
     whole(np.uint16, 16)(tmp_path / "x.png", levels())
-    monkeypatch.setattr(images, "raw_mode", lambda image: image.no_such_attribute)
+    monkeypatch.setattr(images, name, lambda x, *more: x.no_such_attribute)
     with pytest.raises(AttributeError):
         images.read_image(os.fsencode(tmp_path / "x.png"))
 

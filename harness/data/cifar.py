@@ -43,7 +43,8 @@ FOLDERS = (b"cifar-10-batches-py", b"cifar-10-batches-bin", b"cifar-100-python",
 def layout_of(folder):
     """The layout of CIFAR that a folder has, or None."""
     for layout in LAYOUTS:
-        if all(os.path.isfile(os.path.join(os.fsdecode(folder), sign)) for sign in layout.signs):
+        paths = [os.path.join(os.fsdecode(folder), sign) for sign in layout.signs]
+        if all(map(os.path.isfile, paths)):
             return layout
     return None
 

@@ -1,8 +1,9 @@
 """Reading one image file, good or bad.
 
 What Pillow opens becomes RGB: the first frame, without transparency; EXIF turns nothing. Values of more than
-8 bits are brought to 0 to 255 by one range for the data set. What Pillow can't open or decode whole is bad. A bad file never ends a run by itself: the next good one takes its place
-(read_or_replace), and the Source that the file belongs to counts it (source.py).
+8 bits are brought to 0 to 255 by one range for the data set. What Pillow can't open or decode whole is bad. A
+bad file never ends a run by itself: the next good one takes its place (read_or_replace), and the Source that
+the file belongs to counts it (source.py).
 """
 import concurrent.futures
 import contextlib
@@ -58,13 +59,15 @@ def pillow_reads(path):
     except Refused:  # the tar file is gone
         raise
     except Exception as error:
-        raise BadImage(f"{os.fsdecode(path)}: can't be read as an image: {what_is_wrong(path, error)}") from None
+        problem = what_is_wrong(path, error)
+        raise BadImage(f"{os.fsdecode(path)}: can't be read as an image: {problem}") from None
 
 
 def open_image(path):
     """A file -> a PIL image, its header read, its pixels not yet. Raises BadImage."""
     with pillow_reads(path):
-        return Image.open(open_bytes(path) if isinstance(path, Member) else os.fsdecode(path), formats=FORMATS)
+        source = open_bytes(path) if isinstance(path, Member) else os.fsdecode(path)
+        return Image.open(source, formats=FORMATS)
 
 
 def read_rgb(path, value_range=None):
@@ -107,8 +110,8 @@ def read_or_replace(files, i, value_range=None):
 # --- More than 8 bits -----------------------------------------------------------------------------------
 # A camera, a microscope or a satellite writes 12 bits in a file of 16, floating point from 0 to 1, Hounsfield
 # units from -1024 on. Which value is black and which is white stands nowhere in such files. So we look at a
-# sample of the data set, and choose one range for all of it: a range for each file would lose what is brighter
-# in one than in another. The run says it, keeps it in its settings, and --range overrides it.
+# sample of the data set, and choose one range for all of it: a range for each file would lose what is
+# brighter in one than in another. The run says it, keeps it in its settings, and --range overrides it.
 
 HEADERS = 256    # files in the sample
 DEEP = 64        # of those with more than 8 bits, files whose values are looked at
@@ -123,7 +126,10 @@ class Header(NamedTuple):
 
 def spread(n, count):
     """Of n things, `count` or all, evenly -> their indices"""
-    return np.unique(np.linspace(0, n - 1, count).astype(int)).tolist() if n else []
+    if n == 0:
+        return []
+    places = np.linspace(0, n - 1, count).astype(int)
+    return np.unique(places).tolist()
 
 
 def sample_headers(files):
@@ -164,13 +170,15 @@ def range_of(values):
     if len(values) == 0:
         return 0.0, 1.0
     low, high = np.percentile(values, (OUTLIERS, 100 - OUTLIERS), method="nearest").tolist()
-    whole = values.dtype.kind == "i" or bool((values == np.rint(values)).all() and high > 1)
-    if whole and low >= 0:
+    is_whole = values.dtype.kind == "i" or (high > 1 and np.array_equal(values, np.rint(values)))
+    if is_whole and low >= 0:
         bits = max(8, int(high).bit_length())
         return 0.0, float(2 ** bits - 1)
     if low >= 0 and high <= 1:
         return 0.0, 1.0
-    return (float(low), float(high)) if high > low else (float(low), float(low) + 1)
+    if high == low:
+        high = low + 1
+    return float(low), float(high)
 
 
 def to_levels(values, value_range):
@@ -201,8 +209,8 @@ def deep_values(path, image):
     second time with the bytes in the other order.
     """
     if image.format == "TIFF" and len(image.getbands()) > 1 and image.tag_v2.get(PLANES) == 2:
-        raise BadImage(f"{os.fsdecode(path)}: can't be read as an image: 16 bits with each colour in a plane of "
-                       "its own: write them pixel by pixel (gdal_translate -co INTERLEAVE=PIXEL)")
+        raise BadImage(f"{os.fsdecode(path)}: can't be read as an image: 16 bits with each colour in a plane "
+                       "of its own: write them pixel by pixel (gdal_translate -co INTERLEAVE=PIXEL)")
     name = raw_mode(image)
     if image.mode == "F":
         return pixels_of(path, image)
@@ -212,14 +220,17 @@ def deep_values(path, image):
         high, low = np.moveaxis(pixels_of(path, image, "RGBA"), 2, 0)[:2].astype(np.int64)
         return 256 * high + low
     high = pixels_of(path, image)[..., :3].astype(np.int64)
+    other_order = name[:-1] + ("L" if name.endswith("B") else "B")
     with open_image(path) as again:
-        low = pixels_of(path, again, name[:-1] + ("L" if name.endswith("B") else "B"))[..., :3]
+        low = pixels_of(path, again, other_order)[..., :3]
     return 256 * high + low
 
 
 def pixels_of(path, image, name=None):
-    """The pixels of an open image, (H, W) or (H, W, bands). name: the order of the bytes that Pillow's decoder
-    shall take them for. Raises BadImage."""
+    """The pixels of an open image, (H, W) or (H, W, bands). Raises BadImage.
+
+    name: the order of bytes that Pillow's decoder shall take the file's for
+    """
     if name:
         for k, tile in enumerate(image.tile):
             arguments = name if isinstance(tile[3], str) else (name, *tile[3][1:])

@@ -64,9 +64,12 @@ def read_lines(path):
 def read_list(path):
     """A text file with a path on each line, relative to the text file -> paths (bytes).
 
-    Raises Refused where a line names no file, and where there is no line. What a named file holds is not
-    looked at: whoever reads it says what is wrong.
+    Raises Refused where it is another kind of file, where a line names no file, and where there is no line.
+    What a named file holds is not looked at: whoever reads it says what is wrong.
     """
+    other = looks_like(path)
+    if other:
+        raise Refused(f"{os.fsdecode(path)}: {other}")
     folder = os.path.dirname(path)
     lines = read_lines(path)
     names = [os.path.join(folder, line) for line in lines]

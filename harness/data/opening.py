@@ -26,7 +26,7 @@ from ..common.errors import Refused
 from . import cifar
 from .captions import read_captions
 from .images import is_image, range_of_files, sample_headers
-from .lists import KINDS, looks_like, read_list
+from .lists import KINDS, read_list
 from .shapes import draw_data_set
 from .source import Source
 from .splits import find_splits
@@ -106,12 +106,10 @@ def look(path):
     if is_tar(path):
         return look_at_images("a tar file", walk_tar(path))
     if is_image(path):
-        return Data(Source(files=np.array([path]), where=os.fsdecode(path)), None, Found("one image"))
-    problem = looks_like(path)
-    if problem:
-        raise Refused(f"{os.fsdecode(path)}: {problem}")
-    train = Source(files=np.array(read_list(path)), where=os.fsdecode(path))
-    return Data(train, None, Found("a list of images"))
+        files, layout = [path], "one image"
+    else:
+        files, layout = read_list(path), "a list of images"
+    return Data(Source(files=np.array(files), where=os.fsdecode(path)), None, Found(layout))
 
 
 def look_at_folder(path):
@@ -162,11 +160,11 @@ def look_at_captions(path):
 
 # --- What some of the files say -------------------------------------------------------------------------
 
-def settle(look, path, value_range, hold):
-    """DATA, as a function finds it -> Data, with the range of its values and, with `hold`, small images in
+def settle(find, path, value_range, hold):
+    """DATA, as this function finds it -> Data, with the range of its values and, with `hold`, small images in
     memory: the headers of a sample of both splits' files say which."""
     value_range = checked_range(value_range)
-    data = look(path)
+    data = find(path)
     sources = [source for source in (data.train, data.val) if source]
     if data.train.pixels is not None:  # drawn, or CIFAR's
         return data

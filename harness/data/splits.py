@@ -34,7 +34,7 @@ DEPTH = 6  # so many folders deep, splits are searched for
 class Split(NamedTuple):
     """The images of a split. A place is one of walk.Listing's."""
     place: tuple
-    labels: dict              # {place of images: the number of their class, or an array; -1: not in the split}
+    labels: dict              # {place: the number of its images' class, or an array; -1: not in the split}
     classes: object = None    # list of names, or None: then numbers say nothing
     labels_from: bytes = b""  # the text file that says the classes
 
@@ -158,9 +158,10 @@ def by_class(listing, place, classes):
 
 def source_of(listing, split):
     """The images of a split, sorted by path -> Source"""
-    labels = np.concatenate([of_each(listing.tree[place], label) for place, label in split.labels.items()])
+    folders = {listing.path(place): listing.tree[place] for place in split.labels}
+    labels = np.concatenate(list(map(of_each, folders.values(), split.labels.values())))
     source = Source(
-        files=gather({listing.path(place): listing.tree[place] for place in split.labels}),
+        files=gather(folders),
         labels=labels if split.classes else None,
         classes=split.classes,
         where=os.fsdecode(listing.path(split.place)))
@@ -217,8 +218,8 @@ def validation_split(listing, parent, classes):
 
 
 def labelled_split(listing, parent, name, classes):
-    """The images in the class folders of a validation split, or those that a text file has labels of -> Split.
-    Raises Unusable."""
+    """The images in the class folders of a validation split, or those that a text file says the classes of
+    -> Split. Raises Unusable."""
     if classes is None:
         raise Unusable("the training images have no labels")
     place = holding_place(listing, (*parent, name))
@@ -240,8 +241,8 @@ def labelled_split(listing, parent, name, classes):
 # guessed: a wrong label would only show as a low accuracy.
 
 def label_file(listing, parent, name, place):
-    """The text file with the labels of a split of this name, whose images lie at a place: in the split, beside
-    it, or between -> its path. Raises Unusable where there is none."""
+    """The text file with the labels of a split of this name, whose images lie at a place -> its path: in the
+    split, beside it, or between. Raises Unusable where there is none."""
     names = [name + b".txt", name + b"_annotations.txt", b"val_annotations.txt"]
     if re.search(b"^(ilsvrc.*_)?val", name.lower()):
         names.append(b"val.txt")
@@ -254,7 +255,8 @@ def label_file(listing, parent, name, place):
 
 
 def read_labels(path, images, classes):
-    """A file with labels -> the number of the class of each of these images (names), or -1. Raises Unusable."""
+    """A file with labels -> the number of the class of each of these images (names), or -1. Raises
+    Unusable."""
     text = shown(os.path.basename(path))
     known = set(images)
     said = dict(name_and_class(line, known) for line in read_lines(path))
@@ -263,8 +265,9 @@ def read_labels(path, images, classes):
         raise Unusable(f"{text} names none of its images")
     numbers = numbers_of(set(said.values()), classes)
     if numbers is None:
-        raise Unusable(f"the classes in {text} are neither names of the training folders nor numbers from 0 to "
-                       f"{len(classes) - 1} (numbers count only if a 0 is among them, and no folder is a number)")
+        raise Unusable(f"the classes in {text} are neither names of the training folders nor numbers from 0 "
+                       f"to {len(classes) - 1} (numbers count only if a 0 is among them, and no folder is a "
+                       "number)")
     return np.array([numbers[said[name]] if name in said else -1 for name in images])
 
 
@@ -292,6 +295,7 @@ def numbers_of(said, classes):
     if said <= by_name.keys():
         return by_name
     by_number = {str(k).encode(): k for k in range(len(classes))}
-    if said <= by_number.keys() and b"0" in said and not any(name.isdigit() for name in by_name):
+    folders_are_numbers = any(name.isdigit() for name in by_name)
+    if said <= by_number.keys() and b"0" in said and not folders_are_numbers:
         return by_number
     return None

@@ -29,7 +29,7 @@ class Folder(NamedTuple):
     """The images that lie directly in a folder, on the disk or in a tar file."""
     names: list            # bytes
     tar: object = None     # the tar file's path: bytes
-    places: object = None  # in a tar file: array of where an image begins, its bytes, where the next begins, ...
+    places: object = None  # in a tar file: where an image begins, its bytes, where the next begins, ...
 
 
 # --- Images by number -----------------------------------------------------------------------------------
@@ -167,9 +167,11 @@ def look_into(path, descriptor, why_no_image, span):
             folder.places.extend((offset, size))
     # `tar cf train.tar train` has put all into a folder of the tar file's own name: that is no level.
     stem = place[-1] if place else os.path.basename(as_folder(path))
-    around = all(folders[:1] == (stem, ) for folders in (*tree, *(folders for folders, *_ in inner)))
-    tree = {place + folders[around:]: folder for folders, folder in tree.items()}
-    return tree, left_out, [(place + folders[around:], *rest) for folders, *rest in inner]
+    held = [*tree, *(folders for folders, *_ in inner)]
+    first = 1 if all(folders[:1] == (stem, ) for folders in held) else 0
+    tree = {place + folders[first:]: folder for folders, folder in tree.items()}
+    inner = [(place + folders[first:], *rest) for folders, *rest in inner]
+    return tree, left_out, inner
 
 
 # --- The format (POSIX pax, with GNU's long names) --------------------------------------------------------
@@ -194,13 +196,13 @@ def members(descriptor, start, end, where):
             if size < 0:
                 raise ValueError
         except ValueError:
-            raise Refused(f"{where}: no whole tar file (no header at byte {at - start}): damaged, or cut off; "
-                          "copy it again") from None
+            problem = f"no whole tar file (no header at byte {at - start}): damaged, or cut off"
+            raise Refused(f"{where}: {problem}; copy it again") from None
         offset = at + BLOCK
         at = offset if kind in WITHOUT_CONTENT else offset + -(-size // BLOCK) * BLOCK
         if at + BLOCK > end:
-            raise Refused(f"{where}: no whole tar file (a member goes on behind its end): cut off; copy it "
-                          "again")
+            problem = "no whole tar file (a member goes on behind its end): cut off"
+            raise Refused(f"{where}: {problem}; copy it again")
         if kind == PAX:
             extended = dict(RECORD.findall(os.pread(descriptor, size, offset)))
         elif kind == LONG_NAME:

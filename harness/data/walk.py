@@ -72,8 +72,9 @@ def walk(root):
             elif is_tar(entry.name) and os.path.isfile(entry.path):
                 name = as_folder(entry.name)
                 if name in folders:
-                    raise Refused(f"{os.fsdecode(entry.path)}: {os.fsdecode(as_folder(entry.path))}/ is there "
-                                  "too, perhaps unpacked from it; move one of them away")
+                    beside = os.fsdecode(as_folder(entry.path))
+                    raise Refused(f"{os.fsdecode(entry.path)}: {beside}/ is there too, perhaps unpacked from "
+                                  "it; move one of them away")
                 folders.add(name)
                 found, passed_over = list_tar(entry.path, why_no_image)
                 tree |= {(*place, name, *inside): its_images for inside, its_images in found.items()}
@@ -132,7 +133,9 @@ def why_no_image(parts):
     if is_image(parts[-1]):
         return None
     suffix = suffix_of(parts[-1])
-    return ".txt in a tar file, where labels are not read: they must lie beside it" if suffix == ".txt" else suffix
+    if suffix == ".txt":
+        return ".txt in a tar file, where labels are not read: they must lie beside it"
+    return suffix
 
 
 def suffix_of(name):

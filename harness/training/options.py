@@ -156,7 +156,7 @@ def device_name(text):
 
 
 def add_range(parser):
-    """The option that overrides what harness/data/values.py finds."""
+    """The option that overrides what harness/data/images.py finds."""
     parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
                         help="the values that become 0 to 255, in files of more than 8 bits (default: by a "
                              "sample of the files)")
