@@ -133,8 +133,9 @@ def arguments_for(test, request):
     arguments = {}
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
-            names, values = mark.args
-            arguments[names] = values[0]
+            names, (first, *_) = mark.args
+            several = [name.strip() for name in names.split(",")]
+            arguments |= zip(several, first if len(several) > 1 else [first])
     for name in inspect.signature(test).parameters.keys() - arguments.keys():
         arguments[name] = request.getfixturevalue(name)
     return arguments
