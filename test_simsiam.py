@@ -705,11 +705,11 @@ def test_interrupted_experiment_ends_with_the_uninterrupted_weights(tmp_path, sm
 
 # --- Supplement A: LARS (You et al. 2017) -------------------------------------------------------------------
 
-LARS_FORMS = [  # (the form, weight decay, its options): the released code's; BYOL's and SimCLR's
-    (lineval.LARS, 0.0, {}),
-    (lineval.LARS, 0.1, {}),
-    (related.JointLARS, 0.1, {}),
-    (related.JointLARS, 0.1, {"lr_inside": True})]
+LARS_FORMS = [  # (whether it is JointLARS, weight decay, its options): the released code's; BYOL's, SimCLR's
+    (False, 0.0, {}),
+    (False, 0.1, {}),
+    (True, 0.1, {}),
+    (True, 0.1, {"lr_inside": True})]
 
 
 def lars_gradient(w, gradient, weight_decay, joint_norm):
@@ -725,11 +725,11 @@ def lars_gradient(w, gradient, weight_decay, joint_norm):
     return 0.001 * norm / length * decayed
 
 
-@pytest.mark.parametrize("form, decay, options", LARS_FORMS)
-def test_lars_alg1_is_its_formula_step_by_step(form, decay, options):
+@pytest.mark.parametrize("joint, decay, options", LARS_FORMS)
+def test_lars_alg1_is_its_formula_step_by_step(joint, decay, options):
     """Against numpy, at four lrs: a weight, a bias that starts at 0, and one whose gradient is 0 in the
     released code's form; in the others one that plain SGD takes."""
-    joint = form is related.JointLARS
+    form = related.JointLARS if joint else lineval.LARS
     rng = np.random.default_rng(0)
     expected = [rng.normal(size=(4, 3)), np.zeros(4), np.ones(2)]
     weights = [torch.nn.Parameter(torch.tensor(w)) for w in expected]
