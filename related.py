@@ -335,8 +335,8 @@ class JointLARS(LARS):
     """LARS as SimCLR and BYOL have it: local lr = trust |w| / |gradient + wd w|.
 
     Groups of parameters with adapted=False are trained by plain SGD.
-    lr_inside   the lr is a factor of what goes into the momentum (SimCLR), and not of the step (BYOL): the same
-                while it stays
+    lr_inside   the lr is a factor of what goes into the momentum (SimCLR), and not of the step (BYOL): the
+                same while it stays
     """
 
     def __init__(self, groups, lr, momentum, lr_inside=False):

@@ -12,7 +12,8 @@ import torch
 import simsiam
 from harness.common.errors import Refused
 from tests.children import HANGS
-from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here, kill_all, log_of, losses_of
+from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here
+from tests.helpers import kill_all, log_of, losses_of
 from tests.helpers import processes_of, program, python, refusal, slow, start, stopped_at
 from tests.helpers import torchrun, wait_for_epoch, wait_until, weights_of, write_folder
 

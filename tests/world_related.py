@@ -33,7 +33,8 @@ def settings(name, **more):
     s = recipes.recipe("shapes", related.METHODS[name].SETTINGS)
     tiny = dict(TINY_BACKBONE, **TINY_HEADS, size=16, epochs=3, batch=16, base_lr=1.0, warmup=0, images=48)
     small = {"queue": 64, "prototypes": 8, "temperature": 0.3, "words_width": 8}
-    return {key: (tiny | small).get(key, value) for key, value in s.items()} | {"images": 48, "amp": False} | more
+    settings = {key: (tiny | small).get(key, value) for key, value in s.items()}
+    return settings | {"images": 48, "amp": False} | more
 
 
 def data():
