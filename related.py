@@ -3,27 +3,27 @@
     python related.py --method simclr                           no data needed: drawn shapes
     python related.py CIFAR --method mocov2                     all else is as in simsiam.py
     torchrun --nproc-per-node 8 related.py IMAGENET --method byol
-    python related.py --experiment list                         the rows that SimSiam's paper has of them
-    python related.py --experiment sec62-swav-predictor         a row; it names its method
+    python related.py --experiment list                         a row for each result in SimSiam's paper
+    python related.py --experiment sec62-swav-predictor         a row; its name implies the method
     python related.py --method swav --help                      a method's settings
 
-    SimCLR    SimSiam + negatives, from the batch               - predictor - stop-gradient
-    MoCo v2   SimSiam + negatives, from a queue + momentum encoder          - predictor
-    BYOL      SimSiam + momentum encoder
-    SwAV      SimSiam + prototypes, whose codes Sinkhorn-Knopp balances     - predictor
-    CLIP      SimCLR with captions in the place of second views
+    SimCLR    SimSiam with negatives from the batch, without predictor and stop-gradient
+    MoCo v2   SimSiam with negatives from a queue and a momentum encoder, without predictor
+    BYOL      SimSiam with a momentum encoder
+    SwAV      SimSiam with prototypes, whose codes Sinkhorn-Knopp balances, without predictor
+    CLIP      images contrasted with captions only, and captions with images only
 
 Order of this file: 1. a step of each method; 2. their losses, and what else the steps use; 3. the methods,
 as a run asks for them; 4. their settings and experiments. Loop, views, heads, checkpoints and monitors are
-simsiam.py's. On CIFAR-10 and shapes all have SimSiam's settings and projection MLP. lineval.py reads their
-checkpoints as any other's.
+simsiam.py's. On CIFAR-10 and shapes all but CLIP have SimSiam's projection MLP, and its settings where the
+tables in 4 don't say otherwise. lineval.py reads their checkpoints as any other's.
 
 Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
 al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); CLIP, Radford et al. 2021 (2103.00020); the code
 that their authors released. "Sec.", "Table", "supp.": SimSiam's paper. "OURS": no source says it, so we
-chose.
+chose. "DEPARTURE": it differs from the source.
 
-The letters are simsiam.py's: N images of this process's share of a batch, B of the whole batch; z1, z2 (N, d)
+The letters are simsiam.py's: N images in this process's share of a batch, B in the whole batch; z1, z2 (N, d)
 the encoder's outputs for two views, p1, p2 the predictor's. K: rows of a queue, or prototypes.
 """
 import argparse
@@ -57,8 +57,9 @@ from simsiam import CHOICES, HELP, OF_THE_MODEL, SETTINGS, SimSiam, as_float32, 
 from simsiam import initial_lr, l2_normalize, loss, prediction_mlp, pretrain, stopgrad, update, warmup
 
 # --- 1. A step of each method ----------------------------------------------------------------------------
-# Beside simsiam.train_step, and in its form: the forward passes, in the run's precision; the loss; the update
-# of what has gradients; then of what has none. Each returns the loss, and what the std is watched of.
+# Beside simsiam.train_step, and in its form: the forward passes, in the run's precision; the loss, over the
+# global batch; the optimiser's update; then whatever follows it. Each returns the loss, and the outputs whose
+# std is monitored. Where there is an `encoder`, it is the network's own, and `target` its slow copy.
 
 
 def simclr(network, optimizer, autocast, temperature, x1, x2):
@@ -71,9 +72,10 @@ def simclr(network, optimizer, autocast, temperature, x1, x2):
 
 
 def simclr_with_predictor(network, optimizer, autocast, temperature, as_target, x1, x2):
-    """Sec. 6.2's rows, given in words only. OURS: Eq. (4) with NT-Xent in the place of D.
+    """Sec. 6.2's rows, which the paper describes only in words. OURS: Eq. (4) with NT-Xent in the place of D.
 
-    as_target: stopgrad, or identity
+    NT-Xent is symmetric: p and z are both anchors.
+    as_target   stopgrad, or identity: whether z is a constant
     """
     with autocast:
         (p1, p2), (z1, z2) = network(x1, x2)
@@ -85,16 +87,17 @@ def simclr_with_predictor(network, optimizer, autocast, temperature, as_target, 
 
 
 def mocov2(encoder, target, queue, tau, network, optimizer, autocast, temperature, step, x1, x2):
-    """MoCo v2: each query is to find its key, by the target encoder, among the keys of earlier steps.
+    """MoCo v2: each query is to tell its key, by the target encoder, from the keys of earlier steps.
 
-    The authors move the target first and fill the queue last: the same keys meet the same queue. Both
-    directions meet the same queue: otherwise one's queries would meet their own views' keys as negatives.
+    The authors move the target before the forward passes; to move it after the update is the same. The keys
+    enter the queue only after both directions: otherwise the second direction's queries would find keys of
+    their own views among the negatives.
 
     DEPARTURE: half the sum of both directions, as in SimSiam. The authors' example for CIFAR-10 has the sum:
-    at the same lr its steps are twice as long.
+    at the same lr, the sum's steps are twice as long.
     """
     with autocast:
-        k1, k2 = target(x1), target(x2)       # keys, without gradient
+        k1, k2 = target(x1), target(x2)       # keys; the target's parameters take no gradient
         _, (z1, z2) = network(x1, x2)         # queries
     L = info_nce(z1, k2, queue.rows, temperature) / 2 + info_nce(z2, k1, queue.rows, temperature) / 2
     update(optimizer, L)
@@ -106,10 +109,10 @@ def mocov2(encoder, target, queue, tau, network, optimizer, autocast, temperatur
 def byol(encoder, target, tau, network, optimizer, autocast, x1, x2):
     """BYOL: SimSiam's loss, with z of the target encoder, which follows the encoder.
 
-    The sum of both directions' |p/|p| - z'/|z'||^2 = 2 + 2 D(p, z').
+    L is the sum over both directions of |p/|p| - z'/|z'||^2 = 2 + 2 D(p, z').
     """
     with autocast:
-        target1, target2 = target(x1), target(x2)   # without gradient
+        target1, target2 = target(x1), target(x2)   # its parameters take no gradient
         (p1, p2), (z1, z2) = network(x1, x2)
     L = 4 + 4 * loss(p1, p2, target1, target2)                        # BYOL Eq. (2): of the target's z
     update(optimizer, L)
@@ -118,15 +121,15 @@ def byol(encoder, target, tau, network, optimizer, autocast, x1, x2):
 
 
 def swav(prototypes, codes, is_frozen, network, optimizer, autocast, temperature, x1, x2):
-    """SwAV: each view's scores are to tell the other view's codes.
+    """SwAV: each view's scores are to predict the other view's codes.
 
-    codes       Sinkhorn-Knopp: scores (N, K) -> (N, K)
+    codes       Sinkhorn-Knopp: scores (N, K) -> (N, K), without gradient, but for a row of Sec. 6.2
     is_frozen   whether the prototypes stay as they are in this step
-    The mean of both directions, as in the authors' code, where SwAV's Eq. (1) has the sum.
+    L is the mean of both directions, as in the authors' code; SwAV's Eq. (1) has the sum.
     """
     with autocast:
         (p1, p2), (z1, z2) = network(x1, x2)  # p: the scores of z, or of h(z)
-    q1, q2 = codes(prototypes(z1)), codes(prototypes(z2))
+    q1, q2 = codes(prototypes(z1)), codes(prototypes(z2))  # from z, even where p comes from h(z)
     t = temperature
     L = swapped(p1, q2, t) / 2 + swapped(p2, q1, t) / 2               # SwAV Eq. (1): swapped prediction
     optimizer.zero_grad()
@@ -140,7 +143,7 @@ def swav(prototypes, codes, is_frozen, network, optimizer, autocast, temperature
 def clip(log_scale, network, optimizer, autocast, x, words):
     """CLIP: each image is to find its caption among the batch's, and each caption its image.
 
-    words: the captions as numbers of words (N, L)
+    words: the captions as word numbers, a row each
     """
     with autocast:
         image, text = network(x, words)
@@ -167,7 +170,7 @@ def over_processes():
 def momentum_update(target, online, tau):
     """Move the target network's parameters towards the online network's: tau of each stays.
 
-    Parameters only: BN statistics aren't averaged. So the target is for training, in train mode; what is
+    Parameters only: the target's BN statistics come from its own forward passes. So the target is for training, in train mode; what is
     evaluated is the online network.
     """
     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
@@ -905,7 +908,7 @@ METHODS = {method.NAME: method for method in (SimCLR, MoCoV2, BYOL, SwAV, CLIP)}
 def parse(argv=None):
     """The command line -> options. `--experiment list` prints the table of all rows, and ends."""
     # The method decides which settings there are.
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = lambda message: sys.exit(f"related.py: {message}")
     first.add_argument("--method", choices=METHODS)
     first.add_argument("--experiment")

@@ -28,6 +28,8 @@ import torch
 
 import simsiam
 from harness.training import ends
+from harness.training.log import Log
+from harness.training.run import Run
 from results.rows import write_json
 from tests.helpers import TINY, equal, write_folder
 
@@ -37,19 +39,24 @@ OPTIONS = [*TINY, *shlex.split("--workers 0 --save-minutes 0")]
 SHARED = mmap.mmap(-1, 1)  # the number of the child's phase
 
 
-class WatchedRun(simsiam.Run):
-    """A run that tells its parent process what it is doing."""
-
-    @property
-    def phase(self):
-        return PHASES[SHARED[0]]
-
-    @phase.setter
-    def phase(self, phase):
+def told(phase, function, afterwards=None):
+    """The same function, which tells the parent process that this phase lasts as long as it runs."""
+    def tells(*given, **options):
+        before = SHARED[0]
         SHARED[0] = PHASES.index(phase)
+        try:
+            return function(*given, **options)
+        finally:
+            SHARED[0] = PHASES.index(afterwards) if afterwards else before
+
+    return tells
 
 
-simsiam.Run = WatchedRun
+Run.begin = told("starting", Run.begin, afterwards="between steps")
+Run.save = told("writing a checkpoint", Run.save)
+Log.add = told("writing the log", Log.add)
+simsiam.SimSiamMethod.train_step = told("in a step", simsiam.SimSiamMethod.train_step)
+simsiam.knn_of = told("kNN", simsiam.knn_of)
 
 
 def live(data, out, seconds=None):
