@@ -21,7 +21,7 @@ tables in 4 don't say otherwise. lineval.py reads their checkpoints as any other
 Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
 al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); CLIP, Radford et al. 2021 (2103.00020); the code
 that their authors released. "Sec.", "Table", "supp.": SimSiam's paper. "OURS": no source says it, so we
-chose. "DEPARTURE": it differs from the source.
+chose. What differs from its source is marked as a departure.
 
 The letters are simsiam.py's: N images in this process's share of a batch, B in the whole batch; z1, z2 (N, d)
 the encoder's outputs for two views, p1, p2 the predictor's. K: rows of a queue, or prototypes.
@@ -170,8 +170,8 @@ def over_processes():
 def momentum_update(target, online, tau):
     """Move the target network's parameters towards the online network's: tau of each stays.
 
-    Parameters only: the target's BN statistics come from its own forward passes. So the target is for training, in train mode; what is
-    evaluated is the online network.
+    Parameters only: the target's BN statistics come from its own forward passes. So the target is for
+    training, in train mode; what is evaluated is the online network.
     """
     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
         xi.copy_(tau * xi + (1 - tau) * theta)                        # BYOL Eq. (1): momentum encoder
