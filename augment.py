@@ -63,18 +63,18 @@ class Policy(NamedTuple):
 
 
 # --- One view of one image, from beginning to end: the specification ------------------------------------
-# tests/test_one_view.py compares it with Pillow, and all that follows with it.
+# tests/test_one_view.py compares it with Pillow, and the fast code below with it.
 
 def one_view(image, policy, seed, epoch, index, view):
     """View number `view` of image number `index` in an epoch, as the network sees it.
 
-    image (H, W, 3) -> (3, S, S) float32, normalised
+    image (H, W, 3) -> (3, S, S) float32, normalised. view: 0 is x1, 1 is x2
 
-    The resized crop has whole levels, as a picture has. torch rounds a uint8 image along either side, which
-    happens to images in files. A float image is rounded once, which happens to images in memory.
+    The resized crop has whole levels from 0 to 255, as a picture has. Give images of files as uint8: torch
+    rounds them after each of its two passes. Give images in memory as float: they are rounded once, below.
     """
     height, width, _ = image.shape
-    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)
+    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)  # draws are arrays: of one
     colour = pick(draw_colour(policy, seed, epoch, index, view), 0)
 
     top, left, h, w, flip, vflip = crop
@@ -87,7 +87,7 @@ def one_view(image, policy, seed, epoch, index, view):
     if vflip:
         x = x.flip(1)  # up and down
     if colour.jitter:
-        for change in colour.order:
+        for change in colour.order:  # brightness, contrast, saturation and hue, in the order drawn
             x = CHANGES[change](x, colour.factor[change]).clamp(0, 1)
     if colour.gray:
         x = grayscale(x).expand(3, -1, -1)

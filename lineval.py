@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 lineval.py --ckpt runs/IMAGENET/checkpoint.pth
     python lineval.py --ckpt runs/IMAGENET/checkpoint.pth --export torchvision      another file layout
 
-Every protocol looks at pooled features of the frozen backbone in eval mode, and is judged on each
-validation image once:
+Every protocol looks at pooled features of the frozen backbone in eval mode, and is judged on the validation
+images' features, which are computed once; every image counts once:
 
     --lars    the paper's: 90 epochs, batch 4096, SGD with layer-wise rates, cosine     default for imagenet
     --sgd     MoCo's, the paper's alternative: 100 epochs, batch 256, lr 30 in steps    default for cifar10
@@ -58,7 +58,7 @@ from simsiam import SETTINGS, cosine, initial_lr, knn_accuracy, test_views
 
 
 def linear_layer(features, classes):
-    """All that is trained. Weight from a normal of std 0.01, bias 0, as in MoCo and the released code."""
+    """What lars and sgd train. Weight from a normal of std 0.01, bias 0, as in MoCo and the released code."""
     # The global random numbers decide: seed them alike on all processes before.
     layer = nn.Linear(features, classes)
     nn.init.normal_(layer.weight, std=0.01)
@@ -67,12 +67,12 @@ def linear_layer(features, classes):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose gradients first get a norm in proportion to their weights' own (You et al. 2017).
+    """SGD whose gradients are first rescaled to a norm in proportion to their weights' (You et al. 2017).
 
     local lr = trust |w| / (|gradient| + wd |w| + eps), for each tensor w by itself, in the LARC form of the
     released code: no clipping, momentum after the scaling, bias included. A tensor or gradient that is zero
-    takes the plain step, or a bias could never leave 0. At weight decay 0, the paper's, the scaling is done
-    all the same.
+    takes the plain step, or a bias could never leave 0. The scaling is done at weight decay 0, the paper's,
+    too.
     """
 
     def __init__(self, parameters, lr, momentum, weight_decay=0.0, trust=0.001, eps=1e-8):
@@ -257,7 +257,7 @@ def fit(features, labels, classes, lrs, epochs, batch, seed):
 
     labels      (n,) int64, from 0 to classes - 1
     lrs         the R learning rates, at their start; half a cosine takes each to 0
-    batch       of images; the last, incomplete one of an epoch counts too
+    batch       images per batch; the incomplete last one of an epoch is used too
     seed        of the order of the images
 
     Cross-entropy, SGD with momentum 0.9, from zero. One tensor holds all R, because a small matrix product
@@ -296,7 +296,7 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
     held_out = {}
     if len(base_lrs) > 1:  # the validation images play no part in the choice
         lrs = [initial_lr(candidate, batch) for candidate in base_lrs]
-        order = to_device(permutation(seed, epochs, len(x)), x.device)
+        order = to_device(permutation(seed, epochs, len(x)), x.device)  # which no epoch has
         judged, fitted = order.tensor_split([max(1, len(x) // 10)])
         w = fit(x[fitted], labels[fitted], classes, lrs, epochs, batch, seed)  # (R, D + 1, C)
         for candidate, scores in zip(base_lrs, x[judged] @ w):
@@ -338,7 +338,7 @@ def cached(job, bank, queries, say):
 def knn(job, bank, queries):
     """Not the paper's: no training. Each validation image gets the class of the training images most like it.
 
-    Pre-training is monitored with the same classifier: both give the same figure. bank, queries: see cached.
+    Pre-training is monitored with the same classifier; its precision may differ. bank, queries: see cached.
     """
     labels = to_device(job.train.labels, job.device)
     truth = to_device(job.val.labels, job.device)
@@ -385,12 +385,12 @@ def evaluate(args):
     job = Job(s, device, data.train, data.val, views, out, resuming)
     say(start_block(job, backbone, data.rows()))
 
-    # 3. Features of all good images as they are
+    # 3. Features of all good images, without augmentation: to classify, to find the bad, to show neighbours
     frozen = Frozen(backbone, job)
     train, bank = frozen.features_of(data.train)
     val, queries = frozen.features_of(data.val)
     job = job._replace(train=train, val=val)
-    identify(job)
+    record_images(job)
 
     # 4. Classify
     lock(out, FILES, resuming, device)
@@ -524,7 +524,7 @@ def default_folder(args, s):
     return os.path.join(folder, f"lineval-{s['protocol']}")
 
 
-def identify(job):
+def record_images(job):
     """Say in the settings which images a job has left, bad files left out.
 
     Raises Refused where too few are left for a batch, and where processes have read different images.

@@ -1,5 +1,4 @@
-"""SimSiam (Chen & He 2020, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566):
-pre-training.
+"""Pre-training by SimSiam (Chen & He 2020, "Exploring Simple Siamese Representation Learning", 2011.10566).
 
     python simsiam.py                                 no data needed: drawn shapes, minutes on a laptop
     python simsiam.py CIFAR                           a CIFAR-10 folder; any small images of one size
@@ -16,14 +15,16 @@ Read top to bottom, beside the paper:
     3. the optimiser and the schedule               7. Sec. 5: SimSiam as alternating optimisation
     4. the training loop, and a whole run           8. settings and experiments, with the paper's figures
 
-Sections 1 to 4 are SimSiam; you can stop there. 5 to 8 are the rest of the paper, 9 the options. The views
-are made in augment.py, the backbone is in resnet.py, and what any training program needs (processes,
-checkpoints, the log) is in harness/. related.py implements SimCLR, MoCo v2, BYOL, SwAV and CLIP beside it.
+Sections 1 to 4 are SimSiam; you can stop there. 5 to 8 are the rest of the paper. 9 is what `pretrain` asks
+of SimSiam: its train_step calls the one in 1. The views are made in augment.py, the backbone is in resnet.py,
+and what any training program needs (processes, checkpoints, the log) is in harness/. related.py implements
+SimCLR, MoCo v2, BYOL, SwAV and CLIP beside it.
 
 The paper's letters: x1, x2 two views of a batch of images (N, 3, S, S); f the encoder (backbone and
 projection MLP), h the prediction MLP; z1 = f(x1), p1 = h(z1), (N, d) each; D the negative cosine
-similarity. "Sec.", "Eq.", "Table": the paper's. A tag such as "Eq. (1)" behind a line of code says that
-this line is the equation; README.md has the map.
+similarity. "Sec.", "Eq.", "Table": the paper's. A tag such as "Eq. (1)" after a line of code says that this
+line is the equation; README.md has the map. Where the paper, or the released code, differs from this file,
+the place is marked as a departure. "OURS": neither says it, so we chose.
 """
 import contextlib
 import copy
@@ -117,14 +118,14 @@ def l2_normalize(v):
 
 
 def as_float32(v):
-    """v in float32 at least: bf16 would cost the loss its third digit. float64 stays."""
+    """v in float32 at least, because bf16 would make the loss's third digit wrong. float64 stays."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 # --- 2. The heads and the model (Sec. 3, "Baseline settings") -------------------------------------------
 
 class BatchNorms(NamedTuple):
-    """Behind which fc layers of the two heads a BN follows: the paper's; Table 3 varies them."""
+    """Which fc layers of the two heads are followed by a BN. The defaults are the paper's; Table 3 varies."""
     proj_hidden: bool = True
     proj_output: bool = True
     pred_hidden: bool = True
@@ -133,7 +134,7 @@ class BatchNorms(NamedTuple):
 
 def linear_and_bn(inputs, outputs, bn, affine=True):
     """A fully-connected layer, and a BN if `bn`."""
-    if not bn:  # only then a bias: a BN would subtract it again
+    if not bn:  # a bias only without a BN, which would subtract it again
         return [nn.Linear(inputs, outputs)]
     return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, affine=affine)]
 
@@ -198,13 +199,12 @@ class SimSiam(nn.Module):
                     nn.init.normal_(module.weight, std=fc_std)
 
     def forward(self, *views):
-        """Two views (N, 3, S, S) -> (p1, p2), (z1, z2), (N, d) each, all with gradient; likewise for more
-        views.
+        """Two views (N, 3, S, S), or more -> (p1, p2), (z1, z2), (N, d) each, all with gradient.
 
         Each view passes through f by itself, and so is normalised by its own batch statistics. One pass
-        over both views together would be faster, and another method. What h learns: E_z |h(z1) - z2|^2 is
-        the smallest where h(z1) = E_z[z2] = E_T[f(T(x))], the mean over the augmentations, which one sample
-        z2 only approximates (Sec. 5.1).
+        over both views together would be faster, but a different method. h minimises E_z |h(z1) - z2|^2; the
+        minimum is h(z1) = E_z[z2] = E_T[f(T(x))], the mean over the augmentations, which one sample z2 only
+        approximates (Sec. 5.1).
         """
         f, h = self.encoder, self.predictor
         z = tuple(f(x) for x in views)
@@ -243,9 +243,9 @@ def cosine(step, total_steps, warmup_steps):
 
 
 def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
-    """Give f the decayed lr, and h the same ("cosine"), or one that stays ("constant", Table 1 c).
+    """Give f the decayed lr, and h the same ("cosine"), or a constant one ("constant", Table 1 c).
 
-    The one that stays isn't warmed up either: an answer of the authors to a question (simsiam's issue 11).
+    The constant one isn't warmed up either, as the authors answer in the released code's issue 11.
     """
     f, h = optimizer.param_groups
     f["lr"] = lr * warmup(step, warmup_steps) * cosine(step, total_steps, warmup_steps)
@@ -275,9 +275,9 @@ def train(run, batches, set_lr, train_step, optimizer, progress, after_epoch):
 
     run             the run's position, checkpoints and log (harness/training/run.py)
     batches         yields (indices of the images, their views) for each step
-    set_lr          called before each step, with its number: sets the optimiser's lr
+    set_lr          called before each step, with its number in the whole run: sets the optimiser's lr
     train_step      (number of the step, indices, views) -> loss, z
-    after_epoch     called when an epoch is done and saved: measures, writes the log
+    after_epoch     called when an epoch is done, and saved if that was due: measures, writes the log
     """
     while run.epoch < run.settings["epochs"]:
         for step, (index, views) in run.steps_of_epoch(batches):
@@ -308,9 +308,9 @@ def pretrain(args):
     s = settings_for(args, data.train, world)
     method = args.method(s, data, device)
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
-    check_alike(method, args.data)
+    check_same_on_all_processes(method, args.data)
     out = args.out or default_folder(args)
-    resuming = holds_run(out, CHECKPOINTS, args.resume, device)
+    resuming = holds_run(out, CHECKPOINTS, args.resume, device)  # refuses what would overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
 
     # Model and optimiser
@@ -339,19 +339,20 @@ def pretrain(args):
     run.begin(knn_pixels=None if resuming else knn_of_pixels(job, policy))
     if rank == 0 and not resuming:
         save_picture(augment.contact_sheet(data.train, policy, s["seed"]), run.path("views.png"))
-    if not run.log.epochs():
+    if not run.log.epochs():  # new, or interrupted before this was measured
         report.untrained(model.encoder)
 
-    # From DATA to optimizer.step(): which images, their views, a step of the method
-    batches = index_batches(
+    # From DATA to optimizer.step(). Worker processes decode and crop files; all else happens in this process,
+    # on its share of each global batch. SimSiamMethod.train_step, in section 9, calls section 1's
+    indices = index_batches(
         s["seed"], len(data.train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
-    views = augment.load_views(
-        data.train, policy, s["seed"], batches, device, s["workers"], method.views, run.waiting_for,
+    batches = augment.load_views(
+        data.train, policy, s["seed"], indices, device, s["workers"], method.views, run.waiting_for,
         layout)
     set_lr = partial(method.set_lr, optimizer)
     train_step = partial(method.train_step, network, optimizer)
     after_epoch = partial(report.epoch, model.encoder, optimizer)
-    train(run, views, set_lr, train_step, optimizer, progress, after_epoch)
+    train(run, batches, set_lr, train_step, optimizer, progress, after_epoch)
 
     # The result: the backbone alone, under torchvision's names
     backbone = {name: t for name, t in model.encoder.state_dict().items() if not name.startswith("fc.")}
@@ -838,7 +839,7 @@ def test_views(policy, device, workers):
     return lambda source, batches: augment.load_centres(source, policy, batches, device, workers)
 
 
-def check_alike(method, data):
+def check_same_on_all_processes(method, data):
     """Raise Refused where the processes see different images, or have chosen different precisions."""
     train, val = method.data.train, method.data.val
     method.s["content"] = train.fingerprint()
