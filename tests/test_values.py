@@ -15,7 +15,7 @@ import augment
 import lineval
 import simsiam
 from harness.common.errors import BadImage, Refused
-from harness.data import images, opening
+from harness.data import images, loading, opening
 from harness.training.job import Job
 from tests.helpers import CPU, TINY, here, log_of, png_chunk, result_of, slow
 
@@ -261,14 +261,18 @@ def test_check_says_the_range(deep, capsys, monkeypatch):
     assert printed.out == "all 33 image files are good\n"
 
 
+def as_it_is(image, epoch, i):
+    """One "view" of an image: itself."""
+    return [image.permute(2, 0, 1)]
+
+
 def test_workers_read_with_the_same_range(deep):
     """A batch from a worker against the main process's reading."""
     train, *_ = opening.open_data(deep)
     batches = [(0, np.arange(8))]
-    policy = augment.Policy(size=16)
-    (_, by_worker), = augment.load_centres(train, policy, batches, CPU, 1)
-    (_, in_here), = augment.load_centres(train, policy, batches, CPU, 0)
-    assert torch.equal(by_worker, in_here)
+    (_, _, (by_worker, )), = loading.decode(train, as_it_is, batches, CPU, 1)
+    in_here = [train.image(k).permute(2, 0, 1) for k in range(8)]
+    assert torch.equal(by_worker, torch.stack(in_here))
 
 
 def test_images_that_are_all_the_same_are_noticed(tmp_path, capsys):
@@ -305,7 +309,7 @@ BAD_TWO = ["train/red/3.png", "val/blue/4.png"]
 RANDOM = shlex.split("--ckpt random:resnet18 --width 1/8 --size 32 --workers 0")
 
 
-@pytest.mark.parametrize("side, protocol", [(70, "--knn"), (32, "--cached")], ids=["files", "in memory"])
+@pytest.mark.parametrize("side, protocol", [(70, "--knn"), (32, "--cached")])
 def test_a_bad_image_does_not_teach_and_is_not_judged(tmp_path, side, protocol, capsys):
     """100% of 9, which colour decides; the others are named, and aren't among the saved features."""
     folder = red_and_blue(tmp_path / "data", side)
