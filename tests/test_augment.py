@@ -276,7 +276,8 @@ def exact_view(view, changes, n):
 def test_changes_are_exact_and_come_in_each_views_own_order(photos):
     """All 24 orders, with and without jitter, grayscale and blur, against a float64 loop over the views.
 
-    The view whose hue is shifted first is of greys, primaries and ties. Our blur ends at 8 pixels.
+    The last views, whose hue is shifted first, are of greys, primaries and ties. Our blur ends at 8 pixels,
+    which the largest std shows.
     """
     n = np.arange(24)
     orders = np.array(list(itertools.permutations(range(4))))
@@ -292,7 +293,8 @@ def test_changes_are_exact_and_come_in_each_views_own_order(photos):
         sigma=np.resize([0, 0.1, 0, 0.5, 1, 2], 24))
     ours = levels(x, changes)
     for k, view in enumerate(x.double().numpy()):
-        assert differs(ours[k], exact_view(view, changes, k))[0] < 0.02, k
+        bound = 0.05 if changes.sigma[k] == 2 else 1e-3
+        assert differs(ours[k], exact_view(view, changes, k))[0] < bound, k
 
 
 @slow
