@@ -164,6 +164,8 @@ def pil_crop_resize(image, crop, n, size):
     view = view.resize((size, size), Image.Resampling.BILINEAR)
     if crop.flip[n]:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if crop.vflip[n]:
+        view = view.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return from_pil(view)
 
 
