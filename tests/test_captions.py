@@ -12,6 +12,11 @@ from tests.helpers import save_image
 pytest_plugins = ["tests.fixtures"]
 
 
+SIZES = "small", "medium", "large"
+ROWS = "at the top", "in the middle", "at the bottom"
+COLUMNS = "on the left", "in the centre", "on the right"
+
+
 def words_in(caption, choices):
     """The one of some words that a caption has."""
     found = [word for word in choices if re.search(rf"\b{word}\b", caption)]
@@ -28,7 +33,7 @@ def lies_in(place, side, half):
 def test_a_caption_says_what_was_drawn():
     """Kind against the label; size, place and colour against the object's pixels, which are the lightest."""
     source = shapes.draw_shapes(5, 0, 300, 64)
-    halves = {size: [] for size in captions.SIZES}
+    halves = {size: [] for size in SIZES}
     for i, caption in enumerate(source.captions):
         kind = source.classes[source.labels[i]]
         assert words_in(caption, source.classes) == kind
@@ -38,8 +43,8 @@ def test_a_caption_says_what_was_drawn():
         object_ = image.min(axis=2) >= 140
         rows, columns = np.nonzero(object_)
         half = (np.ptp(rows) + np.ptp(columns)) / 4
-        halves[words_in(caption, captions.SIZES)].append(half)
-        for place, texts in ((rows, captions.ROWS), (columns, captions.COLUMNS)):
+        halves[words_in(caption, SIZES)].append(half)
+        for place, texts in ((rows, ROWS), (columns, COLUMNS)):
             third = texts.index(words_in(caption, texts))
             assert abs(3 * lies_in(place, 64, half) - third - 0.5) < 1.1, caption
         paint = np.median(image[object_], axis=0)

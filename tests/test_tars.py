@@ -44,13 +44,13 @@ def layouts_of(folder, where):
         tar = f"{split}.tar"
         pack(folder / split, where / "a tar a split" / tar)
         pack(folder / split, where / "named after its folder" / tar, above=f"{split}/")
+        plain = where / "a tar a class" / split
+        named = where / "a tar a class, named after it" / split
         for name in os.listdir(folder / split):
-            one = folder / split / name
-            pack(one, where / "unpacked once" / split / f"{name}.tar")
-            pack(one, where / "a class's, named after it" / split / f"{name}.tar", above=f"{name}/")
-        once = where / "unpacked once" / split
-        pack(once, where / "as downloaded" / f"ILSVRC2012_img_{split}.tar")
-        pack(once, where / "as downloaded, named after its folder" / tar, above=f"{split}/")
+            pack(folder / split / name, plain / f"{name}.tar")
+            pack(folder / split / name, named / f"{name}.tar", above=f"{name}/")
+        pack(plain, where / "as downloaded" / f"ILSVRC2012_img_{split}.tar")
+        pack(named, where / "as downloaded, all named" / tar, above=f"{split}/")
     shutil.copytree(folder / "val", where / "a tar and a folder" / "val")
     pack(folder / "train", where / "a tar and a folder" / "train.tar", tarfile.USTAR_FORMAT)
     ways = {path.name: path for path in where.iterdir()}
