@@ -52,23 +52,6 @@ def test_images_of_several_small_sizes_stay_files(tmp_path):
     assert len(train) == 40
 
 
-def test_folders_without_classes_are_searched_to_any_depth(tmp_path):
-    """The files that are found against those written: no text file, no second turn through a link."""
-    nested = tmp_path / "2019" / "deep"
-    nested.mkdir(parents=True)
-    Image.new("L", (90, 70), 77).save(nested / "grey.png")
-    Image.new("RGB", (80, 70)).save(tmp_path / "B.JPG")
-    (tmp_path / "notes.txt").write_text("not an image")
-    os.symlink(tmp_path, nested / "loop")
-    train, val, _ = opening.open_data(tmp_path)
-    assert names_of(train) == [str(nested / "grey.png"), str(tmp_path / "B.JPG")]
-    assert val is None
-    assert train.labels is None
-    grey = train.image(0)
-    assert grey.shape == (70, 90, 3)
-    assert torch.all(grey == 77)
-
-
 def test_a_list_names_files_relative_to_itself(tmp_path, small):
     """The source's files against the lines, one relative and one absolute. An image is a data set, too."""
     photo = tmp_path / "photos" / "B.JPG"

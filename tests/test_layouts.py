@@ -208,6 +208,9 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         classes("train", "a") | many("elsewhere/{}.png", 5)
         | {"train/b": "../elsewhere", "train/c": "../elsewhere"},
         "18 images, 3 classes", "5 files: 5 images in elsewhere/", ""),
+    "photos at any depth, and a link back": (
+        many("2019/deep/{}.png", 3) | {"B.JPG": 1, "2019/deep/loop": "../.."},
+        "4 images", "1 file: 1 links that lead back, or on to links", ""),
     "links from each class to all others": (
         classes("train", "abcdefg", 1)
         | {f"train/{a}/{b}": f"../{b}" for a, b in itertools.permutations("abcdefg", 2)},
@@ -359,7 +362,6 @@ REFUSED = {  # id: (files, DATA, a part of the line)
     "arrays": (
         {f"{i}.npy": b"" for i in range(20)}, ".", "no images there (20 files: 20 .npy); .npy: arrays"),
     "zip": ({"photos.zip": b"PK"}, "photos.zip", "an archive; unpack it, and name the folder"),
-    "tar.gz": ({"photos.tar.gz": b"\x1f\x8b"}, "photos.tar.gz", "an archive; unpack it"),
     "a folder of archives": ({"a.zip": b"", "b.zip": b""}, ".", ".zip: an archive; unpack it"),
     "heic": ({"photo.heic": b"\0\0\0\x18ftypheic"}, "photo.heic", "no image format that is read; convert it"),
     "names and labels": ({"list.txt": b"a.png cat\n", "a.png": 3}, "list.txt", "has more on it than a path"),
