@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import augment
-from harness.data import loading, opening, shapes
+from harness.data import loading, opening
 from harness.data.source import Source
 from tests.helpers import CPU, differs, slow, write_folder
 
@@ -164,17 +164,9 @@ def pil_crop_resize(image, crop, n, size):
     view = view.resize((size, size), Image.Resampling.BILINEAR)
     if crop.flip[n]:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if crop.vflip[n]:
+        view = view.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return from_pil(view)
-
-
-def test_crop_and_resize_agree_with_pillow(photos):
-    """Six boxes of each photograph against Pillow's crop, resize and flip, to one level."""
-    for image in photos:
-        crop = boxes(*image.shape[:2], 6)
-        for n in range(6):
-            ours = augment.crop_resize(torch.from_numpy(image), crop, n, 224)
-            assert ours.dtype == torch.uint8
-            assert_close(ours, pil_crop_resize(image, crop, n, 224), worst=1, mean=0.35)
 
 
 @pytest.mark.parametrize("sides", ["32-to-32", "48-to-32", "64-to-24", "20-to-32"])
@@ -191,18 +183,6 @@ def test_batched_crop_and_resize_agree_with_pillow(sides):
         assert_close(ours[n], expected, worst=1, mean=0.35)
 
 
-def test_crop_in_memory_equals_crop_in_a_worker():
-    """The two ways to cut a view against each other, to one level."""
-    source = shapes.draw_shapes(0, 0, 12, 40)
-    policy = augment.Policy(size=32)
-    batches = [(5, np.arange(12))]
-    (_, _, batched), = augment.cut_views_in_memory(source.pixels, policy, 0, batches, 2)
-    for i in range(12):
-        single = augment.cut_views(policy, 0, 2, source.image(i), 5, i)
-        for ours, expected in zip(batched, single, strict=True):
-            assert_close(ours[i], expected, worst=1, mean=0.35)
-
-
 def pil_centre(image):
     """(H, W, 3) array -> (3, 224, 224): the shorter side to 256 by Pillow, then the centre."""
     height, width = image.shape[:2]
@@ -214,8 +194,9 @@ def pil_centre(image):
 
 
 def test_centre_view_agrees_with_pillow(photos):
-    """The test view against Pillow's resize, to one level."""
-    for image in photos:
+    """The test view against Pillow's resize, to one level; of strips, up to four times as long as wide."""
+    strips = [photos[0][:90, :360], photos[1][:330, :90]]
+    for image in [*photos, *strips]:
         centre = augment.resize_centre(in_torch(image)[None], augment.Policy())
         assert_close(centre[0], pil_centre(image), worst=1, mean=0.35)
 
@@ -256,17 +237,6 @@ def exact_hue(view, shift):
     return out * 255
 
 
-@pytest.mark.parametrize("shift", [-0.1, 0.03, 0.5, -0.4])
-def test_hue_is_exact(photos, shift):
-    """Against the standard library's HSV in float64; the first view is of greys, primaries and ties."""
-    x = views_of(photos, size=16, n=4)
-    rng = np.random.default_rng(0)
-    x[0] = torch.tensor(rng.choice([0, 128, 255], x[0].shape))
-    ours = levels(x, colour(len(x), (1, 1, 1, shift)))
-    expected = [exact_hue(view, shift) for view in x.double().numpy()]
-    assert differs(ours, expected)[0] < 1e-3
-
-
 def exact_blur(view, sigma):
     """(3, S, S) float64 -> the same, blurred: a Gaussian of 50 pixels' reach, edges repeated."""
     distance = np.arange(-50, 51)
@@ -279,15 +249,6 @@ def exact_blur(view, sigma):
         windows = np.lib.stride_tricks.sliding_window_view(padded, 101, axis)
         view = windows @ taps
     return view
-
-
-@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_blur_is_exact(photos, sigma):
-    """Against the Gaussian's formula, which ours cuts at 8 pixels."""
-    x = views_of(photos, n=4)
-    ours = levels(x, colour(len(x), sigma=sigma))
-    expected = [exact_blur(view, sigma) for view in x.double().numpy()]
-    assert differs(ours, expected)[0] < 0.05
 
 
 def exact_gray(view):
@@ -314,20 +275,28 @@ def exact_view(view, changes, n):
     return view
 
 
-def test_the_four_changes_come_in_each_views_own_order(photos):
-    """All 24 orders, with and without jitter, grayscale and blur, against a float64 loop over the views."""
-    x = views_of(photos, size=16)
+def test_changes_are_exact_and_come_in_each_views_own_order(photos):
+    """All 24 orders, with and without jitter, grayscale and blur, against a float64 loop over the views.
+
+    The last views, whose hue is shifted first, are of greys, primaries and ties. Our blur ends at 8 pixels,
+    which the largest std shows.
+    """
     n = np.arange(24)
+    orders = np.array(list(itertools.permutations(range(4))))
+    x = views_of(photos, size=16)
+    ties = np.random.default_rng(0).choice([0, 128, 255], x[0].shape)
+    x[21:] = torch.tensor(ties)
     drawn = augment.draw_colour(augment.Policy(), 0, 0, n, 0)
     changes = augment.Colour(
         jitter=n % 5 > 0,
-        order=np.array(list(itertools.permutations(range(4)))),
-        factor=drawn.factor * [1.3, 1, 1, 1],
-        gray=n % 7 == 0,
-        sigma=np.where(n % 3 == 0, 1.5, 0))
+        order=orders,
+        factor=drawn.factor * [1.3, 1, 1, 4],
+        gray=n % 7 == 1,
+        sigma=np.resize([0, 0.1, 0, 0.5, 1, 2], 24))
     ours = levels(x, changes)
     for k, view in enumerate(x.double().numpy()):
-        assert differs(ours[k], exact_view(view, changes, k))[0] < 0.02
+        bound = 0.05 if changes.sigma[k] == 2 else 1e-3
+        assert differs(ours[k], exact_view(view, changes, k))[0] < bound, k
 
 
 @slow
@@ -385,10 +354,9 @@ def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kin
     assert the_same(whole[steps + 1:], rest)
 
 
-@pytest.mark.parametrize("kind", ["small", "large"])
-def test_an_image_has_two_views_and_others_with_another_seed(kind, request):
+def test_an_image_has_two_views_and_others_with_another_seed(small):
     """The two views of a batch against each other, and against another seed's."""
-    source, _, _ = opening.open_data(request.getfixturevalue(kind))
+    source, _, _ = opening.open_data(small)
     x1, x2 = first_views(source, epochs=1)[0]
     assert x1.shape == (8, 3, 16, 16)
     difference = (x1 - x2).flatten(1).abs()

@@ -1,7 +1,6 @@
 """harness/data, opening.py, cifar.py and source.py: what DATA can be, and what is refused."""
 import collections
 import dataclasses
-import hashlib
 import os
 import pickle
 import shutil
@@ -13,7 +12,7 @@ from PIL import Image
 
 from harness.common.errors import Refused
 from harness.data import cifar, opening, shapes
-from tests.helpers import REAL, Hostile, python, real, slow, write_cifar, write_folder
+from tests.helpers import Hostile, write_cifar, write_folder
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -30,11 +29,8 @@ def test_small_images_of_a_folder_are_held_in_memory(small):
     train, val, _ = opening.open_data(small)
     assert train.classes == ["a", "b", "c"]
     assert train.pixels.shape == (50, 3, 16, 16)
-    assert len(train) == 50
-    assert len(val) == 9
     assert np.bincount(train.labels).tolist() == [17, 17, 16]
-    assert np.bincount(val.labels).tolist() == [3, 3, 3]
-    assert val.labels.tolist() == sorted(val.labels)
+    assert np.array_equal(val.labels, np.repeat([0, 1, 2], 3))
     assert np.array_equal(train.image(0), Image.open(small / "train/a/000.png"))
 
 
@@ -56,33 +52,17 @@ def test_images_of_several_small_sizes_stay_files(tmp_path):
     assert len(train) == 40
 
 
-def test_folders_without_classes_are_searched_to_any_depth(tmp_path):
-    """The files that are found against those written: no text file, no second turn through a link."""
-    nested = tmp_path / "2019" / "deep"
-    nested.mkdir(parents=True)
-    Image.new("L", (90, 70), 77).save(nested / "grey.png")
-    Image.new("RGB", (80, 70)).save(tmp_path / "B.JPG")
-    (tmp_path / "notes.txt").write_text("not an image")
-    os.symlink(tmp_path, nested / "loop")
-    train, val, _ = opening.open_data(tmp_path)
-    assert names_of(train) == [str(nested / "grey.png"), str(tmp_path / "B.JPG")]
-    assert val is None
-    assert train.labels is None
-    grey = train.image(0)
-    assert grey.shape == (70, 90, 3)
-    assert torch.all(grey == 77)
-
-
 def test_a_list_names_files_relative_to_itself(tmp_path, small):
     """The source's files against the lines, one relative and one absolute. An image is a data set, too."""
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (80, 70)).save(tmp_path / "photos/B.JPG")
+    photo = tmp_path / "photos" / "B.JPG"
+    photo.parent.mkdir()
+    Image.new("RGB", (80, 70)).save(photo)
     listing = tmp_path / "list.txt"
     listing.write_text(f"photos/B.JPG\n{small}/train/a/000.png\n\n")
     train, val, _ = opening.open_data(listing)
-    assert names_of(train) == [str(tmp_path / "photos/B.JPG"), f"{small}/train/a/000.png"]
+    assert names_of(train) == [str(photo), f"{small}/train/a/000.png"]
     assert val is None
-    assert names_of(opening.open_data(tmp_path / "photos/B.JPG").train) == [str(tmp_path / "photos/B.JPG")]
+    assert names_of(opening.open_data(photo).train) == [str(photo)]
 
 
 def test_nothing_stands_for_the_shapes(monkeypatch):
@@ -155,11 +135,9 @@ IMAGE = np.zeros(3072, np.uint8)
 NOT_CIFAR = {  # what a file holds that is called like CIFAR's
     "calls-os.system": Hostile(os.system, ("touch HACKED",)),
     "calls-eval": Hostile(eval, ("open('HACKED', 'w')",)),
-    "calls-getattr": Hostile(getattr, ("x", "upper")),
     "a-number-of-numpy": np.float64(3),
     "no-labels": {b"data": np.stack([IMAGE])},
     "no-images": {b"data": 1, b"labels": [1]},
-    "a-list": [1, 2],
     "another-class": collections.OrderedDict(),
     "one-label-too-few": {b"data": np.stack([IMAGE, IMAGE]), b"labels": [1]},
     "a-label-too-large": {b"data": np.stack([IMAGE]), b"labels": [10]},
@@ -189,28 +167,6 @@ def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
     pixels, labels = cifar.read_batch(tmp_path / "batch", cifar.LAYOUTS[1])
     assert pixels.shape == (2, 3072)
     assert labels.tolist() == [1, 2]
-
-
-def images_and_labels(folder):
-    """Of both splits, sorted: a hash of each image, and its label."""
-    splits = []
-    train, val, _ = opening.open_data(folder)
-    for source in (train, val):
-        hashes = [hashlib.sha1(image).hexdigest() for image in source.pixels.numpy()]
-        splits.append(sorted(zip(hashes, source.labels.tolist())))
-    return splits
-
-
-@real
-@slow
-def test_cifar_as_folder_bin_and_py_hold_the_same_images(tmp_path):
-    """The whole of CIFAR-10 in three layouts against each other."""
-    done = python(REAL / "unpack", tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = images_and_labels(tmp_path / "cifar10")
-    assert [len(split) for split in folder] == [50_000, 10_000]
-    assert images_and_labels(tmp_path / "cifar-10-batches-bin") == folder
-    assert images_and_labels(tmp_path / "cifar-10-batches-py") == folder
 
 
 def test_small_images_too_many_of_which_are_bad_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 Each tree is a table: {path: what lies there}. A picture is drawn as a level of grey; all else is bytes.
 """
+import itertools
 import os
 import pickle
 import shutil
@@ -20,24 +21,33 @@ pytest_plugins = ["tests.fixtures"]
 
 SIZE = (70, 72)  # too large to be held in memory
 OURS = "a picture that one of our programs drew"
+PIPE = "a pipe"
 
 
 def plant(folder, tree):
-    """Write a tree of files. A number is a picture of this level, OURS one with our mark; None is an empty
-    folder."""
+    """Write a tree of files. A number is a picture of this level, OURS one with our mark, other text where a
+    link leads, PIPE a pipe, None an empty folder."""
     for name, content in tree.items():
         path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if content is None:
             path.mkdir(parents=True)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content == OURS:
+        elif content == OURS:
             save_picture(Image.new("L", SIZE), path)
+        elif content == PIPE:
+            os.mkfifo(path)
+        elif isinstance(content, str):
+            os.symlink(content, path)
         elif isinstance(content, bytes):
             path.write_bytes(content)
         else:
             Image.new("L", SIZE, content).save(path)
     return folder
+
+
+def each(names):
+    """{name: level} of a picture for each of these names."""
+    return dict.fromkeys(names.split(), 77)
 
 
 def many(pattern, count):
@@ -54,98 +64,176 @@ def classes(split, names="abc", count=8, suffix=".png"):
 
 
 WITH_VAL = classes("train") | classes("val", count=4)
-CASES = {  # id: the tree, training images, classes, validation images, what is left out, a part of the notes
-    "classes": (WITH_VAL, 24, 3, 12, "", ""),
+CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
+    "classes": (WITH_VAL, "24 images, 3 classes, 12 to validate", "", ""),
     "an empty hidden folder": (
-        WITH_VAL | {"train/.ipynb_checkpoints": None}, 24, 3, 12, "1 file: 1 hidden or a system's", ""),
+        WITH_VAL | {"train/.ipynb_checkpoints": None},
+        "24 images, 3 classes, 12 to validate", "1 file: 1 hidden or a system's", ""),
     "what a Mac's archive adds": (
-        WITH_VAL | {"train/a/._000.png": bytes(100), "__MACOSX/train/a/._1.png": b""}, 24, 3, 12,
-        "2 files: 2 hidden or a system's", ""),
+        WITH_VAL | {"train/a/._000.png": bytes(100), "__MACOSX/train/a/._1.png": b""},
+        "24 images, 3 classes, 12 to validate", "2 files: 2 hidden or a system's", ""),
     "Windows and a network disk": (
-        WITH_VAL | {"train/a/Thumbs.db": b"", "train/@eaDir/x.jpg": 3, "val/desktop.ini": b""}, 24, 3, 12,
-        "3 files: 3 hidden or a system's", ""),
-    "flat, and a hidden folder": (many("train/{}.png", 16) | {"train/.cache": None}, 16, None, None,
-                                  "1 file: 1 hidden or a system's", ""),
-    "formats": (
-        many("{}.jpg", 9) | many("{}.avif", 3) | many("{}.jfif", 2) | many("{}.gif", 2),
-        16, None, None, "", ""),
+        WITH_VAL | {"train/a/Thumbs.db": b"", "train/@eaDir/x.jpg": 3, "val/desktop.ini": b""},
+        "24 images, 3 classes, 12 to validate", "3 files: 3 hidden or a system's", ""),
+    "flat, and a hidden folder": (
+        many("train/{}.png", 16) | {"train/.cache": None},
+        "16 images", "1 file: 1 hidden or a system's", ""),
+    "formats": (each("a.jpg b.avif c.jfif d.gif e.jp2 f.tga g.pcx h.dib"), "8 images", "", ""),
     "other files": (
-        many("{}.jpg", 9) | {"a.heic": b"", "b.heic": b"", "c.txt": b"", "README": b""}, 9, None, None,
-        "4 files: 2 .heic, 1 .txt, 1 without a suffix", ""),
+        many("{}.jpg", 9) | {"a.heic": b"", "b.heic": b"", "c.txt": b"", "README": b""},
+        "9 images", "4 files: 2 .heic, 1 .txt, 1 without a suffix", ""),
     "a folder without images is no class": (
-        classes("train") | {"train/d": None, "train/e/notes.txt": b""}, 24, 3, None, "1 file: 1 .txt", ""),
+        classes("train") | {"train/d": None, "train/e/notes.txt": b""},
+        "24 images, 3 classes", "1 file: 1 .txt", ""),
     "Training and Testing": (
-        classes("Training") | classes("Testing", count=4), 24, 3, 12, "",
-        "Testing/ is taken for the validation split"),
+        classes("Training") | classes("Testing", count=4),
+        "24 images, 3 classes, 12 to validate", "", "Testing/ is taken for the validation split"),
     "train2017 and val2017": (
         many("train2017/{}.jpg", 8) | many("val2017/{}.jpg", 4),
-        8, None, None, "4 files: 4 images in val2017/",
+        "8 images", "4 files: 4 images in val2017/",
         "val2017/ is not used: the training images have no labels"),
     "ILSVRC's root": (
         classes("ILSVRC/Data/CLS-LOC/train") | classes("ILSVRC/Data/CLS-LOC/val", count=4)
         | many("ILSVRC/Data/CLS-LOC/test/{}.JPEG", 5)
         | {"ILSVRC/Annotations/CLS-LOC/train/a/1.xml": b"<a/>"},
-        24, 3, 12, "6 files: 5 images in ILSVRC/Data/, 1 .xml",
+        "24 images, 3 classes, 12 to validate", "6 files: 5 images in ILSVRC/Data/, 1 .xml",
         "the splits were found in ILSVRC/Data/CLS-LOC/"),
     "YOLO": (
-        many("train/images/{}.jpg", 8) | {f"train/labels/{i}.txt": b"0 .5" for i in range(8)}, 8, None, None,
-        "8 files: 8 .txt", ""),
+        many("train/images/{}.jpg", 8) | {f"train/labels/{i}.txt": b"0 .5" for i in range(8)},
+        "8 images", "8 files: 8 .txt", ""),
     "images beside their masks": (
-        many("train/images/{}.jpg", 8) | many("train/masks/{}.png", 8), 8, None, None,
-        "8 files: 8 images in train/masks/", ""),
+        many("train/images/{}.jpg", 8) | many("train/masks/{}.png", 8),
+        "8 images", "8 files: 8 images in train/masks/", ""),
     "one class": (
-        classes("train", "a") | classes("val", "a"), 8, None, None, "8 files: 8 images in val/a/",
-        "one class (a): nothing to classify"),
-    "valid": (classes("train") | classes("valid", count=4), 24, 3, 12, "",
-              "valid/ is taken for the validation split"),
-    "val goes before test": (WITH_VAL | classes("test", count=2), 24, 3, 12,
-                             "6 files: 2 images in test/a/, 2 images in test/b/, 2 images in test/c/", ""),
-    "a flat val": (classes("train") | many("val/{}.png", 5), 24, 3, None, "5 files: 5 images in val/",
-                   "val/ is not used: it has no class folders, and there is no val.txt"),
-    "strays": (WITH_VAL | {"train/x.png": 1, "val/y.png": 2}, 24, 3, 12,
-               "2 files: 1 images in train/, 1 images in val/", ""),
+        classes("train", "a") | classes("val", "a"),
+        "8 images", "8 files: 8 images in val/a/", "one class (a): nothing to classify"),
+    "valid": (
+        classes("train") | classes("valid", count=4),
+        "24 images, 3 classes, 12 to validate", "", "valid/ is taken for the validation split"),
+    "val goes before test": (
+        WITH_VAL | classes("test", count=2),
+        "24 images, 3 classes, 12 to validate",
+        "6 files: 2 images in test/a/, 2 images in test/b/, 2 images in test/c/", ""),
+    "a flat val": (
+        classes("train") | many("val/{}.png", 5),
+        "24 images, 3 classes", "5 files: 5 images in val/",
+        "val/ is not used: it has no class folders, and there is no val.txt"),
+    "strays": (
+        WITH_VAL | {"train/x.png": 1, "val/y.png": 2},
+        "24 images, 3 classes, 12 to validate", "2 files: 1 images in train/, 1 images in val/", ""),
     "an empty train beside the one with images": (
-        classes("train2017") | {"train/.gitkeep": b"", "train_data/x.csv": b""}, 24, 3, None,
-        "2 files: 1 .csv, 1 hidden or a system's", ""),
+        classes("train2017") | {"train/.gitkeep": b"", "train_data/x.csv": b""},
+        "24 images, 3 classes", "2 files: 1 .csv, 1 hidden or a system's", ""),
     "a picture beside deeper splits": (
-        classes("set/train") | classes("set/val", count=4) | {"logo.png": 1}, 24, 3, 12,
-        "1 file: 1 images beside them", "the splits were found in set/"),
+        classes("set/train") | classes("set/val", count=4) | {"logo.png": 1},
+        "24 images, 3 classes, 12 to validate", "1 file: 1 images beside them",
+        "the splits were found in set/"),
     "images beside masks, no splits": (
-        many("images/{}.jpg", 8) | many("annotations/trimaps/{}.png", 8), 8, None, None,
-        "8 files: 8 images in annotations/trimaps/", ""),
-    "images as a class": (classes("train", ["a", "b", "images"]), 24, 3, None, "", ""),
-    "a folder of trains": (many("bus/{}.png", 5) | many("train/{}.png", 6), 6, None, None,
-                           "5 files: 5 images in bus/", "train/ is taken for the training split"),
+        many("images/{}.jpg", 8) | many("annotations/trimaps/{}.png", 8),
+        "8 images", "8 files: 8 images in annotations/trimaps/", ""),
+    "images as a class": (classes("train", ["a", "b", "images"]), "24 images, 3 classes", "", ""),
+    "a folder of trains": (
+        many("bus/{}.png", 5) | many("train/{}.png", 6),
+        "6 images", "5 files: 5 images in bus/", "train/ is taken for the training split"),
     "an unused val of many classes": (
-        classes("train") | classes("val", "abcdefghijk", count=2), 24, 3, None,
-        "22 files: 22 images in val/", "val/ is not used: d is no class"),
+        classes("train") | classes("val", "abcdefghijk", count=2),
+        "24 images, 3 classes", "22 files: 22 images in val/", "val/ is not used: d is no class"),
     "a class that train lacks": (
-        classes("train") | classes("val", "abz"), 24, 3, None,
-        "24 files: 8 images in val/a/, 8 images in val/b/, 8 images in val/z/",
+        classes("train") | classes("val", "abz"),
+        "24 images, 3 classes", "24 files: 8 images in val/a/, 8 images in val/b/, 8 images in val/z/",
         "val/ is not used: z is no class of the training split"),
-    "splits without train": (many("a/{}.png", 5) | many("test/{}.png", 3), 8, None, None, "",
-                             "no train/ there: the images in test/ are trained on too"),
+    "splits without train": (
+        many("a/{}.png", 5) | many("test/{}.png", 3),
+        "8 images", "", "no train/ there: the images in test/ are trained on too"),
     "Tiny-ImageNet": (
         {f"train/n0{k}/images/n0{k}_{i}.JPEG": i for k in range(3) for i in range(4)}
         | {f"train/n0{k}/n0{k}_boxes.txt": b"" for k in range(3)}
         | many("val/images/val_{}.JPEG", 3)
         | {"val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t1\t2\t3\nval_1.JPEG\tn00\t0\t0\t1\t1\n"},
-        12, 3, 2, "4 files: 3 .txt, 1 images in val/images/", ""),
+        "12 images, 3 classes, 2 to validate", "4 files: 3 .txt, 1 images in val/images/", ""),
     "ImageNet's 50,000 with numbers": (
-        classes("train") | many("val/ILSVRC2012_val_{:08}.JPEG", 4)
-        | {"val.txt": b"".join(b"ILSVRC2012_val_%08d.JPEG %d\n" % (i, i % 3) for i in range(4))},
-        24, 3, 4, "", ""),
+        classes("train") | many("val/ILSVRC2012_val_{:08}.JPEG", 3)
+        | {"val.txt": b"ILSVRC2012_val_00000000.JPEG 0\nILSVRC2012_val_00000002.JPEG 1\n"},
+        "24 images, 3 classes, 2 to validate", "1 file: 1 images in val/", ""),
+    "a git folder and a backup": (
+        WITH_VAL | {".git/x.png": 1, "train/b/001.png~": b"", "val/lost+found": None},
+        "24 images, 3 classes, 12 to validate", "3 files: 2 hidden or a system's, 1 .png~", ""),
+    "a Synology disk": (
+        WITH_VAL | {"train/#recycle/old.png": 1, "train/a/@eaDir/000.png/S.jpg": 2},
+        "24 images, 3 classes, 12 to validate", "2 files: 2 hidden or a system's", ""),
+    "Python's": (
+        WITH_VAL | {"train/__pycache__/x.pyc": b"", "val/a/.DS_Store": b""},
+        "24 images, 3 classes, 12 to validate", "2 files: 2 hidden or a system's", ""),
+    "runs among the classes": (
+        WITH_VAL | {"train/run/views.png": OURS, "train/run/log.jsonl": b"{}"},
+        "24 images, 3 classes, 12 to validate", "2 files: 1 .jsonl, 1 pictures that our programs drew",
+        ""),
+    "a linear evaluation's": (
+        WITH_VAL | {"runs/r/log.jsonl": b"{}", "runs/r/neighbors.png": OURS, "runs/r/views.png": OURS},
+        "24 images, 3 classes, 12 to validate", "3 files: 2 pictures that our programs drew, 1 .jsonl",
+        ""),
+    "curves of somebody else": (many("{}.png", 5) | {"mine/curves.png": 8}, "6 images", "", ""),
+    "a half-written file": (
+        many("{}.png", 5) | {"views.png.tmp": b"x"},
+        "5 images", "1 file: 1 .tmp", ""),
+    "capitals": (each("a.JPG b.Png x/c.TIFF"), "3 images", "", ""),
+    "a video beside": (
+        many("{}.jp2", 3) | {"a.mp4": b"", "b.mpg": b""},
+        "3 images", "2 files: 1 .mp4, 1 .mpg", ""),
+    "data/train and data/test": (
+        classes("data/train") | classes("data/test", count=2),
+        "24 images, 3 classes, 6 to validate", "",
+        "the splits were found in data/; test/ is taken for the validation split"),
+    "train_images": (
+        classes("train_images") | classes("val_images", count=2),
+        "24 images, 3 classes, 6 to validate", "", "val_images/ is taken for the validation split"),
+    "YOLO's other way": (
+        many("images/train/{}.jpg", 8) | many("images/val/{}.jpg", 3) | {"labels/train/1.txt": b""},
+        "8 images", "4 files: 3 images in images/val/, 1 .txt",
+        "val/ is not used: the training images have no labels"),
+    "a list beside its images": (
+        many("{}.png", 4) | {"list.txt": b"0.png\n"},
+        "4 images", "1 file: 1 .txt", ""),
+    "archives beside images": (many("{}.png", 4) | {"more.zip": b""}, "4 images", "1 file: 1 .zip", ""),
+    "a table beside classes": (
+        WITH_VAL | {"labels.csv": b"a,b"},
+        "24 images, 3 classes, 12 to validate", "1 file: 1 .csv", ""),
+    "torchvision's CIFAR-10 beside classes": (
+        WITH_VAL | {"cifar-10-batches-py/data_batch_1": b""},
+        "24 images, 3 classes, 12 to validate", "1 file: 1 without a suffix", ""),
+    "a pipe, which would be read for ever": (
+        many("{}.png", 4) | {"pipe.png": PIPE},
+        "4 images", "1 file: 1 pipes, sockets or devices", ""),
+    "two class folders that are links to one": (
+        classes("train", "a") | many("elsewhere/{}.png", 5)
+        | {"train/b": "../elsewhere", "train/c": "../elsewhere"},
+        "18 images, 3 classes", "5 files: 5 images in elsewhere/", ""),
+    "photos at any depth, and a link back": (
+        many("2019/deep/{}.png", 3) | {"B.JPG": 1, "2019/deep/loop": "../.."},
+        "4 images", "1 file: 1 links that lead back, or on to links", ""),
+    "links from each class to all others": (
+        classes("train", "abcdefg", 1)
+        | {f"train/{a}/{b}": f"../{b}" for a, b in itertools.permutations("abcdefg", 2)},
+        "49 images, 7 classes", "252 files: 252 links that lead back, or on to links", ""),
 }
+
+
+def counted(train, val):
+    """What there is of both splits, in words."""
+    words = [f"{len(train)} images"]
+    if train.classes:
+        words.append(f"{len(train.classes)} classes")
+    if val:
+        words.append(f"{len(val)} to validate")
+    return ", ".join(words)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_file_is_used_or_counted(tmp_path, case):
-    """Images, classes, what is left out and what is said, against the table; the sum against the files."""
-    tree, images, classes, judged, left_out, note = CASES[case]
+    """Images, classes, what is left out and what is said, against the table."""
+    tree, gives, left_out, note = CASES[case]
     train, val, found = find_data(plant(tmp_path, tree))
-    assert len(train) == images
-    assert (train.classes and len(train.classes)) == classes
-    assert (val and len(val)) == judged
+    assert counted(train, val) == gives
     assert (walk.describe(found.left_out) or "") == left_out
     assert note in "; ".join(found.notes)
     if not note:
@@ -186,47 +274,13 @@ def test_the_labels_of_val_are_not_those_of_test(tmp_path):
     assert find_data(tmp_path).val.labels.tolist() == [1, 1, 2]
 
 
-def test_two_class_folders_may_be_links_to_one(tmp_path):
-    """Both have the images."""
-    plant(tmp_path, classes("train", "a") | many("elsewhere/{}.png", 5))
-    for name in "bc":
-        os.symlink(tmp_path / "elsewhere", tmp_path / "train" / name)
-    assert np.bincount(find_data(tmp_path).train.labels).tolist() == [8, 5, 5]
-
-
-def test_links_across_classes_lead_no_further(tmp_path):
-    """Seven classes with a link each into all others: as many images as there are ways of one link."""
-    names = "abcdefg"
-    plant(tmp_path, classes("train", names, 1))
-    for name in names:
-        for other in set(names) - {name}:
-            os.symlink(tmp_path / "train" / other, tmp_path / "train" / name / other)
-    train, _, found = find_data(tmp_path)
-    assert np.bincount(train.labels).tolist() == [7] * 7
-    assert found.left_out["links that lead back, or on to links"] == 7 * 6 * 6
-
-
 def test_a_mirror_of_a_tree_by_links_is_the_tree(tmp_path):
     """Each file a link to another disk's: the same names and labels."""
-    plant(tmp_path / "disk", WITH_VAL)
-    shutil.copytree(tmp_path / "disk", tmp_path / "mirror", copy_function=os.symlink)
-    for one, other in zip(find_data(tmp_path / "disk")[:2], find_data(tmp_path / "mirror")[:2]):
-        assert one.fingerprint() == other.fingerprint()
-
-
-def test_a_pipe_is_left_out(tmp_path):
-    """It has an image's name; to open it would take for ever."""
-    plant(tmp_path, many("{}.png", 4))
-    os.mkfifo(tmp_path / "pipe.png")
-    train, _, found = open_data(tmp_path)
-    assert len(train) == 4
-    assert found.left_out["pipes, sockets or devices"] == 1
-
-
-def test_images_beside_a_cifar_folder_are_the_data(tmp_path):
-    """torchvision has unpacked into somebody's folder of images."""
-    plant(tmp_path, WITH_VAL | {"cifar-10-batches-py/data_batch_1": b""})
-    assert find_data(tmp_path).found.layout == "an image folder"
+    disk = plant(tmp_path / "disk", WITH_VAL)
+    mirror = shutil.copytree(disk, tmp_path / "mirror", copy_function=os.symlink)
+    expected, found = find_data(disk), find_data(mirror)
+    assert found.train.fingerprint() == expected.train.fingerprint()
+    assert found.val.fingerprint() == expected.val.fingerprint()
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -250,7 +304,8 @@ def test_a_runs_pictures_are_no_data_of_the_next(tmp_path, monkeypatch):
     plant(tmp_path, many("{}.png", 16))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert here("simsiam.py", ".", *TINY, "--resume", "auto") is None
+        options = ["--epochs", 1, "--workers", 0, "--resume", "auto"]
+        assert here("simsiam.py", ".", *TINY, *options) is None
     starts = [record for record in log_of(tmp_path / "runs" / tmp_path.name) if "settings" in record]
     assert [record["event"] for record in starts] == ["start", "resume"]
     assert [record["settings"]["images"] for record in starts] == [16, 16]
@@ -258,37 +313,41 @@ def test_a_runs_pictures_are_no_data_of_the_next(tmp_path, monkeypatch):
 
 # --- Containers, lists ------------------------------------------------------------------------------------
 
-def write_hundred(folder, layout, rng):
-    """CIFAR-100 with 20 + 10 images -> pixels, fine labels"""
-    pixels = rng.integers(0, 256, (30, 3072), np.uint8)
-    labels = rng.integers(0, 100, 30)
+def write_hundred(folder, layout, pixels, labels):
+    """CIFAR-100 with 20 training images, and the rest to test."""
+    folder.mkdir()
     names = [f"class{k}" for k in range(100)]
-    folder.mkdir(parents=True)
-    for name, part in (("train", slice(0, 20)), ("test", slice(20, 30))):
+    if layout == "binary":
+        (folder / "fine_label_names.txt").write_text("\n".join(names))
+    else:
+        meta = {b"fine_label_names": [name.encode() for name in names]}
+        (folder / "meta").write_bytes(pickle.dumps(meta, 2))
+    for name, part in (("train", slice(20)), ("test", slice(20, None))):
+        fine = labels[part]
         if layout == "binary":
-            coarse = np.zeros((len(labels[part]), 1))
-            records = np.concatenate([coarse, labels[part, None], pixels[part]], axis=1)
+            coarse = np.zeros_like(fine)
+            records = np.column_stack([coarse, fine, pixels[part]])
             records.astype(np.uint8).tofile(folder / f"{name}.bin")
-            (folder / "fine_label_names.txt").write_text("\n".join(names))
         else:
-            batch = {b"data": pixels[part], b"fine_labels": labels[part].tolist(), b"coarse_labels": [0]}
+            batch = {b"data": pixels[part], b"fine_labels": fine.tolist(), b"coarse_labels": [0]}
             (folder / name).write_bytes(pickle.dumps(batch, 2))
-            (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [n.encode() for n in names]}, 2))
-    return pixels, labels
 
 
-@pytest.mark.parametrize("layout", ["binary", "Python"])
+@pytest.mark.parametrize("layout", ["binary", "python"])
 def test_cifar_100(tmp_path, layout):
     """Pixels, labels and names against those that were written; from the folder above it too."""
-    archive = {"binary": "cifar-100-binary", "Python": "cifar-100-python"}[layout]
-    pixels, labels = write_hundred(tmp_path / archive, layout, np.random.default_rng(0))
-    for place in (tmp_path / archive, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 3072), np.uint8)
+    labels = rng.integers(0, 100, 30)
+    archive = tmp_path / f"cifar-100-{layout}"
+    write_hundred(archive, layout, pixels, labels)
+    for place in (archive, tmp_path):
         train, val, _ = open_data(place)
         assert np.array_equal(train.pixels.flatten(1), pixels[:20])
         assert np.array_equal(val.pixels.flatten(1), pixels[20:])
         assert np.array_equal(np.concatenate([train.labels, val.labels]), labels)
         assert train.classes[7] == "class7"
-    assert len(train.classes) == 100
+        assert len(train.classes) == 100
 
 
 def test_two_data_sets_in_one_folder_are_to_be_named(tmp_path):
@@ -303,12 +362,10 @@ REFUSED = {  # id: (files, DATA, a part of the line)
     "arrays": (
         {f"{i}.npy": b"" for i in range(20)}, ".", "no images there (20 files: 20 .npy); .npy: arrays"),
     "zip": ({"photos.zip": b"PK"}, "photos.zip", "an archive; unpack it, and name the folder"),
-    "tar.gz": ({"photos.tar.gz": b"\x1f\x8b"}, "photos.tar.gz", "an archive; unpack it"),
     "a folder of archives": ({"a.zip": b"", "b.zip": b""}, ".", ".zip: an archive; unpack it"),
     "heic": ({"photo.heic": b"\0\0\0\x18ftypheic"}, "photo.heic", "no image format that is read; convert it"),
     "names and labels": ({"list.txt": b"a.png cat\n", "a.png": 3}, "list.txt", "has more on it than a path"),
     "csv": ({"list.csv": b"a.png,cat\n", "a.png": 3}, "list.csv", "a table"),
-    "commas": ({"list.txt": b"a.png,cat\n", "a.png": 3}, "list.txt", "has more on it than a path"),
     "binary": ({"weights.bin": bytes(range(256))}, "weights.bin", "binary, neither an image nor a list"),
     "empty folder": ({"x": None}, "x", "no images there (it is empty)"),
     "nothing": ({}, "missing", "no such file or folder"),
@@ -339,16 +396,18 @@ def test_lists_as_windows_writes_them(tmp_path, encoding):
     """Byte order marks, line ends, a name with a blank and an umlaut."""
     plant(tmp_path, {"a.png": 1, "mit ü.png": 2})
     (tmp_path / "list.txt").write_bytes("a.png\r\nmit ü.png\r\n".encode(encoding))
-    train = find_data(tmp_path / "list.txt").train
-    assert [os.path.basename(os.fsdecode(name)) for name in train.files] == ["a.png", "mit ü.png"]
+    files = find_data(tmp_path / "list.txt").train.files
+    assert [os.path.basename(name) for name in files] == [b"a.png", "mit ü.png".encode()]
 
 
 # --- What the programs say --------------------------------------------------------------------------------
 
 def test_the_start_says_what_was_found(tmp_path, capsys):
     """Layout, counts, places, what is left out, notes."""
-    plant(tmp_path / "data", classes("train") | classes("valid", count=4) | {"x.txt": b"", "y.heic": b""})
-    assert here("simsiam.py", tmp_path / "data", *TINY, "--epochs", 1, "--out", tmp_path / "run") is None
+    tree = classes("train") | classes("valid", count=4) | {"x.txt": b"", "y.heic": b""}
+    data = plant(tmp_path / "data", tree)
+    options = ["--epochs", 1, "--workers", 0, "--out", tmp_path / "run"]
+    assert here("simsiam.py", data, *TINY, *options) is None
     printed = " ".join(capsys.readouterr().out.split())
     assert "an image folder: 24 images, 3 classes, files, from" in printed
     assert "validation: 12, from" in printed
@@ -364,56 +423,11 @@ def test_linear_evaluation_says_what_of_val_it_cannot_use(tmp_path):
     assert "val/ is not used: it has no class folders, and there is no val.txt" in message
 
 
-# --- Inputs that are in no recipe ---------------------------------------------------------------------------
-
-OWN = {  # id: tree, images, classes, validation images
-    "kind 2: a git folder and a backup": (
-        WITH_VAL | {".git/x.png": 1, "train/b/001.png~": b"", "val/lost+found": None}, 24, 3, 12),
-    "kind 2: a Synology disk": (
-        WITH_VAL | {"train/#recycle/old.png": 1, "train/a/@eaDir/000.png/S.jpg": 2}, 24, 3, 12),
-    "kind 2: Python's": (WITH_VAL | {"train/__pycache__/x.pyc": b"", "val/a/.DS_Store": b""}, 24, 3, 12),
-    "kind 3: runs among the classes": (
-        WITH_VAL | {"train/run/views.png": OURS, "train/run/log.jsonl": b"{}"}, 24, 3, 12),
-    "kind 3: a linear evaluation's": (
-        WITH_VAL | {"runs/r/log.jsonl": b"{}", "runs/r/neighbors.png": OURS, "runs/r/views.png": OURS},
-        24, 3, 12),
-    "kind 3: curves of somebody else": (many("{}.png", 5) | {"mine/curves.png": 8}, 6, None, None),
-    "kind 3: a half-written file": (many("{}.png", 5) | {"views.png.tmp": b"x"}, 5, None, None),
-    "kind 4: capitals": (many("{}.JPG", 3) | many("{}.Png", 2) | many("x/{}.TIFF", 2), 7, None, None),
-    "kind 4: old formats": (many("{}.tga", 3) | many("{}.pcx", 2) | many("{}.dib", 2), 7, None, None),
-    "kind 4: a video beside": (many("{}.jp2", 3) | {"a.mp4": b"", "b.mpg": b""}, 3, None, None),
-    "kind 5: data/train and data/test": (classes("data/train") | classes("data/test", count=2), 24, 3, 6),
-    "kind 5: train_images": (classes("train_images") | classes("val_images", count=2), 24, 3, 6),
-    "kind 5: YOLO's other way": (
-        many("images/train/{}.jpg", 8) | many("images/val/{}.jpg", 3) | {"labels/train/1.txt": b""},
-        8, None, None),
-    "kind 6: a list beside its images": (many("{}.png", 4) | {"list.txt": b"0.png\n"}, 4, None, None),
-    "kind 6: archives beside images": (many("{}.png", 4) | {"more.zip": b""}, 4, None, None),
-    "kind 6: a table beside classes": (WITH_VAL | {"labels.csv": b"a,b"}, 24, 3, 12),
-}
-
-
-@pytest.mark.parametrize("case", OWN)
-def test_inputs_that_are_in_no_recipe(tmp_path, case):
-    """Images and classes against the table; every file of the tree is used or counted."""
-    tree, images, classes, judged = OWN[case]
-    train, val, found = find_data(plant(tmp_path, tree))
-    assert len(train) == images
-    assert (train.classes and len(train.classes)) == classes
-    assert (val and len(val)) == judged
-    used = images + (judged or 0)
-    hidden = found.left_out["hidden or a system's"]
-    files = sum(content is not None for content in tree.values())
-    assert used + sum(found.left_out.values()) - hidden <= files
-    assert used + sum(found.left_out.values()) >= files - 1
-
-
-@pytest.mark.parametrize("name", ["{}/", "{}//", "{}/./"])
-def test_a_slash_behind_data_makes_no_difference(tmp_path, name):
-    """As completion puts it there: with labels, and without."""
+def test_slashes_behind_data_make_no_difference(tmp_path):
+    """As completion puts them there: with labels, and without."""
     folder = write_folder(tmp_path / "data", "train", 12, (70, 90))
     for place in (folder, folder / "train" / "a"):
-        with_slash = find_data(name.format(place)).train
+        with_slashes = find_data(f"{place}/.//").train
         plain = find_data(str(place)).train
-        assert with_slash.fingerprint() == plain.fingerprint()
-        assert with_slash.classes == plain.classes
+        assert with_slashes.fingerprint() == plain.fingerprint()
+        assert with_slashes.classes == plain.classes

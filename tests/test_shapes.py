@@ -38,8 +38,8 @@ def colour_statistics(source):
 
 def test_shapes_cannot_be_told_apart_by_colour_statistics():
     """Nearest neighbours by colour statistics against chance, which is 10%."""
-    train = shapes.draw_shapes(0, 0, 2000)
-    val = shapes.draw_shapes(0, 2000, 1000)
+    train = shapes.draw_shapes(0, 0, 800)
+    val = shapes.draw_shapes(0, 800, 400)
     bank = colour_statistics(train)
     hits = 0
     for query, label in zip(colour_statistics(val), val.labels):
