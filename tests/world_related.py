@@ -11,6 +11,7 @@ from torch import nn
 
 import augment
 import related
+import resnet
 import simsiam
 from harness.data import loading, shapes
 from harness.data.opening import Data
@@ -33,10 +34,11 @@ def settings(name, **more):
     s = recipes.recipe("shapes", related.METHODS[name].SETTINGS)
     tiny = dict(TINY_BACKBONE, **TINY_HEADS, size=16, epochs=3, batch=16, base_lr=1.0, warmup=0, images=48)
     small = {"queue": 64, "prototypes": 8, "temperature": 0.3, "words_width": 8}
-    settings = {key: (tiny | small).get(key, value) for key, value in s.items()}
-    return settings | {"images": 48, "amp": False} | more
+    changes = {key: value for key, value in (tiny | small).items() if key in s}
+    return s | changes | {"images": 48, "amp": False} | more
 
 
+@functools.cache
 def data():
     """48 drawn shapes of 16 pixels, with captions, and 10 to validate."""
     return Data(shapes.draw_shapes(0, 0, 48, 16), shapes.draw_shapes(0, 48, 10, 16), None)
@@ -48,6 +50,16 @@ def views(count=2):
     loaded = augment.load_views(data().train, augment.Policy(size=16), 0, batches, CPU, 0, count)
     for index, x in loaded:
         yield index, [v.double() for v in x]
+
+
+def new_method(name, **more):
+    """A method with a tiny model, of one block a stage."""
+    one_block = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1))
+    torch.manual_seed(0)
+    method = related.METHODS[name](settings(name, **more), data(), CPU)
+    with mock.patch.dict(resnet.ARCHS, resnet18=one_block):
+        method.build()
+    return method
 
 
 ALONE = {"all_sum": related.identity, "rank": 0, "world": 1}
@@ -123,9 +135,8 @@ def spoiled(method, variant):
 
 def train(name, variant="right", **more):
     """Six steps in float64 -> {name of a part: its state}, and each step's loss."""
-    torch.manual_seed(0)
-    method = related.METHODS[name](settings(name, **more), data(), CPU)
-    method.build().double()
+    method = new_method(name, **more)
+    method.model.double()
     network = simsiam.distribute(method.model, CPU)
     optimizer = method.optimizer()
     parts = method.parts()
