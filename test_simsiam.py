@@ -10,7 +10,6 @@ settings, the experiments, the map from the paper to the code, the README. All o
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
 import math
 import re
@@ -34,8 +33,9 @@ from results.pages import write_tables
 from tests import shape_comments
 from tests.claims import arguments_for, check_claims, check_departures, check_it_dies, claims
 from tests.claims import equation_table, mutant_of, trailing_comments
+from tests.experiments import check_resumed, check_rows, check_run
 from tests.helpers import CPU, RELEASED_HEADS, ROOT, TINY, close, equal, here, interrupted_before, log_of
-from tests.helpers import numpy_D, slow, start, tiny_model, torchrun, torchvision_names, vectors, weights_of
+from tests.helpers import numpy_D, slow, start, tiny_model, torchrun, torchvision_names, vectors
 
 pytest_plugins = ["tests.fixtures"]
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -182,16 +182,6 @@ def test_eq04_loss_and_its_gradients():
     assert whole[3].abs().max() > 0
 
 
-def test_z_is_a_constant_as_a_target_only():
-    """The encoder gets a gradient through p1, which is made of z1; z1 itself gives it none."""
-    x, p2, _, z2 = vectors()
-    f = torch.nn.Linear(5, 5).double()
-    z1 = f(x.detach())
-    p1 = 2 * z1 + z1.roll(1, 1)
-    gradient, = gradients_of(simsiam.loss(p1, p2, z1, z2), f.weight)
-    assert gradient.abs().max() > 0
-
-
 # --- Sec. 5.1: the hypothesis, on a toy problem. 5 images, 4 equally likely augmentations of each, F linear -
 
 TOY = np.random.default_rng(0).normal(size=(5, 4, 3))                # T(x): image x under augmentation T
@@ -282,10 +272,15 @@ def test_eq09_eta_is_the_mean_over_the_augmentations():
 
 # --- Sec. 5.1: the hypothesis, in training ------------------------------------------------------------------
 
+@functools.cache
+def drawn():
+    """40 shapes of 16 pixels."""
+    return shapes.draw_shapes(0, 0, 40, 16)
+
+
 def drawn_views(batches):
-    """(indices, [x1, x2]) in float32 of 40 drawn shapes."""
-    source = shapes.draw_shapes(0, 0, 40, 16)
-    return augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0)
+    """(indices, [x1, x2]) in float32 of the drawn shapes."""
+    return augment.load_views(drawn(), augment.Policy(size=16), 0, batches, CPU, 0)
 
 
 def batches_of(steps):
@@ -304,7 +299,7 @@ def lr_at(t):
     return 0.3 * (1 + math.cos(math.pi * t / 10)) / 2
 
 
-def trained(step_of, steps=5, dtype=torch.float64, **options):
+def trained(step_of, steps=3, dtype=torch.float64, **options):
     """A new model after some steps, and its losses.
 
     step_of     model -> (network, optimizer, autocast, number, index, x1, x2) -> loss, z
@@ -364,7 +359,7 @@ def test_eq10_eta_is_what_the_outer_loops_weights_make_of_the_same_views():
     reference = new_model()
     optimizer = torch.optim.SGD(reference.parameters(), momentum=0.9, weight_decay=1e-4)
     expected = []
-    for t, (_, views) in enumerate(drawn_views(batches_of(5))):
+    for t, (_, views) in enumerate(drawn_views(batches_of(3))):
         if t % 2 == 0:
             theta_t = copy.deepcopy(reference)
         x1, x2 = (x.double() for x in views)
@@ -576,10 +571,8 @@ def test_sec46_asymmetric_losses():
 
 def test_four_views_of_an_image_are_four():
     """Each view against each other, for Sec. 4.6's two pairs."""
-    source = shapes.draw_shapes(0, 0, 8, 16)
     batches = [(0, np.arange(8))]
-    policy = augment.Policy(size=16)
-    (_, x), = augment.load_views(source, policy, 0, batches, CPU, 0, views=4)
+    (_, x), = augment.load_views(drawn(), augment.Policy(size=16), 0, batches, CPU, 0, views=4)
     assert len(x) == 4
     for a, b in itertools.combinations(x, 2):
         assert (a - b).abs().mean() > 0.1
@@ -647,13 +640,13 @@ def test_sec52_moving_average_of_eta(world_of_one):
 
 def test_table1_a_is_the_moving_average_with_m_0(world_of_one):
     """m = 0 against plain training without h; m = 0.8 differs from the second visit on."""
-    model, losses = trained(plain, predictor="none")
+    model, losses = trained(plain, steps=5, predictor="none")
     store = store_of(40, 16)
-    forgetful, losses_0 = trained(averaged(store, 0.0), predictor="none")
+    forgetful, losses_0 = trained(averaged(store, 0.0), steps=5, predictor="none")
     assert close(losses_0, losses)
     assert all_close(forgetful, model)
     assert close(store.state_dict()["vectors"].norm(dim=1), torch.ones(40))
-    _, losses_8 = trained(averaged(store_of(40, 16), 0.8), predictor="none")
+    _, losses_8 = trained(averaged(store_of(40, 16), 0.8), steps=5, predictor="none")
     assert close(losses_8[:4], losses[:4])
     assert not close(losses_8[4], losses[4], 1e-4)
 
@@ -692,15 +685,9 @@ def test_experiments_of_sec52_do_the_same_in_two_processes(tmp_path, small, expe
     ("sec52-1-epoch", 10),
     ("sec52-moving-average", 13)])
 def test_interrupted_experiment_ends_with_the_uninterrupted_weights(tmp_path, small, experiment, at):
-    """Interrupted in an inner loop and resumed, against uninterrupted: eta is made of theta^t again."""
-    options = [small, *TINY, *SEC52, "--experiment", experiment, "--batch", "6", "--save-minutes", "0"]
-    assert here("simsiam.py", *options, "--out", tmp_path / "whole") is None
-    with interrupted_before(at):
-        assert "interrupted" in here("simsiam.py", *options, "--out", tmp_path / "parts")
-    checkpoint = torch.load(tmp_path / "parts/checkpoint.pth", weights_only=True)
-    assert checkpoint["epoch"] * 8 + checkpoint["step"] == at
-    assert here("simsiam.py", *options, "--out", tmp_path / "parts", "--resume") is None
-    assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    """In an inner loop, against uninterrupted: eta is made of theta^t again."""
+    options = [small, *TINY, *SEC52, "--experiment", experiment, "--batch", "6"]
+    check_resumed(tmp_path, "simsiam.py", options, at, steps_per_epoch=8)
 
 
 # --- Supplement A: LARS (You et al. 2017) -------------------------------------------------------------------
@@ -866,7 +853,8 @@ def test_a_compiled_step_is_the_float64_step():
 @pytest.mark.parametrize("n", [8, 32, 128, 512])
 def test_collapse_behind_an_output_bn_is_recognised(n):
     """n - 1 outputs at u, one at -u: as near to a point as mean 0 allows. Against the closed form; healthy
-    runs early and late, and a start at which all outputs are alike, are no collapse."""
+    runs early and late, and a start at which all outputs are alike, are no collapse. Images that are all the
+    same have a std of 0, whatever the loss."""
     torch.manual_seed(n)
     u = unit(torch.randn(1, 64, dtype=torch.float64))
     z = torch.cat([u.expand(n - 1, -1), -u])
@@ -875,13 +863,9 @@ def test_collapse_behind_an_output_bn_is_recognised(n):
     lowest = simsiam.D(z, z.roll(1, 0))  # views that disagree on which image is the odd one
     assert close(lowest, -1 + 4 / n)
     assert simsiam.collapsed(1 + lowest, std_sqrt_d, n)
+    assert simsiam.collapsed(1.0, 0.0, n)
     for excess, healthy in ((0.07, 0.95), (0.01, 0.95), (0.9, 0.05)):
         assert not simsiam.collapsed(excess, healthy, n)
-
-
-def test_a_std_of_zero_is_a_collapse_whatever_the_loss():
-    """Images that are all the same: the loss is 0, and so is the std."""
-    assert simsiam.collapsed(1.0, 0.0, 16)
 
 
 def test_effective_rank_is_the_exponential_of_an_entropy():
@@ -939,10 +923,17 @@ def test_default_policy_is_the_papers_for_imagenet():
 
 
 def test_linear_protocols_hold_the_papers_settings():
-    """Against supplement A; which protocol a recipe has."""
+    """Against supplement A: SGD or LARS with momentum 0.9 and no weight decay; which protocol a recipe has."""
     for name, expected in LINEAR.items():
         protocol = lineval.PROTOCOLS[name]
         assert {option: getattr(protocol, option) for option in expected} == expected
+        weight_and_bias = lineval.linear_layer(8, 3).parameters()
+        optimizer = protocol.optimizer(weight_and_bias)
+        assert isinstance(optimizer, lineval.LARS if name == "lars" else torch.optim.SGD)
+        group, = optimizer.param_groups
+        assert len(group["params"]) == 2
+        assert group["momentum"] == 0.9
+        assert group["weight_decay"] == 0
     assert lineval.DEFAULT == {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}
 
 
@@ -963,38 +954,13 @@ def test_linear_layer_starts_as_in_the_released_code():
     assert not layer.bias.any()
 
 
-@pytest.mark.parametrize("protocol", LINEAR)
-def test_linear_protocols_have_the_papers_optimizers(protocol):
-    """Momentum 0.9 and no weight decay, on the weight and the bias."""
-    layer = lineval.linear_layer(8, 3)
-    optimizer = lineval.PROTOCOLS[protocol].optimizer(layer.parameters())
-    group, = optimizer.param_groups
-    assert isinstance(optimizer, lineval.LARS) == (protocol == "lars")
-    assert isinstance(optimizer, torch.optim.SGD) == (protocol == "sgd")
-    assert group["momentum"] == 0.9
-    assert group["weight_decay"] == 0
-    assert len(group["params"]) == 2
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 4. The experiments
 # ------------------------------------------------------------------------------------------------------------
 
-def test_experiments_are_the_papers_rows():
-    """Against the table above."""
-    assert simsiam.EXPERIMENTS.keys() == PAPERS_RESULTS.keys()
-
-
-@pytest.mark.parametrize("experiment", PAPERS_RESULTS)
-def test_experiments_hold_the_papers_settings_and_results(experiment):
+def test_experiments_hold_the_papers_settings_and_results():
     """Each row against the table above; nothing else changes."""
-    expected, top1 = PAPERS_RESULTS[experiment]
-    baseline = settings_of_row("simsiam", "imagenet")
-    row = settings_of_row(experiment, "imagenet")
-    assert {name: row[name] for name in expected} == expected
-    changed = {name for name in row if row[name] != baseline[name]}
-    assert changed - {"experiment"} <= expected.keys()
-    assert top1 in simsiam.EXPERIMENTS[experiment][0]
+    check_rows(simsiam, [simsiam.SimSiamMethod], PAPERS_RESULTS)
 
 
 @pytest.mark.parametrize("experiment, recipe, expected", [
@@ -1025,25 +991,8 @@ def test_a_scaled_experiment_says_so(experiment, note):
     assert report.describe_experiment(method) == f"{experiment} (the paper on ImageNet: {note}"
 
 
-def test_experiment_list_names_all_of_them(capsys):
-    """The printed list against the table in simsiam.py."""
-    with pytest.raises(SystemExit, match="^$"):
-        simsiam.parse(["--experiment", "list"])
-    printed = capsys.readouterr().out
-    for name, (paper, _) in simsiam.EXPERIMENTS.items():
-        assert re.search(rf"^{re.escape(name)} .*{re.escape(paper)}", printed, re.M), name
-
-
 ALL_ROWS = "--width 1/16 --proj-hidden 16 --size 16 --batch 25 --base-lr 0.1 --knn-every 0 --workers 0"
-QUICK = [
-    "simsiam",
-    "fig2-without-stopgrad",
-    "table1-b-fixed-predictor",
-    "table3-a-no-bn",
-    "sec45-cross-entropy",
-    "sec46-asymmetric-2x",
-    "sec52-10-step",
-    "sec52-moving-average"]
+QUICK = ["table1-b-fixed-predictor", "sec46-asymmetric-2x", "sec52-10-step"]
 
 
 def rows_to_train():
@@ -1065,21 +1014,8 @@ def test_every_experiment_trains(tmp_path, small, experiment, recipe):
         options += " --dim 16 --pred-dim 4"
     options += " --epochs 3 --warmup 1" if row.get("warmup") else " --epochs 2"
     assert here("simsiam.py", small, *options.split(), "--out", tmp_path / "run") is None
-    start, _, *epochs, end = log_of(tmp_path / "run")
-    assert end["event"] == "end"
-    assert start["settings"]["experiment"] == experiment
-    for record in epochs:
-        assert math.isfinite(record["loss"])
-    for record in epochs[:-1]:
-        assert record["lr"] > 0
-    torch.manual_seed(0)
-    names = inspect.signature(simsiam.SimSiam).parameters
-    model = simsiam.SimSiam(**{name: start["settings"][name] for name in names})
-    after = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
-    assert after.keys() == model.state_dict().keys()
-    for name, w in model.named_parameters():
-        fixed = experiment == "table1-b-fixed-predictor" and name.startswith("predictor.")
-        assert torch.equal(after[name], w) == fixed, name
+    fixed = ("predictor.",) if experiment == "table1-b-fixed-predictor" else ()
+    assert check_run(tmp_path / "run", simsiam.SimSiamMethod, fixed) == experiment
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1259,7 +1195,7 @@ def test_readme_has_the_map_of_the_sources(made):
 
 @pytest.mark.parametrize("tag", [tag for tag, (_, _, wrong) in MAP.items() if wrong is not None])
 def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, request):
-    """The equation's test passes, and fails with the mutant in the module's place."""
+    """The equation's test fails with the mutant in the module's place."""
     claim, = (claim for claim in claims_of_the_paper() if claim.tag == tag)
     test = globals()[claim.test]
     rooms = globals(), vars(tests.helpers)
@@ -1349,12 +1285,30 @@ def test_readme_commands_parse(module, at_least):
             module.parse(arguments)
 
 
-def test_readmes_first_command_starts(tmp_path):
-    """As it stands, up to its first lines; slow tests in tests/ run it until it has learned."""
+def first_command():
+    """The first one in the README's "Quick start"."""
     quick_start = (ROOT / "README.md").read_text().split("## Quick start")[1]
     command, _, _ = re.search(r"```bash\n(.*?)\n", quick_start)[1].partition("#")
-    assert command.strip() == "python simsiam.py"
-    with start("-u", ROOT / "simsiam.py", cwd=tmp_path) as process:
+    return shlex.split(command)
+
+
+def test_readmes_first_command_makes_its_first_step(tmp_path, monkeypatch, capsys):
+    """In this process, with fewer shapes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "TRAINING", 100)
+    monkeypatch.setattr(shapes, "VALIDATION", 20)
+    python, script, *arguments = first_command()
+    assert python == "python"
+    with interrupted_before(1):
+        assert "interrupted" in here(script, *arguments)
+    assert capsys.readouterr().out.startswith("data        the drawn shapes: 100 images")
+
+
+@slow
+def test_readmes_first_command_starts(tmp_path):
+    """As it stands, up to its first lines; slow tests in tests/ run it until it has learned."""
+    _, script, *arguments = first_command()
+    with start("-u", ROOT / script, *arguments, cwd=tmp_path) as process:
         printed = process.stdout.readline()
     assert printed.startswith("data        the drawn shapes: 12000 images")
 
