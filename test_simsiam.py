@@ -34,7 +34,7 @@ from tests import shape_comments
 from tests.claims import arguments_for, check_claims, check_departures, check_it_dies, claims
 from tests.claims import equation_table, mutant_of, trailing_comments
 from tests.experiments import check_resumed, check_rows, check_run
-from tests.helpers import CPU, RELEASED_HEADS, ROOT, TINY, close, equal, here, interrupted_before, log_of
+from tests.helpers import CPU, RELEASED_HEADS, ROOT, TINY, close, equal, here, interrupted_before, losses_of
 from tests.helpers import numpy_D, slow, start, tiny_model, torchrun, torchvision_names, vectors
 
 pytest_plugins = ["tests.fixtures"]
@@ -495,18 +495,6 @@ def test_lr_of_h_is_decayed_or_stays(step, pred_lr, expected):
     assert close([group["lr"] for group in optimizer.param_groups], expected)
 
 
-def test_sgd_has_every_parameter_once():
-    """The two groups against the model's own parameters."""
-    model = tiny_model()
-    optimizer = simsiam.sgd(model, 0.9, 1e-4)
-    f, h = ([id(w) for w in group["params"]] for group in optimizer.param_groups)
-    assert sorted(f + h) == sorted(id(w) for w in model.parameters())
-    assert h == [id(w) for w in model.predictor.parameters()]
-    for group in optimizer.param_groups:
-        assert group["weight_decay"] == 1e-4
-        assert group["momentum"] == 0.9
-
-
 # --- Sec. 4: what is watched, and the ablations' losses -----------------------------------------------------
 
 def test_sec41_std_of_the_normalised_output():
@@ -654,24 +642,18 @@ def test_table1_a_is_the_moving_average_with_m_0(world_of_one):
 SEC52 = shlex.split("--recipe cifar10 --knn-every 0 --workers 0")
 
 
-def means_of_epochs(folder):
-    """(loss, std) of each epoch of a run."""
-    epochs = [r for r in log_of(folder) if r["event"] == "epoch" and r["epoch"] > 0]
-    return [(r["loss"], r["std"]) for r in epochs]
-
-
 @slow
 @pytest.mark.parametrize("experiment", ["sec52-10-step", "sec52-moving-average"])
 def test_experiments_of_sec52_do_the_same_in_two_processes(tmp_path, small, experiment):
-    """Loss and std of each epoch, and each image's vector in the checkpoint, against one process."""
+    """The loss of each epoch, and each image's vector in the checkpoint, against one process."""
     options = [small, *TINY, *SEC52, "--experiment", experiment, "--batch", "10", "--base-lr", "0.1"]
     assert here("simsiam.py", *options, "--out", tmp_path / "one") is None
     done = torchrun(ROOT / "simsiam.py", *options, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / "one", tmp_path / "two"]
-    one, two = map(means_of_epochs, folders)
-    assert len(one) == 3
-    assert close(one, two, 1e-3)                                     # of float32, after 15 steps
+    one, two = map(losses_of, folders)
+    for epoch in (1, 2, 3):
+        assert close(one[epoch], two[epoch], 1e-3)                   # of float32, after 15 steps
     if experiment == "sec52-moving-average":
         checkpoints = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders]
         eta_of_one, eta_of_two = (checkpoint["eta"]["vectors"] for checkpoint in checkpoints)
@@ -759,19 +741,6 @@ def test_model_has_the_released_models_names_and_shapes():
     assert list(found.items()) == list(expected.items())
 
 
-def test_views_pass_through_f_separately():
-    """Each view's z has its own batch statistics, and is what f makes of this view alone."""
-    model = new_model()
-    x1 = torch.randn(8, 3, 16, 16, dtype=torch.float64)
-    x2 = 3 + torch.randn_like(x1)
-    p, z = model(x1, x2)
-    for x, p_i, z_i in zip((x1, x2), p, z):
-        assert p_i.shape == z_i.shape == (8, 16)
-        assert z_i.mean(dim=0).abs().max() < 1e-9 * z_i.abs().max()
-        assert z_i.requires_grad
-        assert close(model.encoder(x), z_i)
-
-
 @pytest.mark.parametrize("bn", ["1110", "0000", "1010", "1111"])
 def test_table3_bn_is_where_the_row_says(bn):
     """The heads' layers against a list; a bias is where no BN follows."""
@@ -796,16 +765,13 @@ def test_only_the_affine_output_bn_has_a_scale():
 
 
 def test_fc_std_is_that_of_the_heads_weights():
-    """Against the std asked for, and against that of PyTorch's default: uniform within 1/sqrt(in)."""
+    """Against the std asked for."""
     torch.manual_seed(0)
     model = tiny_model(dim=512, pred_dim=128, proj_hidden=512, fc_std=0.01)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert len(layers) == 4
     for layer in layers:
         assert close(layer.weight.std(), 0.01, 0.05)
-    w = tiny_model(dim=512, pred_dim=128).predictor[0].weight
-    assert w.abs().max() <= 512 ** -0.5
-    assert close(w.std(), (512 * 3) ** -0.5, 0.02)
 
 
 def step_of(dtype=torch.float32, autocast=False, compiled=False, steps=1):
@@ -923,7 +889,7 @@ def test_default_policy_is_the_papers_for_imagenet():
 
 
 def test_linear_protocols_hold_the_papers_settings():
-    """Against supplement A: SGD or LARS with momentum 0.9 and no weight decay; which protocol a recipe has."""
+    """Against supplement A: SGD or LARS, momentum 0.9, no weight decay; which protocol a recipe has."""
     for name, expected in LINEAR.items():
         protocol = lineval.PROTOCOLS[name]
         assert {option: getattr(protocol, option) for option in expected} == expected
@@ -972,14 +938,10 @@ def test_experiments_hold_the_papers_settings_and_results():
     ("table4-200-epochs", "shapes", {"epochs": 12}),
     ("table4-200-epochs", "cifar10", {"epochs": 200})])
 def test_experiments_scale_to_smaller_recipes(experiment, recipe, expected):
-    """Against figures in proportion, worked out by hand."""
+    """Against figures in proportion, worked out by hand. An option overrides the row."""
     row = settings_of_row(experiment, recipe)
     assert {name: row[name] for name in expected} == expected
-
-
-def test_options_override_the_experiments_row():
-    """Against the option."""
-    assert settings_of_row("table2-batch-64", "shapes", "--batch", "32")["batch"] == 32
+    assert settings_of_row(experiment, recipe, "--batch", "32")["batch"] == 32
 
 
 @pytest.mark.parametrize("experiment, note", [
@@ -1130,7 +1092,7 @@ SETTINGS_MAP = {
     "prediction MLP": ("Sec. 3", "simsiam.py", "def prediction_mlp(",
                        "test_simsiam.py", "test_model_has_the_released_models_names_and_shapes"),
     "weight decay on all": ("Sec. 3", "simsiam.py", "def sgd(",
-                            "test_simsiam.py", "test_sgd_has_every_parameter_once"),
+                            "test_simsiam.py", "test_alg1_parity_with_the_released_model"),
     "all settings": ("Sec. 3; supp. A, D", "simsiam.py", "SETTINGS = {",
                      "test_simsiam.py", "test_recipes_hold_the_papers_settings"),
     "the ablations": ("Sec. 4, 5; supp. A, B", "simsiam.py", "EXPERIMENTS = {",

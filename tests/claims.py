@@ -25,8 +25,12 @@ Claim = collections.namedtuple("Claim", "tag words file line test")
 def trailing_comments(file):
     """[(line number, comment)] of every comment in a file that trails code."""
     with open(ROOT / file, "rb") as f:
-        comments = [token for token in tokenize.tokenize(f.readline) if token.type == tokenize.COMMENT]
-    return [(token.start[0], token.string) for token in comments if not token.line.lstrip().startswith("#")]
+        tokens = list(tokenize.tokenize(f.readline))
+    found = []
+    for token in tokens:
+        if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#"):
+            found.append((token.start[0], token.string))
+    return found
 
 
 def test_of(tag, names):

@@ -1,4 +1,4 @@
-"""What holds for each row of a program's experiments, simsiam.py's and related.py's: its settings, a run of it,
+"""What holds for each row of simsiam.py's and related.py's experiments: its settings, a run of it,
 a run that is interrupted and resumed."""
 import contextlib
 import io

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import related
 import simsiam
 from harness.data.opening import open_data
 from harness.data.shapes import draw_shapes
@@ -188,16 +187,6 @@ def stand_in_for_shapes():
     return Source(pixels=pixels, labels=None, classes=[])
 
 
-def test_pairs_began_alike():
-    """The paper's rows of one seed at one size of the views: the same images, pixels, untrained network."""
-    began = {}
-    for runs in PAPERS_ROWS:
-        for seed, line in paper_rows.KEPT.of(runs.name).items():
-            start, untrained, *_ = line["log"]
-            mine = start["settings"]["content"], start["knn_pixels"], untrained["knn"]
-            assert began.setdefault((seed, start["settings"]["size"]), mine) == mine, runs.name
-
-
 NETWORK = ("arch", "width", "cifar_stem", "batch", "epochs", "size", "images")
 VIEWS = ("area", "jitter", "strength", "gray", "blur", "flip", "weight_decay", "momentum")  # CLIP has its own
 
@@ -211,43 +200,6 @@ def test_the_neighbours_had_the_same_network_views_and_epochs():
             settings = run["log"][0]["settings"]
             for name in same:
                 assert settings[name] == first[name], (row, name)
-
-
-def test_on_cifar10_the_neighbours_have_what_was_chosen_on_shapes():
-    """Their options against the recipe for shapes; the lr is the same share of SimSiam's in both."""
-    for name in neighbours.METHODS.keys() - {"simsiam"}:
-        _, *options = neighbours.command_of("cifar10", name, "CIFAR").split()
-        args = vars(related.parse(options))
-        chosen = recipes.recipe("shapes", related.METHODS[name].SETTINGS)
-        for setting in chosen.keys() & {"temperature", "queue", "tau", "prototypes", "eps"}:
-            assert args[setting] == chosen[setting], (name, setting)
-        share = chosen["base_lr"] / recipes.recipe("shapes", simsiam.SETTINGS)["base_lr"]
-        assert args["base_lr"] == pytest.approx(0.4 * share)
-
-
-def test_sgd_and_lars_have_the_lr_that_is_best_on_held_out_images():
-    """Neither the smallest nor the largest that was tried on a tenth of the training images."""
-    tried = records(cifar10.KEPT.path("held-out"))
-    assert {line["val_images"] for line in tried} == {1000}
-    for protocol in ("sgd", "lars"):
-        top1 = {line["base_lr"]: line["top1"] for line in tried if line["protocol"] == protocol}
-        best = max(top1, key=top1.get)
-        for run in cifar10.KEPT.of("small").values():
-            taken = run["evaluations"][protocol]
-            assert (taken["base_lr"], taken["val_images"]) == (best, 10_000)
-        assert min(top1) < best < max(top1)
-
-
-def test_the_setting_is_the_candidate_that_varies_least():
-    """The least standard deviation of those that are 30 points above the untrained network."""
-    untrained = read_json(paper_rows.UNTRAINED)["top1"]
-    spread = {}
-    for options in paper_rows.CANDIDATES:
-        runs = paper_rows.KEPT.of(paper_rows.name_of_candidate(options))
-        values = [top1_of(runs[seed]) for seed in (7, 8, 9)]
-        if np.mean(values) >= 30 + untrained:
-            spread[options] = np.std(values)
-    assert min(spread, key=spread.get) == paper_rows.SETTING
 
 
 def test_the_alarm_of_the_rank_is_between_healthy_and_failed_rows():
