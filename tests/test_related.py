@@ -953,7 +953,7 @@ def test_killed_method_ends_with_the_uninterrupted_weights(tmp_path, small, name
 @pytest.mark.parametrize("name", ALL)
 def test_a_method_trains_in_two_processes(tmp_path, small, name):
     """Losses of each epoch by the command line, in the authors' way, against one process."""
-    more = [*AUTHORS_WAY, "--batch", "12"]
+    more = [*AUTHORS_WAY, "--batch", "12", "--base-lr", "0.01"]
     if name == "mocov2":
         more += ["--queue", "48"]
     assert run(name, small, tmp_path / "one", *more) is None
@@ -961,7 +961,7 @@ def test_a_method_trains_in_two_processes(tmp_path, small, name):
     assert out.returncode == 0, out.stderr
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     for epoch in (1, 2):
-        assert close(one[epoch], two[epoch], 2e-2)                   # in float32, at a temperature of 0.1
+        assert close(one[epoch], two[epoch], 1e-4)                   # of float32, after 8 steps
 
 
 QUICK = ["sec62-simclr-predictor-stopgrad", "sec62-swav-predictor"]
