@@ -34,8 +34,9 @@ from tests import shape_comments
 from tests.claims import arguments_for, check_claims, check_departures, check_it_dies, claims
 from tests.claims import equation_table, mutant_of, trailing_comments
 from tests.experiments import check_resumed, check_rows, check_run
-from tests.helpers import CPU, RELEASED_HEADS, ROOT, TINY, close, equal, here, interrupted_before, losses_of
-from tests.helpers import numpy_D, slow, start, tiny_model, torchrun, torchvision_names, vectors
+from tests.helpers import CPU, RELEASED_HEADS, ROOT, TINY, TINY_BACKBONE, TINY_HEADS, close, equal, here
+from tests.helpers import interrupted_before, losses_of, numpy_D, settings_of, slow, start, tiny_model
+from tests.helpers import torchrun, torchvision_names, vectors
 
 pytest_plugins = ["tests.fixtures"]
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -295,57 +296,30 @@ def new_model(dtype=torch.float64, **options):
 
 
 def lr_at(t):
-    """The lr of `trained` at this step: half a cosine from 0.3 on, which is at 0 after 10 steps."""
-    return 0.3 * (1 + math.cos(math.pi * t / 10)) / 2
+    """The lr of `trained` at this step: half a cosine from 0.3 on, which is at 0 after 12 steps."""
+    return 0.3 * (1 + math.cos(math.pi * t / 12)) / 2
 
 
-def trained(step_of, steps=3, dtype=torch.float64, **options):
-    """A new model after some steps, and its losses.
+SHORT = dict(images=40, batch=10, epochs=3, base_lr=0.3 * 256 / 10, weight_decay=1e-4, warmup=0, amp=False)
 
-    step_of     model -> (network, optimizer, autocast, number, index, x1, x2) -> loss, z
-    """
-    model = new_model(dtype, **options)
-    optimizer = simsiam.sgd(model, 0.9, 1e-4)
-    train_step = step_of(model)
+
+def trained(steps=3, dtype=torch.float64, **changes):
+    """The first steps of a run with these settings: its method, and its losses."""
+    settings = settings_of("shapes", pred_lr="cosine", **SHORT, **TINY_BACKBONE, **TINY_HEADS) | changes
+    method = simsiam.SimSiamMethod(settings, None, CPU)
+    torch.manual_seed(0)
+    method.build().to(dtype)
+    optimizer = method.optimizer()
+    parts = method.parts()
+    if "eta" in parts:
+        parts["eta"].mine = parts["eta"].mine.to(dtype)
     losses = []
     for t, (index, x) in enumerate(drawn_views(batches_of(steps))):
-        simsiam.set_lr(optimizer, 0.3, t, 10, 0, "cosine")
-        L, _ = train_step(model, optimizer, NO_AUTOCAST, t, index, *[v.to(dtype) for v in x])
+        method.set_lr(optimizer, t)
+        L, _ = method.train_step(method.model, optimizer, t, index, [v.to(dtype) for v in x])
         losses.append(L.item())
     assert len(losses) == steps
-    return model, losses
-
-
-def plain(model):
-    """For `trained`: Algorithm 1."""
-    def train_step(network, optimizer, autocast, t, index, x1, x2):
-        return simsiam.train_step(network, optimizer, autocast, x1, x2)
-
-    return train_step
-
-
-def k_steps(k):
-    """For `trained`: Sec. 5.2's k-step alternation."""
-    def step_of(model):
-        theta = copy.deepcopy(model)
-
-        def train_step(network, optimizer, autocast, t, index, x1, x2):
-            return simsiam.alternation_step(model, theta, k, network, optimizer, autocast, t, x1, x2)
-
-        return train_step
-
-    return step_of
-
-
-def averaged(store, m):
-    """For `trained`: Sec. 5.2's moving average."""
-    def step_of(model):
-        def train_step(network, optimizer, autocast, t, index, x1, x2):
-            return simsiam.moving_average_step(store, m, network, optimizer, autocast, index, x1, x2)
-
-        return train_step
-
-    return step_of
+    return method, losses
 
 
 def all_close(ours, expected):
@@ -355,7 +329,7 @@ def all_close(ours, expected):
 
 def test_eq10_eta_is_what_the_outer_loops_weights_make_of_the_same_views():
     """Against a loop that copies every theta^t, keeps nothing else, and takes the squared error."""
-    model, losses = trained(k_steps(2))
+    method, losses = trained(eta="alternate", k=2)
     reference = new_model()
     optimizer = torch.optim.SGD(reference.parameters(), momentum=0.9, weight_decay=1e-4)
     expected = []
@@ -374,14 +348,14 @@ def test_eq10_eta_is_what_the_outer_loops_weights_make_of_the_same_views():
         optimizer.step()
         expected.append(L.item())
     assert close(losses, expected)
-    assert all_close(model, reference)
-    for ours, theirs in zip(model.encoder.buffers(), reference.encoder.buffers()):
+    assert all_close(method.model, reference)
+    for ours, theirs in zip(method.model.encoder.buffers(), reference.encoder.buffers()):
         assert close(ours, theirs)                                   # computing eta leaves no mark on BN
 
 
 def test_eq11_plain_training_takes_the_gradient_step_of_its_problem():
     """One step of plain training against one of SGD on Eq. (11), normalised outputs, both views in turn."""
-    model, losses = trained(plain, steps=1, predictor="none")
+    method, losses = trained(steps=1, predictor="none")
     theta = new_model(predictor="none")
     theta_t = copy.deepcopy(theta).requires_grad_(False)
     (_, views), = drawn_views(batches_of(1))
@@ -394,7 +368,7 @@ def test_eq11_plain_training_takes_the_gradient_step_of_its_problem():
     assert close(losses, [L.item()])
     L.backward()
     torch.optim.SGD(theta.parameters(), lr_at(0), weight_decay=1e-4).step()
-    assert all_close(model, theta)
+    assert all_close(method.model, theta)
 
 
 # --- Algorithm 1 --------------------------------------------------------------------------------------------
@@ -588,25 +562,19 @@ def test_sec51_h_predicts_the_mean_over_the_augmentations():
 
 def test_sec52_kstep_with_one_step_is_plain_training_bit_for_bit():
     """k = 1 against plain training; k = 3 differs from its second step on."""
-    model, losses = trained(plain, dtype=torch.float32)
-    one, losses_one = trained(k_steps(1), dtype=torch.float32)
+    method, losses = trained(dtype=torch.float32)
+    one, losses_one = trained(dtype=torch.float32, eta="alternate", k=1)
     assert losses == losses_one
-    assert equal(model.state_dict(), one.state_dict())
-    _, losses_three = trained(k_steps(3), dtype=torch.float32)
+    assert equal(method.model.state_dict(), one.model.state_dict())
+    _, losses_three = trained(dtype=torch.float32, eta="alternate", k=3)
     assert losses_three[0] == losses[0]
     assert losses_three[1] != losses[1]
 
 
-def store_of(n, dim):
-    """PerImageVectors in float64."""
-    store = PerImageVectors(n, dim, CPU)
-    store.mine = store.mine.double()
-    return store
-
-
 def test_sec52_moving_average_of_eta(world_of_one):
     """Two visits of the same images, against the formula in numpy; the first initialises."""
-    store = store_of(6, 5)
+    store = PerImageVectors(6, 5, CPU)
+    store.mine = store.mine.double()
     kept = torch.zeros(6, 5, dtype=torch.float64)
     for visit, index in enumerate(np.array([[4, 1, 0], [1, 5, 4]])):
         p1, p2, z1, z2 = vectors(3, 5, seed=visit)
@@ -628,13 +596,12 @@ def test_sec52_moving_average_of_eta(world_of_one):
 
 def test_table1_a_is_the_moving_average_with_m_0(world_of_one):
     """m = 0 against plain training without h; m = 0.8 differs from the second visit on."""
-    model, losses = trained(plain, steps=5, predictor="none")
-    store = store_of(40, 16)
-    forgetful, losses_0 = trained(averaged(store, 0.0), steps=5, predictor="none")
+    method, losses = trained(steps=5, predictor="none")
+    forgetful, losses_0 = trained(steps=5, predictor="none", eta="average", m=0.0)
     assert close(losses_0, losses)
-    assert all_close(forgetful, model)
-    assert close(store.state_dict()["vectors"].norm(dim=1), torch.ones(40))
-    _, losses_8 = trained(averaged(store_of(40, 16), 0.8), steps=5, predictor="none")
+    assert all_close(forgetful.model, method.model)
+    assert close(forgetful.store.state_dict()["vectors"].norm(dim=1), torch.ones(40))
+    _, losses_8 = trained(steps=5, predictor="none", eta="average", m=0.8)
     assert close(losses_8[:4], losses[:4])
     assert not close(losses_8[4], losses[4], 1e-4)
 
