@@ -8,6 +8,7 @@ MAP is {tag: (the equation, what the claimed line has, what a mutant has in its 
 test_simsiam.py has that of SimSiam's paper, tests/test_related.py its neighbours'.
 """
 import collections
+import functools
 import inspect
 import re
 import tokenize
@@ -20,12 +21,16 @@ from tests.helpers import ROOT
 Claim = collections.namedtuple("Claim", "tag words file line test")
 
 
+@functools.cache
 def trailing_comments(file):
-    """(line number, comment) of every comment in a file that trails code."""
+    """[(line number, comment)] of every comment in a file that trails code."""
     with open(ROOT / file, "rb") as f:
-        for token in tokenize.tokenize(f.readline):
-            if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#"):
-                yield token.start[0], token.string
+        tokens = list(tokenize.tokenize(f.readline))
+    found = []
+    for token in tokens:
+        if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#"):
+            found.append((token.start[0], token.string))
+    return found
 
 
 def test_of(tag, names):
@@ -120,8 +125,7 @@ def mutant_of(claim, equations):
 
 
 def check_it_dies(mutant, rooms, monkeypatch, test, *arguments, **more):
-    """A test passes, and fails with a mutant in its module's place, in all rooms (dictionaries of names)."""
-    test(*arguments, **more)
+    """A test fails with a mutant in its module's place, in all rooms (dictionaries of names)."""
     for room in rooms:
         monkeypatch.setitem(room, mutant.__name__, mutant)
     with pytest.raises(AssertionError):

@@ -192,7 +192,7 @@ def settings_of(recipe, **more):
 
 def settings_of_row(program, experiment, recipe, *more):
     """The settings of a run of this experiment of simsiam or related, on data of 200,000 images."""
-    source = Source(files=np.array([b""] * 200_000))
+    source = Source(files=np.zeros(200_000, "S1"))
     options = ["DATA", "--recipe", recipe, "--experiment", experiment, "--device", "cpu", *more]
     return recipes.settings_for(program.parse(options), source, 1)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import augment
 import related
+import resnet
 import simsiam
 from harness.data import loading, shapes
 from harness.data.opening import Data
@@ -31,23 +32,39 @@ WRONG = {  # what people got wrong: {method: variants}; see `spoiled`
 def settings(name, **more):
     """Settings of a run of 48 images, three steps an epoch."""
     s = recipes.recipe("shapes", related.METHODS[name].SETTINGS)
-    tiny = dict(TINY_BACKBONE, **TINY_HEADS, size=16, epochs=3, batch=16, base_lr=1.0, warmup=0, images=48)
+    tiny = TINY_BACKBONE | TINY_HEADS
+    short = {"size": 16, "epochs": 3, "batch": 16, "base_lr": 1.0, "warmup": 0}
     small = {"queue": 64, "prototypes": 8, "temperature": 0.3, "words_width": 8}
-    settings = {key: (tiny | small).get(key, value) for key, value in s.items()}
-    return settings | {"images": 48, "amp": False} | more
+    changes = {key: value for key, value in (tiny | short | small).items() if key in s}
+    return s | changes | {"images": 48, "amp": False} | more
 
 
+@functools.cache
 def data():
     """48 drawn shapes of 16 pixels, with captions, and 10 to validate."""
-    return Data(shapes.draw_shapes(0, 0, 48, 16), shapes.draw_shapes(0, 48, 10, 16), None)
+    train = shapes.draw_shapes(0, 0, 48, 16)
+    val = shapes.draw_shapes(0, 48, 10, 16)
+    return Data(train, val, None)
 
 
 def views(count=2):
     """This process's share of each step's views, in float64: other images on each process."""
-    batches = loading.index_batches(0, 48, 16, 2, rank=dist.get_rank(), world=dist.get_world_size())
-    loaded = augment.load_views(data().train, augment.Policy(size=16), 0, batches, CPU, 0, count)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batches = loading.index_batches(0, 48, 16, 2, rank=rank, world=world)
+    policy = augment.Policy(size=16)
+    loaded = augment.load_views(data().train, policy, 0, batches, CPU, 0, count)
     for index, x in loaded:
         yield index, [v.double() for v in x]
+
+
+def new_method(name, **more):
+    """A method with a tiny model, of one block a stage."""
+    one_block = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1))
+    torch.manual_seed(0)
+    method = related.METHODS[name](settings(name, **more), data(), CPU)
+    with mock.patch.dict(resnet.ARCHS, resnet18=one_block):
+        method.build()
+    return method
 
 
 ALONE = {"all_sum": related.identity, "rank": 0, "world": 1}
@@ -80,7 +97,8 @@ def gathered_together(z1, z2, temperature, all_sum, rank, world):
     other = itself + world * n
     row = torch.arange(2 * n)
     s[row, torch.cat([itself, other])] = -torch.inf
-    return (s.logsumexp(dim=1) - s[row, torch.cat([other, itself])]).mean()
+    positive = s[row, torch.cat([other, itself])]
+    return (s.logsumexp(dim=1) - positive).mean()
 
 
 def sums(all_sum):
@@ -109,7 +127,8 @@ def spoiled(method, variant):
             replace("nt_xent", gathered_together)
         elif variant == "keys of one process":
             put = method.queue.put
-            method.queue.put = lambda keys, count: put(keys[:len(keys) // dist.get_world_size()], count)
+            mine = 16 // dist.get_world_size()  # of a batch
+            method.queue.put = lambda keys, count: put(keys[:mine], count)
         elif variant == "target's BN of one process":
             for module in method.target.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -123,9 +142,8 @@ def spoiled(method, variant):
 
 def train(name, variant="right", **more):
     """Six steps in float64 -> {name of a part: its state}, and each step's loss."""
-    torch.manual_seed(0)
-    method = related.METHODS[name](settings(name, **more), data(), CPU)
-    method.build().double()
+    method = new_method(name, **more)
+    method.model.double()
     network = simsiam.distribute(method.model, CPU)
     optimizer = method.optimizer()
     parts = method.parts()
@@ -137,7 +155,8 @@ def train(name, variant="right", **more):
             losses.append(processes.mean_over_processes(L.detach()).item())
     assert len(losses) == STEPS
     modules = {"model": method.model, **parts}
-    return {part: module.state_dict() for part, module in modules.items() if part != "vocabulary"}, losses
+    modules.pop("vocabulary", None)
+    return {part: module.state_dict() for part, module in modules.items()}, losses
 
 
 def everything(file, wrong=True):
