@@ -11,6 +11,7 @@ import torch
 
 import simsiam
 from harness.common.errors import Refused
+from harness.data import loading
 from tests.children import HANGS
 from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here
 from tests.helpers import kill_all, log_of, losses_of
@@ -22,20 +23,20 @@ pytest_plugins = ["tests.fixtures"]
 
 # --- Signals ------------------------------------------------------------------------------------------------
 
-def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, longer_alone, capsys):
-    """Sent within the 13th step: the position; the resumed run's weights against the uninterrupted one's."""
+def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys):
+    """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
     def signalled(step):
-        if step == 12:
+        if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     out = tmp_path / "run"
     with before_each_step(signalled):
-        assert here("simsiam.py", small, *LONGER, "--out", out) == 128 + signal.SIGTERM
+        assert here("simsiam.py", small, *TINY, "--out", out) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert stopped_at(said, out) == (1, 6)  # 14 steps of 8 an epoch
-    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
-    assert equal(weights_of(out), weights_of(longer_alone))
+    assert stopped_at(said, out) == (1, 2)  # 5 steps of 3 an epoch
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
 
 
 @pytest.mark.parametrize("number", [
@@ -53,17 +54,17 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_last_steps(tmp_path
     assert (0, 0) < stopped_at(said, out) < (500, 0)
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, longer_alone):
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, finished):
     """In a step that hangs: the first waits for it, the second does not. The run can go on."""
     out = tmp_path / "run"
-    options = [*LONGER, "--save-minutes", "0", "--out", out]
+    options = [*TINY, "--save-minutes", "0", "--out", out]
     with start("-m", "tests.odd_runs", "hanging", small, *options, cwd=ROOT) as process:
         for said in ("hangs", "noticed"):
             wait_until(lambda: said in process.written("stdout"), process)
             process.send_signal(signal.SIGINT)
         assert process.wait() == -signal.SIGINT
-    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
-    assert equal(weights_of(out), weights_of(longer_alone))
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
 
 
 # --- torchrun -----------------------------------------------------------------------------------------------
@@ -192,6 +193,25 @@ def test_a_worker_that_is_stuck_ends_the_run_with_a_hint(stuck):
     assert done.returncode == 1
     assert "is the disk or the network under DATA still there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_news_of_a_workers_death_comes_once():
+    """The connection breaks before the system tells of the death. torch's handler would then raise in the
+    middle of the end."""
+    def told(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    def broken():
+        raise ConnectionResetError("x")
+        yield
+
+    before = signal.signal(signal.SIGCHLD, told)
+    try:
+        with pytest.raises(Refused, match="a process that decodes images was killed"):
+            next(loading.in_our_words(broken()))
+        os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_hint(tmp_path, stuck):
