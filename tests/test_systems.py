@@ -19,7 +19,7 @@ from tests.helpers import ROOT, TINY, log_of, program, python, refusal, slow, st
 from tests.helpers import write_folder
 
 pytest_plugins = ["tests.fixtures"]
-QUIET = [*TINY, "--workers", "0", "--knn-every", "0"]
+QUIET = [*TINY, "--workers", "0", "--knn-every", "0", "--epochs", "1"]
 
 
 # --- Output that nobody reads (kind 9) ----------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_a_check_ends_when_nobody_reads_its_list(tmp_path, output):
     """`augment.py DATA --check | head -1`: no traceback."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(3000):
+    for i in range(1000):
         (photos / f"{i:04}.jpg").write_bytes(b"")
     with start(ROOT / "augment.py", photos, "--check", output=output) as check:
         assert "it is empty" in head(output, 1)[0]
@@ -102,10 +102,10 @@ def test_a_run_without_stdout_and_stderr_goes_on(tmp_path, small):
 # --- Names (kind 10) ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, encoding, shown", [
-    pytest.param("donn\u00e9es".encode(), "ascii", "donn\\xe9es", id="an accent on an ASCII terminal"),
     pytest.param(b"caf\xe9 red\x1b[31m two\nlines", "utf-8:strict", "caf\\xe9 red\\x1b[31m two\\x0alines",
                  id="bytes that are no UTF-8, an escape sequence, a line break"),
-    pytest.param("\u56fe\u7247".encode(), "cp1252", "\\u56fe\\u7247", id="Chinese on a Windows terminal"),
+    pytest.param("donn\u00e9es".encode(), "ascii", "donn\\xe9es", id="an accent on an ASCII terminal",
+                 marks=slow),
 ])
 def test_a_name_that_the_terminal_cannot_show_ends_no_run(tmp_path, name, encoding, shown):
     """The data, a class, and the run's folder have it; an escape stands in the line."""
@@ -117,7 +117,7 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run(tmp_path, name, encodi
         shutil.move(folder / split / "a", folder / split / f"a {folder.name}")
     environ = os.environ | {"PYTHONIOENCODING": encoding}
     out = f"{folder}/../out {folder.name}"
-    trained = program(folder, *QUIET, "--epochs", "1", "--out", out, env=environ)
+    trained = program(folder, *QUIET, "--out", out, env=environ)
     options = ["--ckpt", f"{out}/checkpoint.pth", "--knn", "--workers", "0"]
     judged = python(ROOT / "lineval.py", *options, env=environ)
     for done in (trained, judged):
