@@ -42,7 +42,6 @@ def asked_for(variable):
 
 
 slow = asked_for("SLOW")
-long = asked_for("LONG")
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside the repository")
 
 

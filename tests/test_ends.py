@@ -1,6 +1,5 @@
 """harness, ends.py: how a run ends before its end, by signals, dead processes and refusals."""
 import contextlib
-import functools
 import os
 import shlex
 import shutil
@@ -69,12 +68,6 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, finished):
 
 # --- torchrun -----------------------------------------------------------------------------------------------
 
-def cores_of(agent, agents):
-    """The cores of one of several agents, each of which stands for a machine of its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[agent::agents] or cores
-
-
 @contextlib.contextmanager
 def job(data, out, agents=1):
     """LONGER in two processes, which torchrun restarts when one dies -> its agents, for the block's time."""
@@ -86,9 +79,8 @@ def job(data, out, agents=1):
     with contextlib.ExitStack() as stack:
         stack.callback(kill_all, out)
         started = []
-        for agent in range(agents):
-            stay = functools.partial(os.sched_setaffinity, 0, cores_of(agent, agents))
-            started.append(stack.enter_context(start(*command, preexec_fn=stay)))
+        for _ in range(agents):
+            started.append(stack.enter_context(start(*command)))
         yield started
 
 
@@ -238,11 +230,8 @@ def opened(pipe):
 REFUSALS = {  # id: (arguments, what the one line says)
     "no data there": ("nowhere", "nowhere: no such file or folder"),
     "less than a batch": ("{small} --batch 64", "only 50 images"),
-    "a batch of one": ("{small} --batch 1", "--batch must be at least 2"),
     "a range upside down": ("{small} --area 0.5 0.2", "--area"),
-    "too much hue": ("{small} --strength 0.4 0.4 0.4 0.6", "hue, must be at most 0.5, not 0.6"),
     "no step after the warm-up": ("{small} --warmup 3", "--warmup 3 must be less than --epochs 3"),
-    "too small a width": ("{small} --width 1/1000", "--width"),
     "no number": ("{small} --momentum x", "--momentum"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
@@ -256,9 +245,9 @@ REFUSALS = {  # id: (arguments, what the one line says)
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, small, finished):
     """Folders that the refusals are about: {name: path}"""
-    broken = write_folder(tmp_path_factory.mktemp("broken"), "train", 20, (70, 80), suffix=".jpg")
-    for path in broken.rglob("*.jpg"):
-        path.write_bytes(b"no image")
+    broken = tmp_path_factory.mktemp("broken")
+    for i in range(20):
+        (broken / f"{i}.jpg").write_bytes(b"no image")
     return {"small": small, "whole": finished[0], "broken": broken}
 
 
@@ -296,9 +285,7 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; what has a checkpoint goes on"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
-    "no memory for cuDNN": (RuntimeError("GET was unable to find an engine to run"), "use a smaller --batch"),
     "NCCL's network": (RuntimeError("NCCL error in: x.cpp:1, unhandled"), "NCCL_DEBUG=INFO says more"),
-    "no memory on the GPU": (RuntimeError("CUDA out of memory. Tried\nx"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
     "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
     "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a\\x1b[2J.png: no image"),
