@@ -71,18 +71,6 @@ def test_eta_is_spread_over_the_processes_without_a_difference(one, two):
         assert found["equal"] == 1
 
 
-def test_processes_speak_together(one, two):
-    """Sums, means, shares and comparisons against those counted by hand."""
-    assert two["together"]["sum"] == [2, 1]
-    assert two["together"]["mean"] == [1, 0.5]
-    assert two["together"]["what the mean is of"] == [1, 0]
-    assert two["together"]["shares"] == [1] * 11
-    assert two["together"]["same"]
-    assert not two["together"]["not the same"]
-    assert one["together"]["mean"] == [1, 0]
-    assert one["together"]["shares"] == [1] * 11
-
-
 # --- BN over the processes, in a world of one ---------------------------------------------------------------
 
 def synchronized(kind, **options):

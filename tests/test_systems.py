@@ -126,16 +126,6 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run(tmp_path, name, encodi
         assert "\x1b" not in done.stdout
 
 
-def test_a_bad_file_of_an_odd_name_is_named(tmp_path):
-    """In the line of --check, by the same escapes."""
-    folder = write_folder(tmp_path / "photos", "train", 3, 20)
-    with open(os.path.join(os.fsencode(folder), b"train/a/caf\xe9.png"), "wb"):
-        pass
-    done = python(ROOT / "augment.py", folder, "--check", env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert "caf\\xe9.png: can't be read as an image: it is empty" in done.stdout
-    assert done.returncode == 1
-
-
 @pytest.mark.parametrize("text, shown", [
     ("\x1b[2J", "\\x1b[2J"), ("a\nb", "a\\x0ab"), ("caf\udce9", "caf\\xe9"), ("\ud800", "\\ud800"),
     ("\x9b1m", "\\x9b1m"), ("\u56fe", "\u56fe")])

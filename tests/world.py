@@ -94,28 +94,10 @@ def keep_vectors(file):
     return {"seen": torch.stack(seen), "equal": processes.mean_over_processes(equal).item(), **whole}
 
 
-def speak_together():
-    """What the small functions of harness/training/processes.py return."""
-    rank = dist.get_rank()
-    numbers = torch.tensor([1.0, rank], dtype=torch.float64)
-    mean = processes.mean_over_processes(numbers)
-    counted = torch.zeros(11)
-    counted[processes.my_share(11)] += 1
-    return {
-        "sum": processes.all_sum(torch.tensor([1.0, rank])).tolist(),
-        "mean": mean.tolist(),
-        "what the mean is of": numbers.tolist(),
-        "shares": processes.all_sum(counted).tolist(),
-        "same": processes.same_everywhere(5, CPU),
-        "not the same": processes.same_everywhere(rank, CPU),
-    }
-
-
 def everything(folder, variants):
     """All of the above in a world that is there already, written by process 0 -> folder/result."""
     result = {variant: train(variant) for variant in variants}
     result["vectors"] = keep_vectors(folder / "vectors.pth")
-    result["together"] = speak_together()
     if dist.get_rank() == 0:
         torch.save(result, folder / "result")
     return folder / "result"
