@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from harness import check_versions
+from harness import check_system, check_versions
 from harness.common import files
 from harness.common.errors import printable
 from tests.helpers import ROOT, TINY, log_of, program, python, refusal, slow, start, wait_for_epoch
@@ -150,17 +150,26 @@ def test_a_disk_that_cannot_sync_folders_is_no_reason_to_end(tmp_path, monkeypat
 
 # --- Systems, versions, devices (kind 13) -------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", [
-    "simsiam.py", *[pytest.param(name, marks=slow) for name in ("lineval.py", "augment.py", "related.py")]])
-def test_a_system_that_lacks_what_is_needed_is_told_in_one_line(script):
-    """Windows, before anything else is imported that would fail."""
+NOT_HERE = "this needs Linux or macOS (fcntl, resource, SIGUSR1 missing); on Windows, use WSL"
+
+
+def test_a_system_that_lacks_what_is_needed_is_told_in_one_line():
+    """Windows: the line that ends the program, word for word."""
+    with pytest.raises(SystemExit) as end:
+        check_system(lambda module: False, ["SIGINT"])
+    assert end.value.code == NOT_HERE
+
+
+@slow
+@pytest.mark.parametrize("script", ["simsiam.py", "lineval.py", "augment.py", "related.py"])
+def test_every_script_tells_of_a_system_before_it_imports_more(script):
+    """Nothing else is imported that would fail there."""
     code = "import signal, sys, runpy; del signal.SIGUSR1; " \
            "sys.modules['resource'] = sys.modules['fcntl'] = None; " \
            f"sys.argv = ['{script}', '--help']; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
     done = python("-c", code, cwd=ROOT)
     assert done.returncode == 1
-    said = "this needs Linux or macOS (fcntl, resource, SIGUSR1 missing); on Windows, use WSL"
-    assert done.stderr.splitlines() == [said]
+    assert done.stderr.splitlines() == [NOT_HERE]
 
 
 @pytest.mark.parametrize("python_version, torch_version, message", [
