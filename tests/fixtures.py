@@ -12,8 +12,7 @@ import simsiam
 from harness.data import shapes
 from harness.training import processes
 from tests.helpers import CPU, EVALUATION, LONGER, PROTOCOL_OPTIONS, REAL, ROOT, TINY
-from tests.helpers import here, losses_of, program, save_image, settings_of, torchrun, weights_of
-from tests.helpers import write_folder
+from tests.helpers import here, program, save_image, settings_of, torchrun, write_folder
 
 
 def pytest_configure(config):
@@ -91,20 +90,12 @@ def finished(tmp_path_factory, small):
 
 
 @pytest.fixture(scope="session")
-def longer_alone(tmp_path_factory, small):
-    """The folder of an uninterrupted run of LONGER in one process."""
-    out = tmp_path_factory.mktemp("longer") / "one"
-    assert here("simsiam.py", small, *LONGER, "--out", out) is None
-    return out
-
-
-@pytest.fixture(scope="session")
-def longer(tmp_path_factory, small, longer_alone):
-    """The weights at the end of LONGER, uninterrupted, in one process and in two; and the losses in two."""
+def longer(tmp_path_factory, small):
+    """The folder of an uninterrupted run of LONGER in two processes."""
     out = tmp_path_factory.mktemp("longer") / "two"
     two = torchrun(ROOT / "simsiam.py", small, *LONGER, "--out", out)
     assert two.returncode == 0, two.stderr
-    return {1: weights_of(longer_alone), 2: weights_of(out), "losses": losses_of(out)}
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,6 @@ def asked_for(variable):
 
 
 slow = asked_for("SLOW")
-long = asked_for("LONG")
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside the repository")
 
 
@@ -84,6 +83,14 @@ def numpy_D(p, z):
     return -np.mean(cosines)
 
 
+def bn_names(name, c, is_affine=True):
+    """The state_dict of a BN of c channels: {name: shape}, in order."""
+    parts = ["running_mean", "running_var"]
+    if is_affine:
+        parts = ["weight", "bias", *parts]
+    return {f"{name}.{part}": (c,) for part in parts} | {f"{name}.num_batches_tracked": ()}
+
+
 def torchvision_names(convs, blocks, expansion):
     """torchvision's state_dict, spelled out from its naming scheme: {name: shape}, in order."""
     names = {}
@@ -92,9 +99,7 @@ def torchvision_names(convs, blocks, expansion):
         names[name + ".weight"] = (out, into, k, k)
 
     def bn(name, c):
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            names[f"{name}.{part}"] = (c,)
-        names[name + ".num_batches_tracked"] = ()
+        names.update(bn_names(name, c))
 
     conv("conv1", 64, 3, 7)
     bn("bn1", 64)
@@ -120,34 +125,20 @@ def torchvision_names(convs, blocks, expansion):
 # The heads of the authors' checkpoint (ResNet-50), without encoder.fc.6.bias: the BN after it makes it void.
 RELEASED_HEADS = {
     "encoder.fc.0.weight": (2048, 2048),
-    "encoder.fc.1.weight": (2048,),
-    "encoder.fc.1.bias": (2048,),
-    "encoder.fc.1.running_mean": (2048,),
-    "encoder.fc.1.running_var": (2048,),
-    "encoder.fc.1.num_batches_tracked": (),
+    **bn_names("encoder.fc.1", 2048),
     "encoder.fc.3.weight": (2048, 2048),
-    "encoder.fc.4.weight": (2048,),
-    "encoder.fc.4.bias": (2048,),
-    "encoder.fc.4.running_mean": (2048,),
-    "encoder.fc.4.running_var": (2048,),
-    "encoder.fc.4.num_batches_tracked": (),
+    **bn_names("encoder.fc.4", 2048),
     "encoder.fc.6.weight": (2048, 2048),
-    "encoder.fc.7.running_mean": (2048,),
-    "encoder.fc.7.running_var": (2048,),
-    "encoder.fc.7.num_batches_tracked": (),
+    **bn_names("encoder.fc.7", 2048, is_affine=False),
     "predictor.0.weight": (512, 2048),
-    "predictor.1.weight": (512,),
-    "predictor.1.bias": (512,),
-    "predictor.1.running_mean": (512,),
-    "predictor.1.running_var": (512,),
-    "predictor.1.num_batches_tracked": (),
+    **bn_names("predictor.1", 512),
     "predictor.3.weight": (2048, 512),
     "predictor.3.bias": (2048,),
 }
 
 
-TINY_HEADS = dict(dim=16, pred_dim=4, proj_layers=2, proj_hidden=16)
 TINY_BACKBONE = dict(arch="resnet18", width=1 / 16, cifar_stem=True)
+TINY_HEADS = dict(dim=16, pred_dim=4, proj_layers=2, proj_hidden=16)
 
 
 def tiny_model(**options):

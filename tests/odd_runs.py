@@ -31,9 +31,18 @@ def hanging(arguments):
     Run.steps_of_epoch = watched_steps(hang)
 
 
+def killed(arguments):
+    """kill -9 hits it before its sixth step."""
+    def kill(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.steps_of_epoch = watched_steps(kill)
+
+
 def impatient(arguments):
-    """It waits a second for images instead of ten minutes."""
-    loading.LOADER_TIMEOUT = 1
+    """It waits an instant for images instead of ten minutes."""
+    loading.LOADER_TIMEOUT = 0.1
 
 
 def buggy(arguments):

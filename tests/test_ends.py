@@ -1,6 +1,5 @@
 """harness, ends.py: how a run ends before its end, by signals, dead processes and refusals."""
 import contextlib
-import functools
 import os
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import torch
 
 import simsiam
 from harness.common.errors import Refused
+from harness.data import loading
 from tests.children import HANGS
 from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here
 from tests.helpers import kill_all, log_of, losses_of
@@ -22,20 +22,20 @@ pytest_plugins = ["tests.fixtures"]
 
 # --- Signals ------------------------------------------------------------------------------------------------
 
-def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, longer_alone, capsys):
-    """Sent within the 13th step: the position; the resumed run's weights against the uninterrupted one's."""
+def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys):
+    """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
     def signalled(step):
-        if step == 12:
+        if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     out = tmp_path / "run"
     with before_each_step(signalled):
-        assert here("simsiam.py", small, *LONGER, "--out", out) == 128 + signal.SIGTERM
+        assert here("simsiam.py", small, *TINY, "--out", out) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert stopped_at(said, out) == (1, 6)  # 14 steps of 8 an epoch
-    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
-    assert equal(weights_of(out), weights_of(longer_alone))
+    assert stopped_at(said, out) == (1, 2)  # 5 steps of 3 an epoch
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
 
 
 @pytest.mark.parametrize("number", [
@@ -53,26 +53,20 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_last_steps(tmp_path
     assert (0, 0) < stopped_at(said, out) < (500, 0)
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, longer_alone):
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, finished):
     """In a step that hangs: the first waits for it, the second does not. The run can go on."""
     out = tmp_path / "run"
-    options = [*LONGER, "--save-minutes", "0", "--out", out]
+    options = [*TINY, "--save-minutes", "0", "--out", out]
     with start("-m", "tests.odd_runs", "hanging", small, *options, cwd=ROOT) as process:
         for said in ("hangs", "noticed"):
             wait_until(lambda: said in process.written("stdout"), process)
             process.send_signal(signal.SIGINT)
         assert process.wait() == -signal.SIGINT
-    assert here("simsiam.py", small, *LONGER, "--out", out, "--resume") is None
-    assert equal(weights_of(out), weights_of(longer_alone))
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
 
 
 # --- torchrun -----------------------------------------------------------------------------------------------
-
-def cores_of(agent, agents):
-    """The cores of one of several agents, each of which stands for a machine of its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[agent::agents] or cores
-
 
 @contextlib.contextmanager
 def job(data, out, agents=1):
@@ -85,9 +79,8 @@ def job(data, out, agents=1):
     with contextlib.ExitStack() as stack:
         stack.callback(kill_all, out)
         started = []
-        for agent in range(agents):
-            stay = functools.partial(os.sched_setaffinity, 0, cores_of(agent, agents))
-            started.append(stack.enter_context(start(*command, preexec_fn=stay)))
+        for _ in range(agents):
+            started.append(stack.enter_context(start(*command)))
         yield started
 
 
@@ -101,10 +94,10 @@ def finish(agents):
     return [agent.communicate(timeout=HANGS)[1] for agent in agents]
 
 
-def ends_uninterrupted(out, weights, resumes=1):
+def ends_uninterrupted(out, whole, resumes=1):
     """Whether a job has ended, been resumed this often, and has the weights of the uninterrupted one."""
     events = [r["event"] for r in log_of(out)]
-    return events[-1] == "end" and events.count("resume") == resumes and equal(weights, weights_of(out))
+    return events[-1] == "end" and events.count("resume") == resumes and equal(weights_of(whole), weights_of(out))
 
 
 def resume_in_two(data, out):
@@ -124,7 +117,7 @@ def test_torchrun_survives_sigterm_to_the_agent(tmp_path, small, longer):
     assert agents[0].returncode != 0
     assert (0, 0) < stopped_at(said, out) < (6, 0)
     resume_in_two(small, out)
-    assert ends_uninterrupted(out, longer[2])
+    assert ends_uninterrupted(out, longer)
 
 
 @slow
@@ -140,7 +133,7 @@ def test_torchrun_survives_a_killed_worker(tmp_path, small, longer, agents):
         os.kill(workers_of(out)[-1], signal.SIGKILL)
         said = finish(started)
     assert [agent.returncode for agent in started] == [0] * agents, said
-    assert ends_uninterrupted(out, longer[2])
+    assert ends_uninterrupted(out, longer)
 
 
 @slow
@@ -153,7 +146,7 @@ def test_torchrun_survives_a_worker_killed_at_its_start(tmp_path, small, longer)
         assert not (out / "checkpoint.pth").exists()
         said = finish(agents)
     assert agents[0].returncode == 0, said
-    assert ends_uninterrupted(out, longer[2], resumes=0)
+    assert ends_uninterrupted(out, longer, resumes=0)
 
 
 @slow
@@ -168,10 +161,11 @@ def test_a_run_goes_on_where_all_of_torchrun_has_died(tmp_path, small, longer):
     alone = tmp_path / "alone"
     shutil.copytree(out, alone)
     resume_in_two(small, out)
-    assert ends_uninterrupted(out, longer[2])
+    assert ends_uninterrupted(out, longer)
     assert here("simsiam.py", small, *LONGER, "--out", alone, "--resume") is None
-    assert losses_of(alone) == pytest.approx(longer["losses"], abs=2e-3)
-    assert abs(longer["losses"][6] - longer["losses"][5]) > 4e-3  # so that the bound tells epochs apart
+    losses = losses_of(longer)
+    assert losses_of(alone) == pytest.approx(losses, abs=2e-3)
+    assert abs(losses[6] - losses[5]) > 4e-3  # so that the bound tells epochs apart
 
 
 # --- Workers that decode images -----------------------------------------------------------------------------
@@ -192,6 +186,25 @@ def test_a_worker_that_is_stuck_ends_the_run_with_a_hint(stuck):
     assert done.returncode == 1
     assert "is the disk or the network under DATA still there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_news_of_a_workers_death_comes_once():
+    """The connection breaks before the system tells of the death. torch's handler would then raise in the
+    middle of the end."""
+    def told(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    def broken():
+        raise ConnectionResetError("x")
+        yield
+
+    before = signal.signal(signal.SIGCHLD, told)
+    try:
+        with pytest.raises(Refused, match="a process that decodes images was killed"):
+            next(loading.in_our_words(broken()))
+        os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_hint(tmp_path, stuck):
@@ -218,11 +231,8 @@ def opened(pipe):
 REFUSALS = {  # id: (arguments, what the one line says)
     "no data there": ("nowhere", "nowhere: no such file or folder"),
     "less than a batch": ("{small} --batch 64", "only 50 images"),
-    "a batch of one": ("{small} --batch 1", "--batch must be at least 2"),
     "a range upside down": ("{small} --area 0.5 0.2", "--area"),
-    "too much hue": ("{small} --strength 0.4 0.4 0.4 0.6", "hue, must be at most 0.5, not 0.6"),
     "no step after the warm-up": ("{small} --warmup 3", "--warmup 3 must be less than --epochs 3"),
-    "too small a width": ("{small} --width 1/1000", "--width"),
     "no number": ("{small} --momentum x", "--momentum"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
@@ -236,9 +246,9 @@ REFUSALS = {  # id: (arguments, what the one line says)
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, small, finished):
     """Folders that the refusals are about: {name: path}"""
-    broken = write_folder(tmp_path_factory.mktemp("broken"), "train", 20, (70, 80), suffix=".jpg")
-    for path in broken.rglob("*.jpg"):
-        path.write_bytes(b"no image")
+    broken = tmp_path_factory.mktemp("broken")
+    for i in range(20):
+        (broken / f"{i}.jpg").write_bytes(b"no image")
     return {"small": small, "whole": finished[0], "broken": broken}
 
 
@@ -276,9 +286,7 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; what has a checkpoint goes on"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
-    "no memory for cuDNN": (RuntimeError("GET was unable to find an engine to run"), "use a smaller --batch"),
     "NCCL's network": (RuntimeError("NCCL error in: x.cpp:1, unhandled"), "NCCL_DEBUG=INFO says more"),
-    "no memory on the GPU": (RuntimeError("CUDA out of memory. Tried\nx"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
     "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
     "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a\\x1b[2J.png: no image"),

@@ -9,12 +9,11 @@ import types
 import pytest
 
 from harness.training import folder
-from tests.helpers import ROOT, TINY, children_of, here, log_of, losses_of, refusal, start, wait_for_epoch
-from tests.helpers import weights_of
+from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, ROOT, TINY, children_of, equal, here, log_of
+from tests.helpers import losses_of, refusal, slow, start, wait_for_epoch, weights_of
 
 pytest_plugins = ["tests.fixtures"]
-RUN = [*TINY, "--knn-every", "0"]
-ENDLESS = [*RUN, "--epochs", "4000", "--save-minutes", "0"]
+ENDLESS = [*TINY, "--knn-every", "0", "--epochs", "4000", "--save-minutes", "0"]
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path, small, impati
         wait_for_epoch(first, out)
         first.send_signal(signal.SIGSTOP)
         before = files_of(out)
-        said = refusal("simsiam.py", small, *RUN, "--out", out, "--resume", "auto")
+        said = refusal("simsiam.py", small, *TINY, "--out", out, "--resume", "auto")
         assert f"another process (pid {first.pid} on " in said
         assert f"{out}: another process (pid {first.pid} on " in capsys.readouterr().err
         assert files_of(out) == before
@@ -62,21 +61,18 @@ def test_a_lock_of_a_killed_process_stops_nobody(tmp_path, large, impatient):
         folder.unlock()
 
 
-def test_a_start_waits_for_a_process_that_is_about_to_end(tmp_path, small, monkeypatch, capsys):
+def test_a_start_waits_for_a_process_that_is_about_to_end(tmp_path, small, finished, monkeypatch, capsys):
     """As after a requeue: it lets go while the start waits, and the run has the same weights as without the
     wait."""
-    alone = tmp_path / "alone"
-    assert here("simsiam.py", small, *RUN, "--out", alone) is None
     out = tmp_path / "run"
     out.mkdir()
     with open(out / folder.LOCK, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: held.close())
         monkeypatch.setattr(folder, "time", clock)
-        assert here("simsiam.py", small, *RUN, "--out", out) is None
+        assert here("simsiam.py", small, *TINY, "--out", out) is None
     assert f"writes there; waiting up to {folder.PATIENCE} s for its end" in capsys.readouterr().err
-    assert weights_of(out).keys() == weights_of(alone).keys()
-    assert losses_of(out) == losses_of(alone)
+    assert equal(weights_of(out), weights_of(finished[0]))
 
 
 def test_a_run_that_began_while_a_start_waited_is_not_overwritten(tmp_path, small, monkeypatch):
@@ -107,20 +103,12 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
         "the folder: can't be locked (No locks available): see to it that no other process writes there\n")
 
 
-@pytest.mark.parametrize("protocol", [["--knn"], ["--sgd", "--batch", "10"]], ids=["knn", "sgd"])
+@pytest.mark.parametrize("protocol", ["knn", pytest.param("sgd", marks=slow)])
 def test_an_evaluation_is_alone_in_its_folder_too(tmp_path, ten, impatient, protocol):
     """lineval.py of both kinds."""
-    options = ["--ckpt", "random:resnet18", "--width", "1/16", *protocol, "--out", tmp_path / "out"]
+    options = [*EVALUATION, *PROTOCOL_OPTIONS[protocol], "--out", tmp_path / "out"]
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / folder.LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another process (unknown) writes there" in refusal("lineval.py", ten, *options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.LOCK]
-
-
-def test_the_lock_is_let_go_when_a_program_ends(tmp_path, small):
-    """The same process starts again: nothing is left of the first start."""
-    assert here("simsiam.py", small, *TINY, "--epochs", "1", "--out", tmp_path / "run") is None
-    assert folder.locked == []
-    assert "holds a run already" in refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
-    assert here("simsiam.py", small, *TINY, "--epochs", "1", "--resume", "--out", tmp_path / "run") is None

@@ -7,8 +7,8 @@ import simsiam
 from harness.common import machine
 from harness.common.errors import Refused
 from harness.training import processes
-from tests.helpers import CPU, LONGER, ROOT, TINY, equal, here, interrupted_before, log_of, losses_of
-from tests.helpers import settings_of_row, torchrun, weights_of
+from tests.helpers import CPU, EVALUATION, ROOT, TINY, equal, here, interrupted_before, log_of, losses_of
+from tests.helpers import result_of, settings_of_row, slow, torchrun, weights_of
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -63,9 +63,9 @@ def test_processes_of_different_precisions_are_refused(monkeypatch):
 def test_a_run_in_bf16_goes_on_bit_for_bit_and_keeps_its_precision(tmp_path, small):
     """Interrupted within an epoch. The second start doesn't say --amp, and its default would be float32.
     Where another precision is asked for, it is refused, as any other setting."""
-    options = [*LONGER, "--epochs", "2", "--save-minutes", "0"]
+    options = [*TINY, "--epochs", "2", "--knn-every", "0", "--save-minutes", "0"]
     assert here("simsiam.py", small, *options, "--amp", "--out", tmp_path / "alone") is None
-    with interrupted_before(11):
+    with interrupted_before(4):
         assert "interrupted" in here("simsiam.py", small, *options, "--amp", "--out", tmp_path / "parts")
     again = [small, *options, "--resume", "--out", tmp_path / "parts"]
     assert "amp True -> False" in here("simsiam.py", *again, "--no-amp")
@@ -76,6 +76,7 @@ def test_a_run_in_bf16_goes_on_bit_for_bit_and_keeps_its_precision(tmp_path, sma
     assert resumed[-1]["settings"]["amp"] is True
 
 
+@slow
 def test_two_processes_in_bf16_are_one_to_its_digits(tmp_path, small):
     """Loss and std of an epoch: bf16 has 8 bits, so 0.4% a number, and a loss is a mean of many."""
     options = [*TINY, "--epochs", "1", "--knn-every", "0", "--workers", "0"]
@@ -89,10 +90,9 @@ def test_two_processes_in_bf16_are_one_to_its_digits(tmp_path, small):
     assert plain["loss"] != one["loss"]
 
 
-def test_an_evaluation_takes_bf16_features_where_it_is_asked_to(tmp_path, ten, capsys):
-    """Float32 is the default; both are said."""
-    for amp, said in (([], "float32"), (["--amp"], "bf16 autocast")):
-        out = tmp_path / f"out{len(amp)}"
-        options = ["--ckpt", "random:resnet18", "--width", "1/16", "--knn", "--workers", "0", "--out", out]
-        assert here("lineval.py", ten, *options, *amp) is None
-        assert said in capsys.readouterr().out
+def test_an_evaluation_takes_bf16_features_where_it_is_asked_to(tmp_path, ten, evaluated, capsys):
+    """Float32 is the default."""
+    assert here("lineval.py", ten, *EVALUATION, "--knn", "--amp", "--out", tmp_path) is None
+    assert result_of(tmp_path)["amp"] is True
+    assert "bf16 autocast" in capsys.readouterr().out
+    assert result_of(evaluated("knn"))["amp"] is False

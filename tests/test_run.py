@@ -5,6 +5,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import types
 
@@ -20,14 +21,13 @@ from harness.common.errors import Refused, printable
 from harness.data import opening, shapes
 from harness.evaluation import report
 from harness.training import recipes
-from harness.training.folder import folder_name
+from harness.training.folder import folder_name, locked
 from harness.training.run import Run
-from tests.helpers import LONGER, ROOT, TINY, crafted_checkpoints, equal, flipped, here, kill_when, log_of
-from tests.helpers import long, obey_permissions, odd_files, program, refusal, slow, weights_of
-from tests.helpers import save_image, write_folder
+from tests.helpers import LONGER, ROOT, TINY, equal, flipped, here, log_of, obey_permissions, odd_files
+from tests.helpers import program, python, refusal, save_image, slow, weights_of, write_folder
 
 pytest_plugins = ["tests.fixtures"]
-KEPT = ROOT / "results"
+QUIET = [*TINY, "--knn-every", "0"]
 
 
 # --- What is in the folder ----------------------------------------------------------------------------------
@@ -50,8 +50,7 @@ def test_run_folder_holds_what_the_readme_promises(finished):
 
 def test_log_holds_what_the_readme_promises(finished):
     """Its records and the values' ranges, for 3 epochs of 3 steps. tests/test_help.py has their keys."""
-    start, *epochs, end = log_of(finished[0])
-    assert [start["event"], end["event"]] == ["start", "end"]
+    start, *epochs, _ = log_of(finished[0])
     assert 0 <= start["knn_pixels"] <= 100
     assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
     assert [r["step"] for r in epochs] == [0, 3, 6, 9]
@@ -72,7 +71,7 @@ def test_screen_says_what_the_run_does(finished):
     assert "3 epochs of 3 steps, 9 in all (the recipe on its own data: 77,600)" in " ".join(printed.split())
     assert "\ntoo short   on 1,000 to 5,000 images, 500 steps gained" in printed
     assert "minimum -1" in printed
-    assert printed.count("kNN ") >= 4
+    assert "low rank" not in printed
 
 
 def saved_network(out):
@@ -111,18 +110,18 @@ def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
 
 
 def test_unlabelled_photographs_train_without_knn(large, tmp_path, capsys):
-    """A folder without classes: no kNN in the log, and the screen says why."""
+    """A folder without classes: no kNN in the log, and the screen says why. Files take time to decode, a
+    share of the steps'."""
     options = [*TINY, "--batch", "8", "--epochs", "1", "--size", "48", "--workers", "0"]
     assert here("simsiam.py", large / "train", *options, "--out", tmp_path / "run") is None
     start, *epochs, _ = log_of(tmp_path / "run")
     assert start["settings"]["recipe"] == "imagenet"
     assert all(r["knn"] is None for r in epochs)
+    assert 0 < epochs[1]["data_wait"] < 1
     assert "needs labels" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [
-    "..", ".", "/", "a/../..", "/..", "x/...", ".hidden", "..pth", "a\nb", "../../etc/passwd", None,
-])
+@pytest.mark.parametrize("name", ["..", "/", "a/../..", "x/...", ".hidden", "a\nb", None])
 def test_a_name_cannot_lead_out_of_the_runs_folder(name):
     """Every name of a run is one folder below runs/."""
     place = os.path.normpath(os.path.join("runs", folder_name(name)))
@@ -152,20 +151,18 @@ def reproducible(log):
 
 def test_a_checkpoint_is_written_after_every_step(tmp_path, small, monkeypatch):
     """With --save-minutes 0: the positions, which are all from the second step on."""
-    options = [*LONGER, "--epochs", "2", "--experiment", "sec52-moving-average", "--save-minutes", "0"]
+    options = [*QUIET, "--epochs", "2", "--experiment", "sec52-moving-average", "--save-minutes", "0"]
     positions = positions_saved(monkeypatch)
     assert here("simsiam.py", small, *options, "--out", tmp_path / "run") is None
-    every = [(epoch, step) for epoch in (0, 1) for step in range(1, 9)]
-    every.remove((0, 1))
-    assert sorted(set(positions)) == [(0, 0), *every]
+    assert sorted(set(positions)) == [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
     assert positions == sorted(positions)
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
     assert checkpoint["settings"]["save_minutes"] == 0
 
 
 @pytest.mark.parametrize("seconds, expected", [
-    pytest.param(0.0, [(0, 0), (0, 8), (1, 8), (2, 8)], id="quickly saved"),
-    pytest.param(9.0, [(0, 0), (2, 8)], id="slowly saved"),
+    pytest.param(0.0, [(0, 0), (0, 3), (1, 3), (2, 3)], id="quickly saved"),
+    pytest.param(9.0, [(0, 0), (2, 3)], id="slowly saved"),
 ])
 def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkeypatch, seconds, expected):
     """The positions, in a run of seconds, where each time takes so long; the last epoch's end is always one.
@@ -180,36 +177,27 @@ def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkey
         self.saving = seconds
 
     monkeypatch.setattr(Run, "save", slow_save)
-    options = [*LONGER, "--epochs", "3", "--out", tmp_path / "run"]
-    assert here("simsiam.py", small, *options) is None
+    assert here("simsiam.py", small, *QUIET, "--out", tmp_path / "run") is None
     assert positions == expected
     assert drawn == [epoch + (step > 0) + 1 for epoch, step in expected]  # the first is the untrained network
     assert [r["epoch"] for r in log_of(tmp_path / "run") if r["event"] == "epoch"] == [0, 1, 2, 3]
 
 
-def test_waiting_for_data_is_counted_where_there_are_files(tmp_path, large):
-    """As a share of the seconds of the steps."""
-    options = [*TINY, "--epochs", "1", "--out", tmp_path / "run"]
-    assert here("simsiam.py", large, *options) is None
-    assert 0 < log_of(tmp_path / "run")[2]["data_wait"] < 1
-
-
-@pytest.mark.parametrize("kind, batch, epochs, steps", [
-    pytest.param("small", 6, 4, 8, id="in memory"),
-    pytest.param("large", 2, 5, 10, id="files", marks=slow),
+@pytest.mark.parametrize("kind, batch", [
+    pytest.param("small", 16, id="in memory"),
+    pytest.param("large", 6, id="files", marks=slow),
 ])
-def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(
-        tmp_path, request, kind, batch, epochs, steps):
-    """kill -9 within an epoch; weights and log against those of an uninterrupted run, bit for bit."""
-    sizes = ["--batch", batch, "--epochs", epochs]
-    options = [request.getfixturevalue(kind), *TINY, *sizes, "--recipe", "cifar10", "--knn-every", "30"]
-    options += ["--save-minutes", "0"]
+def test_killed_and_resumed_run_ends_with_the_uninterrupted_weights(tmp_path, request, kind, batch):
+    """kill -9 within the second of three epochs; weights and log against those of an uninterrupted run, bit
+    for bit."""
+    options = [request.getfixturevalue(kind), *QUIET, "--batch", batch, "--save-minutes", "0"]
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     assert here("simsiam.py", *options, "--out", whole) is None
-    position = kill_when([sys.executable, ROOT / "simsiam.py", *options, "--out", killed], killed, epoch=2)
-    assert 0 < position["step"] < steps, "the kill came at a moment that shows nothing"
-    assert position["epoch"] < epochs - 1, "the kill came at a moment that shows nothing"
+    run = python("-m", "tests.odd_runs", "killed", *options, "--out", killed, cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL
+    checkpoint = torch.load(killed / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 2)
     assert here("simsiam.py", *options, "--out", killed, "--resume") is None
     assert equal(weights_of(whole), weights_of(killed))
     assert [r["event"] for r in log_of(killed)].count("resume") == 1
@@ -228,6 +216,7 @@ def test_resume_auto_starts_and_then_continues(small, tmp_path, capsys):
     assert events == ["start", "epoch", "resume", "epoch", "end"]
     assert log_of(tmp_path / "run")[-2]["lr"] == lr
     assert lr > 0
+    assert locked == []  # a start leaves the lock behind for the next in the same process
 
 
 def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
@@ -289,19 +278,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, small, finished):
 
 DAMAGES = {
     "cut in half": lambda whole: whole[:len(whole) // 2],
-    "empty": lambda whole: b"",
     "a bit flipped": lambda whole: flipped(whole, 9000),
 }
 
 
 def readable(out):
-    """The positions of those checkpoints in a run's folder that can be read."""
-    positions = []
-    for name in ("checkpoint.pth", "checkpoint-previous.pth"):
-        with contextlib.suppress(Refused, FileNotFoundError):
-            checkpoint = files.read(out / name)
-            positions.append((checkpoint["epoch"], checkpoint["step"]))
-    return positions
+    """Whether one of the checkpoints in a run's folder can be read."""
+    for path in out.glob("checkpoint*.pth"):
+        with contextlib.suppress(Refused):
+            return bool(files.read(path))
+    return False
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -312,12 +298,10 @@ def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, da
     damaged = damage((out / "checkpoint.pth").read_bytes())
     (out / "checkpoint.pth").write_bytes(damaged)
     replace = os.replace
-    renamed = []
 
     def watched(old, new):
         replace(old, new)
         assert readable(out)
-        renamed.append(os.path.basename(new))
 
     monkeypatch.setattr(os, "replace", watched)
     assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
@@ -326,34 +310,14 @@ def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, da
     assert "going on from" in said
     position = re.search("continuing after . epochs and . steps", said)[0]
     assert position != "continuing after 2 epochs and 3 steps"  # where the damaged one stands
-    assert "checkpoint.pth" in renamed
     assert equal(weights_of(out), weights_of(finished[0]))
-    for name in ("checkpoint.pth", "checkpoint-previous.pth"):
-        (out / name).write_bytes(damaged)
+    for path in out.glob("checkpoint*.pth"):
+        path.write_bytes(damaged)
     assert "can't be read" in refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
-
-
-@slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_crafted_checkpoint_is_refused_in_one_line(tmp_path, small, finished):
-    """None is harmless enough to go on from, and none is written to."""
-    out = tmp_path / "run"
-    shutil.copytree(finished[0], out)
-    (out / "checkpoint-previous.pth").unlink()
-    path = out / "checkpoint.pth"
-    whole = torch.load(path, weights_only=True)
-    for name, content in crafted_checkpoints(whole).items():
-        torch.save(content, path)
-        before = path.read_bytes()
-        said = refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
-        assert str(path) in said, name
-        assert path.read_bytes() == before, name
 
 
 @pytest.mark.parametrize("text", [
     pytest.param("\x00\udcff{{\n", id="no text"),
-    pytest.param("[1]\n{}\n", id="no records"),
-    pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": "x"}\n', id="a word for an epoch's number"),
     pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": 1, "loss": []}\n', id="a list for a loss"),
 ])
 def test_a_crafted_log_is_refused_in_one_line(tmp_path, small, finished, text):
@@ -448,67 +412,33 @@ def test_without_stopgrad_the_run_collapses_and_says_so(tmp_path, capsys):
     assert ("collapsed: all outputs" in capsys.readouterr().out) == last["collapsed"]
 
 
-def test_the_kept_run_without_stopgrad_has_collapsed():
-    """The logs in results/: collapsed against healthy, on both sides of the alarm's 3/sqrt(32) = 0.53."""
-    whole = log_of(KEPT / "shapes-fig2-without-stopgrad")
-    healthy = log_of(KEPT / "shapes")[-2]
-    assert whole[-2]["collapsed"]
-    assert whole[-2]["loss"] < -0.9
-    assert whole[-2]["std"] < 0.4
-    assert whole[-2]["knn"] < whole[0]["knn_pixels"]
-    assert healthy["std"] > 0.9
-    assert not healthy["collapsed"]
-
-
-@long
-def test_ten_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
-    """Memory, open files and log lines, early in a run of 10,000 steps against its end."""
-    open_files = []
-    draw_curves = simsiam.draw_curves
-
-    def watched(*args):
-        draw_curves(*args)
-        open_files.append(len(os.listdir("/proc/self/fd")))
-
-    monkeypatch.setattr(report, "draw_curves", watched)
-    options = "--recipe cifar10 --batch 2 --knn-every 0 --workers 0 --epochs 400".split()
-    assert here("simsiam.py", small, *TINY, *options, "--out", tmp_path / "run") is None
-    log = log_of(tmp_path / "run")
-    epochs = [r for r in log if r["event"] == "epoch"]
-    assert len(epochs) == 401
-    assert epochs[-1]["step"] == 10_000
-    assert len(log) == 403
-    assert epochs[-1]["memory_mb"] - epochs[40]["memory_mb"] < 10
-    assert len(open_files) == 401
-    assert open_files[-1] == open_files[1]
-
-
 # --- The rank ---------------------------------------------------------------------------------------------
 
-def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys):
-    """A run at five hundred times its lr, whose std is near 1: the alarm comes once, and nothing else does.
-    The images have no labels."""
+@pytest.mark.parametrize("lr, alarms", [
+    pytest.param(256, 1, id="five hundred times its lr"),
+    pytest.param(0.5, 0, id="its lr", marks=slow),
+])
+def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys, lr, alarms):
+    """The std is near 1: the alarm comes once, and nothing else does. The images have no labels."""
     for i in range(240):
         save_image(tmp_path / f"data/{i}.png", shapes.draw_shapes(0, i, 1, 16).image(0))
     heads = shlex.split("--arch resnet18 --cifar-stem --width 1/8 --dim 64 --pred-dim 16 --proj-hidden 64")
     views = shlex.split("--batch 16 --size 16 --epochs 2 --knn-every 1 --workers 0")
-    options = [tmp_path / "data", *heads, *views]
-    for lr, alarms in ((0.5, 0), (256, 1)):
-        assert here("simsiam.py", *options, "--base-lr", lr, "--out", tmp_path / f"lr{lr}") is None
-        printed = capsys.readouterr().out
-        assert printed.count("low rank: the features spread in") == alarms
-        assert "collapsed" not in printed
-        untrained, one, two, _ = log_of(tmp_path / f"lr{lr}")[1:]
-        assert untrained["knn"] is None
-        assert (two["rank"] < 0.3 * untrained["rank"]) == bool(alarms)
-        assert one["std"] > 0.8
+    options = [*heads, *views, "--base-lr", lr, "--out", tmp_path / "run"]
+    assert here("simsiam.py", tmp_path / "data", *options) is None
+    printed = capsys.readouterr().out
+    assert printed.count("low rank: the features spread in") == alarms
+    assert "collapsed" not in printed
+    untrained, one, two, _ = log_of(tmp_path / "run")[1:]
+    assert untrained["knn"] is None
+    assert (two["rank"] < 0.3 * untrained["rank"]) == bool(alarms)
+    assert one["std"] > 0.8
 
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
-@pytest.mark.parametrize("saved", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("loaded", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("saved, loaded", [LAYOUTS, LAYOUTS[::-1]])
 def test_momentum_takes_the_layout_of_the_weights(saved, loaded):
     """A checkpoint of another device has another one, and fused SGD reads weights and momentum in one order.
     A step without a gradient against w - lr 0.9 m, in float64."""

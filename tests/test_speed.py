@@ -17,7 +17,7 @@ def distance(x, y):
     return (x - y).abs().mean(dim=(1, 2, 3))
 
 
-@pytest.mark.parametrize("epoch", range(8))
+@pytest.mark.parametrize("epoch", [0, 1])
 def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
     """Both pipelines, all of their draws: as far apart as Pillow's hue and blur are from exact ones."""
     for k, photo in enumerate(photos):
@@ -41,7 +41,7 @@ PARTS = ["decode and cut", "colour", "all", "all, by Pillow"]
 def check_bench(source, policy, parts):
     """Measure, and compare the parts with these, the rates with possible ones."""
     threads = torch.get_num_threads()
-    found = speed.bench(source, policy, CPU, repeats=3)  # the first time makes the tables of crops
+    found = speed.bench(source, policy, CPU, repeats=1)
     assert torch.get_num_threads() == threads
     assert list(found) == parts
     for rates in found.values():

@@ -71,6 +71,8 @@ def in_our_words(batches):
     try:
         yield from batches
     except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
+        # A moment later the system tells of its death. torch's handler would raise then, wherever we are.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Refused(f"{error!r}: {KILLED}") from None
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
