@@ -171,7 +171,7 @@ def test_an_environment_that_is_meant_is_none_of_our_business(environ):
 
 @pytest.mark.parametrize("launch", [
     pytest.param(torchrun, id="two children"),
-    pytest.param(real_torchrun, id="torchrun itself", marks=slow),
+    pytest.param(real_torchrun, id="torchrun itself"),
 ])
 def test_torchruns_two_processes_run_the_same_command(tmp_path, small, launch):
     """A whole run against one process: loss, std and kNN of every epoch."""

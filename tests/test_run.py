@@ -412,6 +412,28 @@ def test_without_stopgrad_the_run_collapses_and_says_so(tmp_path, capsys):
     assert ("collapsed: all outputs" in capsys.readouterr().out) == last["collapsed"]
 
 
+@slow
+def test_two_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
+    """Memory, open files and log lines, early in the run against its end."""
+    open_files = []
+    draw_curves = report.draw_curves
+
+    def watched(*args):
+        draw_curves(*args)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+
+    monkeypatch.setattr(report, "draw_curves", watched)
+    options = "--recipe cifar10 --batch 2 --knn-every 0 --workers 0 --epochs 80".split()
+    assert here("simsiam.py", small, *TINY, *options, "--out", tmp_path / "run") is None
+    log = log_of(tmp_path / "run")
+    epochs = [r for r in log if r["event"] == "epoch"]
+    assert len(log) == len(epochs) + 2 == 83
+    assert epochs[-1]["step"] == 2000
+    assert epochs[-1]["memory_mb"] - epochs[10]["memory_mb"] < 10
+    assert len(open_files) == 81
+    assert open_files[-1] == open_files[1]
+
+
 # --- The rank ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lr, alarms", [
