@@ -97,7 +97,8 @@ def finish(agents):
 def ends_uninterrupted(out, whole, resumes=1):
     """Whether a job has ended, been resumed this often, and has the weights of the uninterrupted one."""
     events = [r["event"] for r in log_of(out)]
-    return events[-1] == "end" and events.count("resume") == resumes and equal(weights_of(whole), weights_of(out))
+    ended = events[-1] == "end" and events.count("resume") == resumes
+    return ended and equal(weights_of(whole), weights_of(out))
 
 
 def resume_in_two(data, out):

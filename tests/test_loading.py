@@ -121,7 +121,6 @@ def test_workers_ignore_the_signals_that_end_a_run():
 TROUBLES = {  # id: (what the workers' queue raises, what the one line says)
     "a worker's pipe": (EOFError(), "a process that decodes images was killed"),
     "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
-    "a worker": (RuntimeError("DataLoader worker (pid 1) is killed"), "was killed"),
     "time": (RuntimeError("DataLoader timed out after 600 seconds"), "no images for 600 s"),
 }
 

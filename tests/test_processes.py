@@ -38,7 +38,7 @@ def one(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", ["right", "fused"])
 def test_two_processes_equal_one_in_float64(one, two, variant):
-    """Weights, statistics, loss and std after three steps, to rounding errors that the steps have enlarged."""
+    """Weights, statistics, loss and std after three steps, to rounding errors that the steps enlarge."""
     state, numbers = one["right"]
     their_state, their_numbers = two[variant]
     assert state.keys() == their_state.keys()

@@ -11,6 +11,9 @@ import signal
 # the second; the third is what a job script can ask a scheduler for, some minutes before its time is up.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+WORKER_KILLED = ("a process that decodes images was killed, usually because memory or /dev/shm ran out; use "
+                 "fewer --workers")
+
 
 class Refused(Exception):
     """Input that can't be used. The text is one line: what, where, and what to do."""

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 
 from ..common.draws import permutation
-from ..common.errors import STOPPING, Refused
+from ..common.errors import STOPPING, WORKER_KILLED, Refused
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
 NO_IMAGES = ("no images for {seconds} s; is the disk or the network under DATA still there? May a process "
              "open enough files (ulimit -n)?")
-KILLED = ("a process that decodes images was killed, usually because memory or /dev/shm ran out; use fewer "
-          "--workers")
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
 
 
@@ -73,13 +71,11 @@ def in_our_words(batches):
     except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
         # A moment later the system tells of its death. torch's handler would raise then, wherever we are.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise Refused(f"{error!r}: {KILLED}") from None
+        raise Refused(f"{error!r}: {WORKER_KILLED}") from None
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         if "DataLoader timed out" in first_line:
             raise Refused(f"{first_line}: {NO_IMAGES.format(seconds=LOADER_TIMEOUT)}") from None
-        if "DataLoader worker" in first_line:
-            raise Refused(f"{first_line}: {KILLED}") from None
         raise
 
 

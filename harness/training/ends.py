@@ -18,7 +18,7 @@ import traceback
 
 import torch.distributed as dist
 
-from ..common.errors import STOPPING, Refused, Stopped, printable
+from ..common.errors import STOPPING, WORKER_KILLED, Refused, Stopped, printable
 from ..common.progress import warn
 from . import folder
 
@@ -29,9 +29,7 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "out of memory|ALLOC_FAILED|[Uu]nable to find an engine": "use a smaller --batch, or more GPUs",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
-    # harness/data/loading.py says so where it waits for a batch; this comes in the middle of a step.
-    "DataLoader worker .* killed": "a process that decodes images was killed, usually because memory or "
-                                   "/dev/shm ran out; use fewer --workers",
+    "DataLoader worker .* killed": WORKER_KILLED,
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
 }
 
