@@ -74,7 +74,7 @@ def measure(data, steps, result):
         return out
 
     result["memory before, MiB"], _ = memory("self")
-    train, _ = timed("listing", open_data, data)
+    train, *_ = timed("listing", open_data, data)
     result["memory with the names, MiB"], _ = memory("self")
     timed("fingerprint", train.fingerprint)
     timed("order of an epoch", permutation, 0, 0, len(train))
