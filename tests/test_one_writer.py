@@ -97,10 +97,10 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert folder.take(str(tmp_path / folder.LOCK), "the folder") is None
+    assert folder.take(str(tmp_path / folder.LOCK), str(tmp_path)) is None
     folder.unlock()
     assert capsys.readouterr().err == (
-        "the folder: can't be locked (No locks available): see to it that no other process writes there\n")
+        f"{tmp_path}: can't be locked (No locks available): see to it that no other process writes there\n")
 
 
 @pytest.mark.parametrize("protocol", ["knn", pytest.param("sgd", marks=slow)])
