@@ -1,5 +1,6 @@
 """harness, ends.py: how a run ends before its end, by signals, dead processes and refusals."""
 import contextlib
+import functools
 import os
 import shlex
 import shutil
@@ -68,6 +69,12 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, finished):
 
 # --- torchrun -----------------------------------------------------------------------------------------------
 
+def cores_of(agent, agents):
+    """The cores of one of several agents: each stands for a machine of its own, and threads change digits."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[agent::agents] or cores
+
+
 @contextlib.contextmanager
 def job(data, out, agents=1):
     """LONGER in two processes, which torchrun restarts when one dies -> its agents, for the block's time."""
@@ -79,8 +86,9 @@ def job(data, out, agents=1):
     with contextlib.ExitStack() as stack:
         stack.callback(kill_all, out)
         started = []
-        for _ in range(agents):
-            started.append(stack.enter_context(start(*command)))
+        for agent in range(agents):
+            stay = functools.partial(os.sched_setaffinity, 0, cores_of(agent, agents))
+            started.append(stack.enter_context(start(*command, preexec_fn=stay)))
         yield started
 
 
