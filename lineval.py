@@ -206,7 +206,7 @@ def train_on_views(job, frozen, policy, queries, override):
     total_steps = s["epochs"] * steps_per_epoch
     run = Run(job.out, parts, s, steps_per_epoch, job.resuming, job.device, override)
     run.begin()
-    progress = Progress(total_steps - run.epoch * steps_per_epoch - run.step, quiet=not run.first)
+    progress = Progress(total_steps - run.position(), quiet=not run.first)
     batches = index_batches(
         s["seed"], len(job.train), s["batch"], s["epochs"],
         run.epoch, run.step, dist.get_rank(), s["world"])

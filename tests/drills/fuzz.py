@@ -36,6 +36,7 @@ from harness.data.images import read_image
 from harness.data.opening import find_data
 from harness.data.shapes import draw_shapes
 from harness.training.ends import launch
+from results.rows import write_json
 
 OPTIONS = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "
                       "--batch 16 --size 16 --base-lr 0.5 --knn-every 0 --workers 0 --epochs 2")
@@ -285,10 +286,8 @@ def main():
         result["tar files"] = fuzz("tar file", path, tar_files(images()[:6]), read_tar, are_images,
                                    args.count // 2, rng)
         result["checkpoints"], result["whole program"] = fuzz_checkpoints(folder, args.count, rng)
-    text = json.dumps(result, indent=1)
-    with open("results/drills/fuzz.json", "w") as f:
-        f.write(text + "\n")
-    print(text)
+    write_json("results/drills/fuzz.json", result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

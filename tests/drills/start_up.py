@@ -27,6 +27,7 @@ import augment
 from harness.common.draws import permutation
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
+from results.rows import write_json
 
 FOLDERS = 1000
 BATCH = 64
@@ -101,10 +102,8 @@ def main():
     }
     with tempfile.TemporaryDirectory() as folder:
         measure(make_links(folder, args.files), args.steps, result)
-    text = json.dumps(result, indent=1)
-    with open("results/drills/start_up.json", "w") as f:
-        f.write(text + "\n")
-    print(text)
+    write_json("results/drills/start_up.json", result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

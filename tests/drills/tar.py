@@ -28,6 +28,7 @@ from PIL import Image
 import augment
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
+from results.rows import write_json
 from tests.drills.start_up import children, memory
 
 CLASSES = 1000
@@ -152,10 +153,8 @@ def main():
         ratios = [tar / plain for tar, plain in zip(rates["tar"], rates["folder"])]
         result["ratio, tar to folder"] = round(statistics.median(ratios), 3)
         start_and_read(folder, args.files, result)
-    text = json.dumps(result, indent=1)
-    with open("results/drills/tar.json", "w") as f:
-        f.write(text + "\n")
-    print(text)
+    write_json("results/drills/tar.json", result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
