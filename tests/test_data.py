@@ -127,7 +127,7 @@ def test_a_batch_of_cifar_that_is_missing_is_named(tmp_path):
     pixels = np.zeros((30, 3, 32, 32), np.uint8)
     write_cifar(tmp_path, pixels, np.zeros(30, np.uint8), 10, BATCHES[:3])
     for layout in ("py", "bin"):
-        with pytest.raises(Refused, match=r"data_batch_4: not a batch of CIFAR-10 \(FileNotFoundError"):
+        with pytest.raises(Refused, match=r"data_batch_4: not a file of CIFAR-10 \(FileNotFoundError"):
             opening.open_data(tmp_path / layout)
 
 
@@ -152,7 +152,7 @@ def test_cifar_reader_admits_nothing_else(tmp_path, monkeypatch, content):
     """Pickles of other things, some of which would run a command, are refused and run nothing."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(NOT_CIFAR[content], 2))
-    with pytest.raises(Refused, match="data_batch_1: not a batch of CIFAR-10 .*unpack the archive again"):
+    with pytest.raises(Refused, match="data_batch_1: not a file of CIFAR-10 .*unpack the archive again"):
         opening.open_data(tmp_path)
     assert not (tmp_path / "HACKED").exists()
 
@@ -164,7 +164,7 @@ def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
     content = pickle.dumps(batch, 2)
     assert b"numpy._core.multiarray" in content
     (tmp_path / "batch").write_bytes(content.replace(b"numpy._core.multiarray", module))
-    pixels, labels = cifar.read_batch(tmp_path / "batch", cifar.LAYOUTS[1])
+    pixels, labels = cifar.read_batch(tmp_path / "batch", cifar.LAYOUTS[1], 10)
     assert pixels.shape == (2, 3072)
     assert labels.tolist() == [1, 2]
 

@@ -78,11 +78,11 @@ def images_of(source):
 
 
 def test_the_same_images_in_every_way(ways):
-    """Against the folder: names, labels, classes, fingerprint, each image."""
+    """Against the folder: labels, classes, each image; and the fingerprint, where names have no folder more."""
     expected = open_data(ways["a folder"])
-    for data in map(open_data, ways.values()):
+    for way, data in zip(ways, map(open_data, ways.values())):
         for theirs, ours in zip(expected[:2], data[:2]):
-            assert ours.fingerprint() == theirs.fingerprint()
+            assert ours.fingerprint() == theirs.fingerprint() or "named" in way
             assert np.array_equal(ours.labels, theirs.labels)
             assert ours.classes == theirs.classes
             assert all(map(torch.equal, images_of(ours), images_of(theirs)))
@@ -152,8 +152,7 @@ def test_members_that_are_no_images_are_counted(tmp_path, packed):
     train, _, found = find_data(packed.parent)
     assert len(train) == 12
     assert found.left_out == {
-        "links and the like in a tar file": 3, "hidden or a system's": 2, ".tar": 1,
-        ".txt in a tar file, where labels are not read: they must lie beside it": 1}
+        "links and the like in a tar file": 3, "hidden or a system's": 2, ".tar": 1, ".txt": 1}
 
 
 def test_a_bad_image_in_a_tar_file_is_told_as_in_a_folder(tmp_path):
@@ -208,11 +207,12 @@ DAMAGES = {  # what happens to the bytes
 def test_a_damaged_tar_file_is_refused_in_one_line(packed, damage):
     """Alone, and as a class in another tar file, whose line names it too."""
     packed.write_bytes(damage(packed.read_bytes()))
-    with pytest.raises(Refused, match=r"train.tar: no whole tar file .*; copy it again"):
+    problem = "is damaged, cut off or compressed; copy it again, or unpack it"
+    with pytest.raises(Refused, match=f"train.tar {problem}"):
         find_data(packed.parent)
     packed.rename(packed.parent / "n02.tar")
     outer = pack(packed.parent, packed.parent.parent / "outer" / "train.tar")
-    with pytest.raises(Refused, match=r"train.tar, n02.tar in it: no whole tar file .*; copy it again"):
+    with pytest.raises(Refused, match=f"train.tar, the tar file inside it at byte 512, {problem}"):
         find_data(outer.parent)
 
 
@@ -232,7 +232,7 @@ def test_a_compressed_tar_file_is_refused_in_one_line(tmp_path, packed, how):
 def test_a_tar_file_beside_the_folder_that_was_unpacked_from_it_is_refused(tmp_path, packed):
     """Its images would count twice."""
     shutil.copytree(tmp_path / "folder" / "train", packed.parent / "train")
-    with pytest.raises(Refused, match=r"train/ is there too, perhaps unpacked from it"):
+    with pytest.raises(Refused, match="its folder is there too, perhaps unpacked from it"):
         find_data(packed.parent)
 
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_and_a_pipe_are_no_tar_files(tmp_path, packed):
     os.symlink(tmp_path / "gone", packed.parent / "gone.tar")
     data = find_data(packed.parent)
     assert len(data.train) == 12
-    assert data.found.left_out == {".tar": 3}
+    assert data.found.left_out == {".tar": 1, "links to nothing, or pipes": 2}
 
 
 def test_a_tar_file_that_has_vanished_is_refused_by_name(packed):
