@@ -102,12 +102,11 @@ def test_lists_are_read_as_people_write_them(tmp_path, text):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("a.png\ta dog\nb b.png\n", "line 2 (empty ones not counted) has no tab and caption"),
-    ("a.png\ta dog\nb b.png\tDog, a!\n", "all captions have the same words; there is nothing to tell apart"),
-    ("a.png\ta dog\nb b.png\t...\n", "line 2 (empty ones not counted) has a caption without a word"),
-    ("c.png\ta dog\n", "names no file: "),
-    ("", "is empty; on each line a path, a tab, and the caption"),
-    (b"a.png\tGr\xf6\xdfe\n", "line 1 (empty ones not counted) has a caption that is no UTF-8 text; iconv")])
+    ("a.png\ta dog\nb b.png\n", "line 2 (not counting empty ones) must have a path, a tab and a caption"),
+    ("a.png\ta dog\nb b.png\t...\n", "must have a path, a tab and a caption with a word in it"),
+    ("c.png\ta dog\n", "names a file that doesn't exist: "),
+    ("", "must be a text file with a path, a tab and a caption on each line"),
+    (b"a.png\tGr\xf6\xdfe\n", "line 1 (not counting empty ones) has a caption that isn't UTF-8 text; iconv")])
 def test_bad_lists_are_refused_in_one_line(tmp_path, text, said):
     """With the number of the line, and what is wrong."""
     with pytest.raises(Refused) as refused:
@@ -118,7 +117,7 @@ def test_bad_lists_are_refused_in_one_line(tmp_path, text, said):
 
 def test_a_folder_is_no_list_of_captions(tmp_path):
     """It says what a list looks like."""
-    with pytest.raises(Refused, match="captions come in a text file: on each line a path, a tab"):
+    with pytest.raises(Refused, match="must be a text file with a path, a tab and a caption"):
         opening.open_captions(tmp_path)
 
 

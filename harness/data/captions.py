@@ -62,32 +62,27 @@ def colour_name(paint):
 def read_captions(path):
     """A text file with a path, a tab and a caption on each line -> paths (bytes), captions.
 
-    Paths are relative to the text file. Raises Refused where a line names no file, or has no caption.
+    Paths are relative to the text file. Raises Refused if a line names no file, or has no caption.
     """
     name = os.fsdecode(path)
     folder = os.path.dirname(os.fsencode(path))
-    if not os.path.isfile(path):
-        raise Refused(f"{name}: captions come in a text file: on each line a path, a tab, and the caption")
+    lines = read_lines(path) if os.path.isfile(path) else []
+    if not lines:
+        raise Refused(f"{name}: must be a text file with a path, a tab and a caption on each line")
     files, captions = [], []
-    for number, line in enumerate(read_lines(path), 1):
-        image, tab, caption = line.partition(b"\t")
+    for number, line in enumerate(lines, 1):
+        image, _, caption = line.partition(b"\t")
         files.append(os.path.join(folder, image.strip()))
-        captions.append(caption.decode("utf-8", errors="surrogateescape").strip())
+        captions.append(caption.decode("utf-8", errors="replace").strip())
         problem = None
-        if not tab:
-            problem = "has no tab and caption: a path, a tab, and the caption"
-        elif re.search("[\udc80-\udcff]", captions[-1]):  # how Python keeps bytes that are no UTF-8
-            problem = "has a caption that is no UTF-8 text; iconv, or an editor, converts the list"
-        elif not words_of(captions[-1]):
-            problem = "has a caption without a word"
+        if not words_of(captions[-1]):
+            problem = "must have a path, a tab and a caption with a word in it"
+        elif "\ufffd" in captions[-1]:  # in place of bytes that aren't UTF-8
+            problem = "has a caption that isn't UTF-8 text; iconv, or an editor, converts the list"
         elif not os.path.isfile(files[-1]):
-            problem = f"names no file: {os.fsdecode(files[-1][:200])}"
+            problem = f"names a file that doesn't exist: {os.fsdecode(files[-1][:200])}"
         if problem:
-            raise Refused(f"{name}: line {number} (empty ones not counted) {printable(problem)}")
-    if not files:
-        raise Refused(f"{name}: is empty; on each line a path, a tab, and the caption")
-    if len({bag(caption) for caption in captions}) < 2:
-        raise Refused(f"{name}: all captions have the same words; there is nothing to tell apart")
+            raise Refused(f"{name}: line {number} (not counting empty ones) {printable(problem)}")
     return files, captions
 
 

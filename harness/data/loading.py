@@ -14,8 +14,6 @@ from ..common.errors import STOPPING, WORKER_KILLED, Refused
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
-NO_IMAGES = ("no images for {seconds} s; is the disk or the network under DATA still there? May a process "
-             "open enough files (ulimit -n)?")
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
 
 
@@ -53,15 +51,16 @@ def decode(source, cut, batches, device, workers, waiting=iter):
     loader = torch.utils.data.DataLoader(
         Decoder(source, cut), batch_sampler=parts(batches), collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
-    here = []  # the parts of a batch that are here: indices, and the views of each
-    for epoch, index, is_last, views, bad in waiting(in_our_words(iter(loader))):
+    indices, views = [], []  # of the parts of a batch that are here
+    for epoch, index, is_last, cuts, bad in waiting(in_our_words(iter(loader))):
         if isinstance(bad, Refused):
             raise bad
         source.note(bad)
-        here.append((index, [x.to(device, non_blocking=True) for x in views]))
+        indices.append(index)
+        views.append([x.to(device, non_blocking=True) for x in cuts])
         if is_last:
-            yield epoch, *joined(here)
-            here = []
+            yield epoch, np.concatenate(indices), [torch.cat(parts) for parts in zip(*views)]
+            indices, views = [], []
 
 
 def in_our_words(batches):
@@ -75,7 +74,8 @@ def in_our_words(batches):
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         if "DataLoader timed out" in first_line:
-            raise Refused(f"{first_line}: {NO_IMAGES.format(seconds=LOADER_TIMEOUT)}") from None
+            raise Refused(f"{first_line}: no images for {LOADER_TIMEOUT} s; is the disk or the network under "
+                          "DATA still there? May a process open enough files (ulimit -n)?") from None
         raise
 
 
@@ -85,14 +85,6 @@ def parts(batches):
     for epoch, index in batches:
         for start in range(0, len(index), PART):
             yield epoch, index[start:start + PART], start + PART >= len(index)
-
-
-def joined(here):
-    """The parts of a batch -> indices, and the views of each as one tensor."""
-    if len(here) == 1:  # nothing to copy
-        return here[0]
-    indices, views = zip(*here)
-    return np.concatenate(indices), [torch.cat(of_parts) for of_parts in zip(*views)]
 
 
 class Decoder(torch.utils.data.Dataset):
