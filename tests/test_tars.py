@@ -231,7 +231,7 @@ def test_a_compressed_tar_file_is_refused_in_one_line(tmp_path, packed, how):
 def test_a_tar_file_beside_the_folder_that_was_unpacked_from_it_is_refused(tmp_path, packed):
     """Its images would count twice."""
     shutil.copytree(tmp_path / "folder" / "train", packed.parent / "train")
-    with pytest.raises(Refused, match="its folder is there too, perhaps unpacked from it"):
+    with pytest.raises(Refused, match="train.tar: the folder unpacked from it is there too"):
         find_data(packed.parent)
 
 

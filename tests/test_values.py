@@ -163,11 +163,11 @@ def test_the_range_of_some_values(case):
     assert images.range_of(found) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("low, high", [(4095, 0), (5, 5), (np.nan, 1), (0, np.inf)])
+@pytest.mark.parametrize("low, high", [(4095, 0), (5, 5), (np.nan, 1)])
 def test_a_range_that_is_none_is_refused(tmp_path, low, high):
-    """Two finite numbers, the lower one first."""
+    """Two numbers, the lower one first."""
     Image.new("L", (70, 70)).save(tmp_path / "0.png")
-    with pytest.raises(Refused, match="two finite numbers, the lower one first"):
+    with pytest.raises(Refused, match="--range must be two numbers, the lower one first"):
         opening.open_data(tmp_path, (low, high))
 
 
@@ -367,7 +367,6 @@ BAD = {  # id: (suffix, writes the file, a part of the line)
     "git-LFS": (".jpg", content(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
                 "a git-LFS pointer: git lfs pull"),
     "heic": (".jpg", content(b"\0\0\0\x18ftypheic" + bytes(50)), "a HEIC picture, or a video: convert it"),
-    "SVG": (".png", content(b"<svg width='9' height='9'/>"), "a drawing of lines (SVG)"),
     "a sound file": (".jpg", content(b"RIFF\x24\0\0\0WAVEfmt "), "nothing that Pillow can open"),
     "half a GIF": (".gif", half, "repair it or remove it"),
     "empty": (".png", content(b""), "it is empty; repair it or remove it"),

@@ -110,7 +110,10 @@ class Vocabulary:
 
     def numbers(self, texts):
         """The words of each text by number, filled up with 0: (N, L) int64"""
-        known = [[self.number[word] for word in words_of(text) if word in self.number] for text in texts]
+        known = []
+        for text in texts:
+            numbers = map(self.number.get, words_of(text))
+            known.append([number for number in numbers if number])
         longest = max([1, *map(len, known)])
         return torch.tensor([row + [0] * (longest - len(row)) for row in known])
 

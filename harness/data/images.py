@@ -60,13 +60,14 @@ def pillow_reads(path):
 @contextlib.contextmanager
 def open_image(path):
     """A file -> a PIL image, its header read, its pixels not yet. Raises BadImage."""
-    with contextlib.ExitStack() as stack:
-        with pillow_reads(path):
-            file = stack.enter_context(open_bytes(path))
-            image = stack.enter_context(Image.open(file, formats=FORMATS))
-            if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and image.tag_v2[BITS][0] > 8:
-                raise ValueError("16 bits with each colour in a plane of its own; gdal_translate -co "
-                                 "INTERLEAVE=PIXEL writes them pixel by pixel")
+    with pillow_reads(path):
+        file = open_bytes(path)
+        image = Image.open(file, formats=FORMATS)
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        if tags.get(PLANES) == 2 and tags[BITS][0] > 8:
+            raise ValueError("16 bits with each colour in a plane of its own; gdal_translate -co "
+                             "INTERLEAVE=PIXEL writes them pixel by pixel")
+    with file, image:
         yield image
 
 
@@ -126,7 +127,8 @@ def sample(files):
     """
     sizes = set()
     values = []
-    for i in np.unique(np.linspace(0, len(files) - 1, SAMPLE).astype(int)):
+    spread = np.linspace(0, len(files) - 1, SAMPLE)
+    for i in np.unique(spread.astype(int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
             sizes.add(image.size)
             if is_deep(image):
@@ -138,21 +140,21 @@ def sample(files):
 def range_of(values):
     """The range that these values of many pixels, a flat array, seem to be meant in -> (low, high)
 
+    all from 0 to 1                 0 to 1
     whole numbers, none below 0     0 to 2^k - 1, the fewest bits k (8 at least) that hold the largest
-    fractions, all from 0 to 1      0 to 1
     all others                      from the smallest to the largest
     At either end OUTLIERS percent don't count.
     """
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return 0.0, 1.0
-    low, high = np.percentile(values, (OUTLIERS, 100 - OUTLIERS), method="nearest").tolist()
-    is_whole = values.dtype.kind == "i" or (high > 1 and np.array_equal(values, np.rint(values)))
-    if is_whole and low >= 0:
-        bits = max(8, int(high).bit_length())
-        return 0.0, float(2 ** bits - 1)
+    ends = np.percentile(values, (OUTLIERS, 100 - OUTLIERS), method="nearest")
+    low, high = ends.tolist()
     if low >= 0 and high <= 1:
         return 0.0, 1.0
+    if low >= 0 and np.array_equal(values, np.rint(values)):
+        bits = max(8, int(high).bit_length())
+        return 0.0, float(2 ** bits - 1)
     if high == low:
         high = low + 1
     return float(low), float(high)
@@ -163,7 +165,8 @@ def to_levels(values, value_range):
     is cut; NaN becomes 0."""
     low, high = value_range
     levels = (values.astype(np.float64) - low) * (255 / (high - low))
-    return np.nan_to_num(levels.clip(0, 255), nan=0).round().astype(np.uint8)
+    levels = np.nan_to_num(levels.clip(0, 255), nan=0)
+    return levels.round().astype(np.uint8)
 
 
 def whole_range(values):
@@ -218,9 +221,7 @@ def raw_mode(image):
 MEND = "repair it or remove it"
 BEGINNINGS = {  # in lower case, what some files that aren't pictures have at their beginning: what to do
     b"git-lfs": "a git-LFS pointer: git lfs pull",
-    b"<!doctype": "a web page: download the picture again",
-    b"<html": "a web page: download the picture again",
-    b"<svg": "a drawing of lines (SVG): convert it to PNG",
+    b"html": "a web page: download the picture again",
     b"ftyp": "a HEIC picture, or a video: convert it to JPEG or PNG",
 }
 

@@ -55,7 +55,7 @@ def read_list(path):
         raise Refused(f"{shown}: is empty; name an image on each line")
     for name, line in zip(names, lines):
         if not os.path.isfile(name):
-            raise Refused(f"{shown}: '{printable(os.fsdecode(line[:80]))}' is not a file; each line must be a path alone, "
-                          "relative to the list. Labels come from folders: train/<class>/... (captions, "
-                          "after a tab, are for related.py --method clip)")
+            raise Refused(f"{shown}: '{printable(os.fsdecode(line[:80]))}' is not a file; each line must be "
+                          "a path alone, relative to the list. Labels come from folders: train/<class>/... "
+                          "(captions, after a tab, are for related.py --method clip)")
     return names

@@ -12,7 +12,6 @@
 The rule: every file below DATA is used, or counted in one line that says why not. Images of one size up to 64
 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
-import math
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -107,10 +106,11 @@ def find(path):
     if is_tar(path):
         return find_images("a tar file", walk_tar(path))
     if is_image(path):
-        files, layout = [path], "one image"
+        layout, files = "one image", [path]
     else:
-        files, layout = read_list(path), "a list of images"
-    return Data(Source(files=np.array(files), where=os.fsdecode(path)), None, Found(layout))
+        layout, files = "a list of images", read_list(path)
+    train = Source(files=np.array(files), where=os.fsdecode(path))
+    return Data(train, None, Found(layout))
 
 
 def find_in_folder(path):
@@ -148,8 +148,8 @@ def settle(data, value_range, hold):
     """The same data with the range of its values and, with `hold`, small images in memory."""
     if value_range is not None:
         low, high = value_range = tuple(map(float, value_range))
-        if not (low < high and math.isfinite(low) and math.isfinite(high)):
-            raise Refused(f"--range must be two finite numbers, the lower one first, not {low:g} {high:g}")
+        if not low < high:
+            raise Refused(f"--range must be two numbers, the lower one first, not {low:g} {high:g}")
     if data.train.pixels is not None:  # drawn, or CIFAR's
         return data
     sources = [source for source in (data.train, data.val) if source]

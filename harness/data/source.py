@@ -16,8 +16,8 @@ class Source:
     """One split. Small images are held in memory, others are files.
 
     pixels      (N, 3, H, W) uint8 tensor if the images are held in memory, else None
-    files       (N,) array of paths (bytes; tars.py says what those of members are), or None. It is one buffer,
-                which worker processes share: the reference counts of a list would make each worker copy it
+    files       (N,) array of paths (bytes; for members see tars.py), or None. It is one buffer, which worker
+                processes share: the reference counts of a list would make each worker copy it
     labels      (N,) int64 array, or None
     classes     list of names, or None
     where       the folder or the file that they come from
@@ -66,13 +66,11 @@ class Source:
 
     def only(self, good):
         """The same split with these images only (indices), none of which is bad -> Source"""
-        return replace(
-            self,
-            pixels=None if self.pixels is None else self.pixels[good],
-            files=None if self.files is None else self.files[good],
-            labels=None if self.labels is None else self.labels[good],
-            captions=None if self.captions is None else [self.captions[i] for i in good],
-            bad={})
+        arrays = {"pixels": self.pixels, "files": self.files, "labels": self.labels}
+        kept = {name: array[good] for name, array in arrays.items() if array is not None}
+        if self.captions is not None:
+            kept["captions"] = [self.captions[i] for i in good]
+        return replace(self, **kept, bad={})
 
     def fingerprint(self):
         """A number below 2^48 that tells data sets apart.

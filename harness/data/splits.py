@@ -79,8 +79,9 @@ def parent_of_splits(listing):
     """
     parents = set()
     for place in listing.tree:
-        if names := matching(TRAIN, place):
-            parents.add(place[:min(map(place.index, names))])
+        depths = [depth for depth, name in enumerate(place) if matching(TRAIN, [name])]
+        if depths:
+            parents.add(place[:depths[0]])
     if () in parents:
         return ()
     if len(parents) > 1:
@@ -112,7 +113,7 @@ def without_splits(listing):
     notes = []
     if names := ", ".join(map(shown, candidates(listing.names(place)))):
         notes.append(f"no train/ there: the images in {names}/ are trained on too")
-    return unlabelled(listing, place), notes
+    return by_folder(listing, place), notes
 
 
 def training_split(listing, parent):
@@ -130,11 +131,11 @@ def training_split(listing, parent):
     place = holding_place(listing, (*parent, name))
     classes = sorted(map(os.fsdecode, listing.names(place)))
     if len(classes) > 1:
-        return by_class(listing, place, classes), []
+        return by_folder(listing, place, classes), []
     notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
     if len(beside) > 1 and not candidates(beside):
         notes.append(f"{shown(name)}/ is taken for the training split: the images beside it are left out")
-    return unlabelled(listing, place), notes
+    return by_folder(listing, place), notes
 
 
 def validation_split(listing, parent, classes):
@@ -149,36 +150,34 @@ def validation_split(listing, parent, classes):
     place = holding_place(listing, (*parent, names[0]))
     folders = listing.names(place)
     unknown = sorted(folders - set(map(os.fsencode, classes or [])))
+    val = problem = None
     if classes is None:
-        return None, [f"{name}/ is not used: the training images have no labels"]
-    if unknown:
-        return None, [f"{name}/ is not used: {shown(unknown[0])} is not a class of the training split"]
-    if folders:
-        val = by_class(listing, place, classes)
+        problem = "the training images have no labels"
+    elif unknown:
+        problem = f"{shown(unknown[0])} is not a class of the training split"
+    elif folders:
+        val = by_folder(listing, place, classes)
     else:
         val, problem = by_text(listing, parent, names[0], place, classes)
-        if problem:
-            return None, [f"{name}/ is not used: {problem}"]
+    if problem:
+        return None, [f"{name}/ is not used: {problem}"]
     return val, [] if name == "val" else [f"{name}/ is taken for the validation split"]
 
 
 # --- The images of a split ------------------------------------------------------------------------------
 
-def unlabelled(listing, place):
-    """All images at and below a place -> Source"""
+def by_folder(listing, place, classes=None):
+    """The images below a place -> Source
+
+    classes     then only the images in class folders: one outside them has no class
+    """
+    numbers = {os.fsencode(name): k for k, name in enumerate(classes or [])}
     taken = {}
     for inside in listing.inside(place):
-        taken |= dict.fromkeys(listing.take(inside))
-    return source_of(listing, place, taken, None)
-
-
-def by_class(listing, place, classes):
-    """The images in the class folders of a place -> Source"""
-    number = {os.fsencode(name): k for k, name in enumerate(classes)}
-    taken = {}
-    for inside in listing.inside(place):
-        if inside != place:
-            taken |= dict.fromkeys(listing.take(inside), number[inside[len(place)]])
+        if classes is None:
+            taken |= dict.fromkeys(listing.take(inside))
+        elif inside != place:
+            taken |= dict.fromkeys(listing.take(inside), numbers[inside[len(place)]])
     return source_of(listing, place, taken, classes)
 
 
@@ -207,8 +206,10 @@ def by_text(listing, parent, name, place, classes):
     paths = list(filter(os.path.isfile, paths))
     if not paths:
         return None, f"it has no class folders, and there is no {shown(word)}.txt with labels"
-    lines = [line.split() for line in read_lines(paths[0])]
-    class_of = {os.path.basename(line[0]): line[1] for line in lines if len(line) > 1}
+    class_of = {}
+    for line in read_lines(paths[0]):
+        image, *more = line.split()
+        class_of[os.path.basename(image)] = more[0] if more else b""
     images = listing.tree[place]
     said = {image: class_of[plain(image)] for image in images if plain(image) in class_of}
     numbers = {os.fsencode(folder): k for k, folder in enumerate(classes)}
@@ -219,5 +220,6 @@ def by_text(listing, parent, name, place, classes):
                       "folder of train/, or its number from 0")
     listing.left_out[suffix_of(paths[0])] -= 1
     listing.tree[place] = [image for image in images if image not in said]
-    taken = {os.path.join(listing.path(place), image): numbers[text] for image, text in said.items()}
+    folder = listing.path(place)
+    taken = {os.path.join(folder, image): numbers[text] for image, text in said.items()}
     return source_of(listing, place, taken, classes), None

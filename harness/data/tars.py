@@ -16,6 +16,7 @@ import tarfile
 from ..common.errors import Refused
 
 SUFFIX = b".tar"
+END = bytes(tarfile.BLOCKSIZE)  # zeros, behind the last member
 MOST_OPEN = 64  # tar files at a time; systems allow a process some thousand files, or 256
 
 
@@ -80,7 +81,7 @@ def members(path, span=None):
                 if not member.isdir():
                     yield member
             f.seek(tar.offset)
-            is_whole = f.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE and f.tell() <= end
+            is_whole = f.read(len(END)) == END and f.tell() <= end
     except OSError as error:
         raise Refused(f"{shown}: can't be read ({error.strerror})") from None
     except Exception:  # a damaged file can raise anything

@@ -46,7 +46,8 @@ class Listing(NamedTuple):
 
     def take(self, place):
         """Take the images of a place out of the tree -> their paths"""
-        return [os.path.join(self.path(place), name) for name in self.tree.pop(place)]
+        folder = self.path(place)
+        return [os.path.join(folder, name) for name in self.tree.pop(place)]
 
 
 def walk(root):
@@ -77,8 +78,8 @@ def walk(root):
                 listing.left_out["links to nothing, or pipes"] += 1
             elif is_tar(entry.name):
                 if os.path.exists(as_folder(entry.path)):
-                    raise Refused(f"{os.fsdecode(entry.path)}: its folder is there too, perhaps unpacked from "
-                                  "it; move one of them away")
+                    raise Refused(f"{os.fsdecode(entry.path)}: the folder unpacked from it is there too; "
+                                  "move one of them away")
                 found = walk_tar(entry.path)
                 listing.left_out.update(found.left_out)
                 for inside, names in found.tree.items():
@@ -98,7 +99,8 @@ def walk_tar(path):
     """A tar file, and the tar files inside it, as the folder whose place it takes -> Listing"""
     listing, inner = list_members(path, (), None)
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        for found, _ in pool.map(functools.partial(list_members, path), inner.keys(), inner.values()):
+        read = functools.partial(list_members, path)
+        for found, _ in pool.map(read, inner.keys(), inner.values()):
             listing.tree.update(found.tree)
             listing.left_out.update(found.left_out)
     return listing
@@ -110,8 +112,7 @@ def list_members(path, place, span):
     listing = Listing(as_folder(path), {}, collections.Counter())
     inner = {}
     for member in members(path, span):
-        parts = [part for part in os.fsencode(member.name).split(b"/") if part not in (b"", b".")]
-        *folders, name = parts or [b"."]
+        *folders, name = os.path.normpath(os.fsencode(member.name)).lstrip(b"/").split(b"/")
         folder = (*place, *folders)
         if any(map(is_left_behind, (*folders, name))):
             listing.left_out[LEFT_BEHIND] += 1
@@ -166,7 +167,7 @@ def suffix_of(name):
 
 
 def describe(left_out):
-    """The files that are left out, by reason, in one line, the most frequent first; None if there are none."""
+    """The files left out, by reason, in one line, the most frequent first; None if there are none."""
     reasons = [(reason, n) for reason, n in left_out.items() if n > 0]
     if not reasons:
         return None
