@@ -41,16 +41,13 @@ def with_member(path, name, content=b"", **attributes):
 def layouts_of(folder, where):
     """The same images in each way: {name: DATA}"""
     for split in ("train", "val"):
-        tar = f"{split}.tar"
-        pack(folder / split, where / "a tar a split" / tar)
-        pack(folder / split, where / "named after its folder" / tar, above=f"{split}/")
-        plain = where / "a tar a class" / split
+        pack(folder / split, where / "named after its folder" / f"{split}.tar", above=f"{split}/")
+        classes = where / "a tar a class" / split
         named = where / "a tar a class, named after it" / split
         for name in os.listdir(folder / split):
-            pack(folder / split / name, plain / f"{name}.tar")
+            pack(folder / split / name, classes / f"{name}.tar")
             pack(folder / split / name, named / f"{name}.tar", above=f"{name}/")
-        pack(plain, where / "as downloaded" / f"ILSVRC2012_img_{split}.tar")
-        pack(named, where / "as downloaded, all named" / tar, above=f"{split}/")
+        pack(classes, where / "as downloaded" / f"ILSVRC2012_img_{split}.tar")
     shutil.copytree(folder / "val", where / "a tar and a folder" / "val")
     pack(folder / "train", where / "a tar and a folder" / "train.tar", tarfile.USTAR_FORMAT)
     ways = {path.name: path for path in where.iterdir()}
@@ -103,13 +100,6 @@ def test_the_same_weights_after_an_epoch(tmp_path, ways):
     names = [name.split(b"/")[-2:] for name in np.load(saved)["train_files"]]
     files = find_data(ways["a folder"]).train.files
     assert names == [bytes(name).split(b"/")[-2:] for name in files]
-
-
-def test_small_images_of_one_size_are_held_in_memory(tmp_path):
-    """Against the folder's pixels."""
-    folder = write_folder(tmp_path / "folder", "train", 12, 20)
-    path = pack(folder / "train", tmp_path / "tars" / "train.tar")
-    assert torch.equal(open_data(path.parent).train.pixels, open_data(folder).train.pixels)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
@@ -193,12 +183,10 @@ def without_end_mark(whole):
 
 DAMAGES = {  # what happens to the bytes
     "cut in a member": lambda whole: whole[:len(whole) // 2 + 100],
-    "cut in a header": lambda whole: whole[:tarfile.BLOCKSIZE // 2],
     "without an end mark": without_end_mark,
     "a letter of a name": lambda whole: whole.replace(b"a/003", b"a/\xff03"),
     "a size below 0": lambda whole: whole[:512] + negative() + whole[512:],
     "empty": lambda whole: b"",
-    "text": lambda whole: b"no tar file" * 100,
 }
 
 
@@ -215,17 +203,13 @@ def test_a_damaged_tar_file_is_refused_in_one_line(packed, damage):
         find_data(outer.parent)
 
 
-@pytest.mark.parametrize("how", ["gz", "bz2", "xz"])
-def test_a_compressed_tar_file_is_refused_in_one_line(tmp_path, packed, how):
+@pytest.mark.parametrize("name", ["train.tar", "train.tar.gz"])
+def test_a_compressed_tar_file_is_refused_in_one_line(tmp_path, name):
     """Under its own name, and under that of an uncompressed one."""
-    for name in ("train.tar", f"train.tar.{how}"):
-        path = tmp_path / name / name
-        path.parent.mkdir()
-        tarfile.open(path, f"w:{how}").close()
+    tarfile.open(tmp_path / name, "w:gz").close()
+    for place in (tmp_path, tmp_path / name):
         with pytest.raises(Refused, match="unpack it"):
-            find_data(path.parent)
-        with pytest.raises(Refused, match="unpack it"):
-            find_data(path)
+            find_data(place)
 
 
 def test_a_tar_file_beside_the_folder_that_was_unpacked_from_it_is_refused(tmp_path, packed):
