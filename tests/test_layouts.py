@@ -79,7 +79,7 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         "24 images, 3 classes", "1 file: 1 .txt", ""),
     "Training and Testing": (
         classes("Training") | classes("Testing", count=4),
-        "24 images, 3 classes, 12 to validate", "", "Testing/ is taken for the validation split"),
+        "24 images, 3 classes, 12 to validate", "", "Testing/ is used as the validation split"),
     "train2017 and val2017": (
         many("train2017/{}.jpg", 8) | many("val2017/{}.jpg", 4),
         "8 images", "4 files: 4 images in val2017/",
@@ -113,7 +113,7 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
     "images as a class": (classes("train", ["a", "b", "images"]), "24 images, 3 classes", "", ""),
     "a folder of trains": (
         many("bus/{}.png", 5) | many("train/{}.png", 6),
-        "6 images", "5 files: 5 images in bus/", "train/ is taken for the training split"),
+        "6 images", "5 files: 5 images in bus/", "train/ is used as the training split"),
     "an unused val of many classes": (
         classes("train") | classes("val", "abcdefghijk", count=2),
         "24 images, 3 classes", "22 files: 22 images in val/", "val/ is not used: d is not a class"),
@@ -346,7 +346,7 @@ def test_the_start_says_what_was_found(tmp_path, capsys):
     assert "an image folder: 24 images, 3 classes, files, from" in printed
     assert "validation: 12, from" in printed
     assert "left out 2 files: 1 .heic, 1 .txt" in printed
-    assert "note valid/ is taken for the validation split" in printed
+    assert "note valid/ is used as the validation split" in printed
 
 
 def test_linear_evaluation_says_what_of_val_it_cannot_use(tmp_path):

@@ -1,9 +1,9 @@
 """Captions: words for what was drawn, lists of images with captions, and words as numbers.
 
 A drawn shape's caption says its kind, size, colour, place and rotation, in one of several wordings, so that
-two images of a batch hardly ever have the same one. Anybody's own images come as a list: on each line a path,
-a tab, and a caption. A caption is taken as a bag of words: lower-case, without their order. A word is what
-stands between spaces and punctuation: a sentence in Chinese is one word, unless its words are set apart.
+two images of a batch hardly ever have the same one. Your own images come as a list: on each line a path, a
+tab, and a caption. We treat a caption as a bag of words: in lower case, without their order. Spaces and
+punctuation separate words: a sentence in Chinese is one word, unless its words are set apart.
 """
 import colorsys
 import hashlib
@@ -28,8 +28,8 @@ COLUMNS = ("on the left", "in the centre", "on the right")
 COLOURS = ("red", "orange", "yellow", "green", "green", "turquoise", "turquoise", "blue", "blue", "violet",
            "pink", "pink")  # by hue, every 30 degrees
 PALE = 40     # levels between the strongest and the weakest channel, below which a colour is white
-TURN = 30     # degrees, in whole numbers of which a rotation is said
-LONGEST = 256  # words of a text that are taken; all texts are as long as the longest, in memory
+TURN = 30     # degrees, to whose multiples a rotation is rounded down
+LONGEST = 256  # words of a text that we keep: in memory, all texts are as long as the longest
 
 
 # --- Words for what was drawn ------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def describe(kind, size, place, turn, paint, wording):
 
 
 def colour_name(paint):
-    """A word for a colour: by its hue, or white where it has hardly one."""
+    """A word for a colour: by its hue, or white if it hardly has one."""
     if max(paint) - min(paint) < PALE:
         return "white"
     hue, _, _ = colorsys.rgb_to_hsv(*paint)
@@ -94,14 +94,14 @@ def words_of(text):
 
 
 def bag(text):
-    """A text as the text encoder sees it: its words, without their order."""
+    """A text as the text encoder sees it: its words in no order."""
     return tuple(sorted(words_of(text)))
 
 
 class Vocabulary:
     """The words of the training captions, numbered from 1 in the order of the alphabet. 0 is no word.
 
-    A word that is not among them is left out, wherever it comes.
+    Words that are not among them are left out of any text.
     """
 
     def __init__(self, captions):
@@ -122,12 +122,12 @@ class Vocabulary:
         return {"words": self.words}
 
     def load_state_dict(self, state):
-        """Raises ValueError where these are other words: the run's captions decide, and have changed."""
+        """Raises ValueError if these are other words: then the run's captions have changed."""
         if state["words"] != self.words:
             raise ValueError("captions of other words")
 
 
 def hash_of(captions):
-    """A number below 2^48 that tells lists of captions apart."""
+    """A number below 2^48 that distinguishes lists of captions."""
     text = "\n".join(captions).encode("utf-8", errors="replace")
     return int(hashlib.sha256(text).hexdigest()[:12], 16)

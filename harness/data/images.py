@@ -21,20 +21,20 @@ from ..common.errors import BadImage, Refused, printable
 from ..common.progress import Progress
 from .tars import open_bytes, plain
 
-# Pillow knows more formats. Of those left out, some are no pictures, some need another program, which a file
-# from anywhere must not start.
+# Pillow knows more formats. The others aren't pictures, or need another program, which a file from anywhere
+# must not start.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX", "SGI",
            "SUN", "PSD", "QOI", "DDS", "FITS")
 Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF may be missing in a Pillow
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
-IN_A_ROW = 20  # so many bad files one after the other end a run
+IN_A_ROW = 20  # this many bad files in a row end a run
 BITS, PLANES = 258, 284  # tags of a TIFF file
 
-# Pillow warns of odd files that it reads all the same, from every worker in every epoch.
+# Pillow warns about odd files that it still reads, from every worker in every epoch.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-# torch warns that a decoded image can't be written to. Nobody writes to it.
+# torch warns that a decoded image is read-only. Nobody writes to it.
 warnings.filterwarnings("ignore", "The given buffer is not writable")
 # Some cameras and microscopes write megabytes of text into a PNG. Pillow's limit for it is one megabyte.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26
@@ -64,7 +64,7 @@ def open_image(path):
         file = open_bytes(path)
         image = Image.open(file, formats=FORMATS)
         tags = image.tag_v2 if image.format == "TIFF" else {}
-        if tags.get(PLANES) == 2 and tags[BITS][0] > 8:
+        if tags.get(PLANES) == 2 and tags[BITS][0] > 8 and len(tags[BITS]) > 1:
             raise ValueError("16 bits with each colour in a plane of its own; gdal_translate -co "
                              "INTERLEAVE=PIXEL writes them pixel by pixel")
     with file, image:
@@ -93,10 +93,10 @@ def read_image(path, value_range=None):
 
 
 def read_or_replace(files, i, value_range=None):
-    """File i of `files` or, where it is bad, the next good one.
+    """File i of `files` or, if it is bad, the next good one.
 
-    Returns the image (H, W, 3) uint8, and {index: what is wrong} for the bad files that were met. Raises
-    BadImage where 20 files in a row are bad.
+    Returns the image (H, W, 3) uint8, and {index: what is wrong} for the bad files on the way. Raises
+    BadImage if 20 files in a row are bad.
     """
     bad = {}
     for k in range(IN_A_ROW):
@@ -110,20 +110,19 @@ def read_or_replace(files, i, value_range=None):
 
 # --- More than 8 bits -----------------------------------------------------------------------------------
 # A camera, a microscope or a satellite writes 12 bits in a file of 16, floating point from 0 to 1, Hounsfield
-# units from -1024 on. Which value is black and which is white stands nowhere in such files. So we look at a
-# sample of the data set, and choose one range for all of it: a range for each file would lose what is
-# brighter in one than in another. The run says it, keeps it in its settings, and --range overrides it.
+# units from -1024 on. Nothing in such a file says which value is black and which is white. So we look at a
+# sample of the data set, and choose one range for all of it: with a range for each file, a dark picture would
+# look like a bright one. The run prints the range and keeps it in its settings, and --range overrides it.
 
 SAMPLE = 128     # files of a split that are looked at
 OUTLIERS = 0.01  # percent of the values at either end that don't count: hot pixels
 
 
 def sample(files):
-    """A look at some files, evenly spread -> {(width, height)}, and a list of values of those with more than
-    8 bits
+    """Look at some files -> {(width, height)}, and a list of values of those with more than 8 bits
 
-    Bad files are passed over: whoever reads them says what is wrong. The sample is the same for the same
-    files, so a run that is resumed finds the same range.
+    Bad files are passed over: whoever reads them says what is wrong. The same files give the same sample, so
+    a run that is resumed finds the same range.
     """
     sizes = set()
     values = []
@@ -138,7 +137,7 @@ def sample(files):
 
 
 def range_of(values):
-    """The range that these values of many pixels, a flat array, seem to be meant in -> (low, high)
+    """The range in which these values of many pixels (N,) seem to be meant -> (low, high)
 
     all from 0 to 1                 0 to 1
     whole numbers, none below 0     0 to 2^k - 1, the fewest bits k (8 at least) that hold the largest
@@ -161,8 +160,8 @@ def range_of(values):
 
 
 def to_levels(values, value_range):
-    """Values, of which the range (low, high) becomes 0 to 255: -> uint8 of the same shape. What lies beyond
-    is cut; NaN becomes 0."""
+    """Values -> uint8 of the same shape: the range (low, high) becomes 0 to 255, the others are clipped,
+    NaN becomes 0."""
     low, high = value_range
     levels = (values.astype(np.float64) - low) * (255 / (high - low))
     levels = np.nan_to_num(levels.clip(0, 255), nan=0)
@@ -170,7 +169,7 @@ def to_levels(values, value_range):
 
 
 def whole_range(values):
-    """All that a file could hold, for a file that no sample has met: 16 bits, or fractions from 0 to 1"""
+    """All that a file could hold, for a file that was in no sample: 16 bits, or fractions from 0 to 1"""
     return (0.0, 65535.0) if values.dtype.kind == "i" else (0.0, 1.0)
 
 
@@ -219,7 +218,7 @@ def raw_mode(image):
 # --- What is wrong with a bad file ----------------------------------------------------------------------
 
 MEND = "repair it or remove it"
-BEGINNINGS = {  # in lower case, what some files that aren't pictures have at their beginning: what to do
+BEGINNINGS = {  # what some files that aren't pictures begin with, in lower case
     b"git-lfs": "a git-LFS pointer: git lfs pull",
     b"html": "a web page: download the picture again",
     b"ftyp": "a HEIC picture, or a video: convert it to JPEG or PNG",
@@ -227,9 +226,9 @@ BEGINNINGS = {  # in lower case, what some files that aren't pictures have at th
 
 
 def what_is_wrong(path, error):
-    """In words: what Pillow couldn't read, and what to do.
+    """Why Pillow couldn't read a file, and what to do, in words.
 
-    error: what was raised. Only if the file's beginning doesn't tell more, it comes into the words.
+    error: what Pillow raised. We quote it only if the file's beginning doesn't tell more.
     """
     if isinstance(error, Image.DecompressionBombError):
         return f"larger than {2 * Image.MAX_IMAGE_PIXELS} pixels: cut it into tiles, or make it smaller"
@@ -242,7 +241,7 @@ def what_is_wrong(path, error):
             return what
     if not beginning:
         return f"it is empty; {MEND}"
-    if isinstance(error, UnidentifiedImageError):  # whose text has the path once more
+    if isinstance(error, UnidentifiedImageError):  # whose text repeats the path
         return ("nothing that Pillow can open; convert it to 1, 3 or 4 bands of 8 or 16 bits or one of "
                 f"floating point, {MEND}")
     return f"{type(error).__name__}: {error}; {MEND}"
@@ -268,7 +267,7 @@ def check_files(files, value_range=None):
     on_terminal = sys.stdout.isatty()
     progress = Progress(len(files), quiet=not on_terminal)
     say = progress.line if on_terminal else partial(print, flush=True)
-    # A Pool would wait for ever for a process that was killed.
+    # A multiprocessing.Pool would wait for ever for a process that was killed.
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for problem in pool.map(partial(line_about, value_range), files, chunksize=16):
             if problem:

@@ -1,8 +1,8 @@
 """From files to batches on the device: worker processes, and which images a step gets.
 
 A worker gets an epoch and indices, and returns the cut images of that batch, or of a part of a large one,
-as one tensor, in memory that it shares with the main process. What to cut is a function that the caller
-gives (augment.py), so that this room knows nothing of views.
+as one tensor, in memory that it shares with the main process. The caller passes the function that cuts
+(augment.py), so this room knows nothing about views.
 """
 import signal
 
@@ -18,7 +18,7 @@ PART = 512            # images that a worker prepares at a time: a batch of 4096
 
 
 def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
-    """Yield (epoch, indices) for every step from the start on: this process's share of each global batch.
+    """Yield (epoch, indices) for every step from the start: this process's share of each global batch.
 
     n       images of the data set
     batch   images of a global batch, which `world` divides
@@ -39,13 +39,13 @@ def decode(source, cut, batches, device, workers, waiting=iter):
     processes.
 
     cut         (image, epoch, i) -> a list of (3, S, S) uint8, one per view
-    waiting     the batches go through it as they arrive: it can take the time
-    Raises BadImage where too many files are bad.
+    waiting     the batches pass through it as they arrive: it can measure how long we wait
+    Raises BadImage if too many files are bad.
     """
     options = {}
     if workers > 0:
         options["timeout"] = LOADER_TIMEOUT
-        # Batches on their way lie in /dev/shm, which may be small: many workers prepare one each.
+        # Finished batches wait in /dev/shm, which may be small: many workers prepare one each.
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
     loader = torch.utils.data.DataLoader(
@@ -64,11 +64,11 @@ def decode(source, cut, batches, device, workers, waiting=iter):
 
 
 def in_our_words(batches):
-    """Yield the same batches. Raises Refused where the workers bring none any more."""
+    """Yield the same batches. Raises Refused if the workers stop delivering."""
     try:
         yield from batches
     except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
-        # A moment later the system tells of its death. torch's handler would raise then, wherever we are.
+        # A moment later the system reports its death. torch's handler would raise then, wherever we are.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Refused(f"{error!r}: {WORKER_KILLED}") from None
     except RuntimeError as error:
@@ -80,16 +80,16 @@ def in_our_words(batches):
 
 
 def parts(batches):
-    """Batches of (epoch, indices) in parts of at most PART images -> yields (epoch, indices, whether it is
-    the batch's last)."""
+    """Yield batches of (epoch, indices) in parts of at most PART images: (epoch, indices, whether it is the
+    batch's last)."""
     for epoch, index in batches:
         for start in range(0, len(index), PART):
             yield epoch, index[start:start + PART], start + PART >= len(index)
 
 
 class Decoder(torch.utils.data.Dataset):
-    """In a worker: (epoch, indices, is_last) -> a part of a batch, of cut images. Each file is read and
-    decoded once for all its views."""
+    """In a worker: (epoch, indices, is_last) -> cut images, a part of a batch. Each file is decoded once for
+    all its views."""
 
     def __init__(self, source, cut):
         self.files = source.files
@@ -100,8 +100,8 @@ class Decoder(torch.utils.data.Dataset):
         """-> epoch, indices, is_last, [(N, 3, S, S) uint8, one per view], {index: what is wrong} of the bad
         files.
 
-        Where too many files are bad, or a tar file has changed, the last is a Refused, and the main process
-        raises it. Raised here, it would arrive there wrapped in a traceback.
+        If too many files are bad, or a tar file is gone, the last is a Refused, and the main process raises
+        it. Raised here, it would arrive there wrapped in a traceback.
         """
         epoch, index, is_last = part
         cuts = []

@@ -43,7 +43,7 @@ class Source:
         return np.array([plain(path) for path in self.files])
 
     def image(self, i):
-        """The i-th image as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
+        """Image i as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
         if self.pixels is not None:
             return self.pixels[i].permute(1, 2, 0)
         image, bad = read_or_replace(self.files, i, self.value_range)
@@ -73,7 +73,7 @@ class Source:
         return replace(self, **kept, bad={})
 
     def fingerprint(self):
-        """A number below 2^48 that tells data sets apart.
+        """A number below 2^48 that distinguishes data sets.
 
         It is a hash of the pixels, or of the files' names below the folder that they share, and of the
         labels.

@@ -60,13 +60,13 @@ def shown(*place):
 
 
 def matching(pattern, names):
-    """Those of some names (bytes) that are written like this, the shortest, the plain name, first."""
+    """The names (bytes) that match, the shortest, which is the plain one, first."""
     fitting = [name for name in names if pattern.fullmatch(os.fsdecode(name).lower())]
     return sorted(fitting, key=lambda name: (len(name), name))
 
 
 def candidates(names):
-    """Those of some names that a validation split can have, the best first."""
+    """The names that a validation split can have, the best first."""
     return [name for pattern in VAL for name in matching(pattern, names)]
 
 
@@ -134,7 +134,7 @@ def training_split(listing, parent):
         return by_folder(listing, place, classes), []
     notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
     if len(beside) > 1 and not candidates(beside):
-        notes.append(f"{shown(name)}/ is taken for the training split: the images beside it are left out")
+        notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out")
     return by_folder(listing, place), notes
 
 
@@ -161,7 +161,7 @@ def validation_split(listing, parent, classes):
         val, problem = by_text(listing, parent, names[0], place, classes)
     if problem:
         return None, [f"{name}/ is not used: {problem}"]
-    return val, [] if name == "val" else [f"{name}/ is taken for the validation split"]
+    return val, [] if name == "val" else [f"{name}/ is used as the validation split"]
 
 
 # --- The images of a split ------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def validation_split(listing, parent, classes):
 def by_folder(listing, place, classes=None):
     """The images below a place -> Source
 
-    classes     then only the images in class folders: one outside them has no class
+    classes     with these, only the images in class folders: the others have no class
     """
     numbers = {os.fsencode(name): k for k, name in enumerate(classes or [])}
     taken = {}
@@ -192,8 +192,7 @@ def source_of(listing, place, taken, classes):
 
 
 def by_text(listing, parent, name, place, classes):
-    """The images of a flat split of this name that a text file gives a class -> Source or None, and what is
-    wrong or None
+    """The images of a flat val/ with a class in a text file -> Source or None, and what is wrong or None
 
     val_annotations.txt of Tiny-ImageNet, or val.txt for ImageNet's 50,000 as they are downloaded: each line
     has an image's name and its class, the name of a training folder or its number as sorted, from 0. We
