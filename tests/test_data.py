@@ -31,6 +31,7 @@ def test_small_images_of_a_folder_are_held_in_memory(small):
     assert np.bincount(train.labels).tolist() == [17, 17, 16]
     assert np.array_equal(val.labels, np.repeat([0, 1, 2], 3))
     assert np.array_equal(train.image(0), Image.open(small / "train/a/000.png"))
+    assert opening.find_data(small).train.pixels is None
 
 
 def test_large_images_of_a_folder_stay_files(large):
@@ -43,12 +44,14 @@ def test_large_images_of_a_folder_stay_files(large):
 
 
 def test_images_of_several_small_sizes_stay_files(tmp_path):
-    """One image of another size, which a look at 16 files doesn't meet, is found too."""
-    write_folder(tmp_path, "train", 40, 16)
+    """One of another size among 400, which the sample doesn't meet, is found too. So do those of 65 pixels."""
+    write_folder(tmp_path, "train", 400, 16)
     Image.new("RGB", (17, 16)).save(tmp_path / "train/a/003.png")
     train, _, _ = opening.open_data(tmp_path)
     assert train.pixels is None
-    assert len(train) == 40
+    assert len(train) == 400
+    Image.new("RGB", (65, 65)).save(tmp_path / "65.png")
+    assert opening.open_data(tmp_path / "65.png").train.pixels is None
 
 
 def test_a_list_names_files_relative_to_itself(tmp_path, small):
