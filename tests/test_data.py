@@ -44,7 +44,7 @@ def test_large_images_of_a_folder_stay_files(large):
 
 
 def test_images_of_several_small_sizes_stay_files(tmp_path):
-    """One of another size among 400, which the sample doesn't meet, is found too. So do those of 65 pixels."""
+    """One of another size among 400, which the sample doesn't meet, is found too. 65 pixels are too many."""
     write_folder(tmp_path, "train", 400, 16)
     Image.new("RGB", (17, 16)).save(tmp_path / "train/a/003.png")
     train, _, _ = opening.open_data(tmp_path)

@@ -88,7 +88,8 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         classes("ILSVRC/Data/CLS-LOC/train") | classes("ILSVRC/Data/CLS-LOC/val", count=4)
         | many("ILSVRC/Data/CLS-LOC/test/{}.JPEG", 5)
         | {"ILSVRC/Annotations/CLS-LOC/train/a/1.xml": b"<a/>", "logo.png": 1},
-        "24 images, 3 classes, 12 to validate", "7 files: 5 images in ILSVRC/Data/, 1 .xml, 1 images beside them",
+        "24 images, 3 classes, 12 to validate",
+        "7 files: 5 images in ILSVRC/Data/, 1 .xml, 1 images beside them",
         "the splits were found in ILSVRC/Data/CLS-LOC/"),
     "YOLO": (
         many("train/images/{}.jpg", 8) | {f"train/labels/{i}.txt": b"0 .5" for i in range(8)},

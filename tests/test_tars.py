@@ -75,7 +75,7 @@ def images_of(source):
 
 
 def test_the_same_images_in_every_way(ways):
-    """Against the folder: labels, classes, each image; and the fingerprint, where names have no folder more."""
+    """Against the folder: labels, classes, images, and the fingerprint unless names have one folder more."""
     expected = open_data(ways["a folder"])
     for way, data in zip(ways, map(open_data, ways.values())):
         for theirs, ours in zip(expected[:2], data[:2]):

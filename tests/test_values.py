@@ -55,7 +55,7 @@ def write_tiff(path, a, order="<", compressed=False, planes=False):
     if compressed:
         content = zlib.compress(content)
     count = 10
-    behind = 8 + 2 + 12 * count + 4  # the header and the tags: then come the bits of each band, then the pixels
+    behind = 8 + 2 + 12 * count + 4  # the header and the tags; then come the bits, then the pixels
     tags = [  # number, how many values, the value or where the values are
         (256, 1, width),
         (257, 1, height),
