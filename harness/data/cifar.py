@@ -1,10 +1,10 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), in the two layouts that their page offers: the binary one and the
 Python one.
 
-The Python layout is pickled, and a pickle can call any function that it names. So it is read by an unpickler
-that knows the few names that CIFAR's files have.
+The Python layout is pickled, and a pickle can call any function that it names. So its unpickler admits only
+the few names that CIFAR's files have.
 """
-import codecs
+import contextlib
 import os
 import pickle
 from typing import NamedTuple
@@ -21,7 +21,7 @@ HUNDRED = ["train"], ["test"]
 
 
 class Layout(NamedTuple):
-    """How a CIFAR lies in a folder."""
+    """How a CIFAR is stored in a folder."""
     name: str
     form: str           # binary or Python
     signs: tuple        # files that show it
@@ -52,45 +52,61 @@ def layout_of(folder):
 def read(folder, layout):
     """The training and the validation images of a folder -> two Sources of (N, 3, 32, 32) pixels.
 
-    Raises Refused, naming the file, where one isn't as it must be.
+    Raises Refused, naming the file, if one isn't as it must be.
     """
     folder = os.fsdecode(folder)
-    classes = CLASSES if layout.name == "CIFAR-10" else hundred_classes(folder)
-    return [read_split(folder, layout, batches, classes) for batches in layout.batches]
+    classes = CLASSES if layout.name == "CIFAR-10" else hundred_classes(folder, layout)
+    sources = []
+    for names in layout.batches:  # CIFAR-10's training images come in five files
+        batches = [read_batch(os.path.join(folder, name), layout, len(classes)) for name in names]
+        pixels, labels = map(np.concatenate, zip(*batches))
+        pixels = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
+        sources.append(Source(pixels=pixels, labels=labels, classes=classes, where=folder))
+    return sources
 
 
-def read_split(folder, layout, batches, classes):
-    """One split -> Source"""
-    pixels = []
-    labels = []
-    for name in batches:  # CIFAR-10's training images come in five files
-        path = os.path.join(folder, name)
-        try:
-            data, numbers = read_batch(path, layout)
-        except Exception as error:  # a damaged pickle can raise anything
-            problem = f"not a batch of {layout.name} ({type(error).__name__}: {error})"
-            raise Refused(f"{path}: {problem}; unpack the archive again") from None
-        fits = data.dtype == np.uint8 and data.shape == (len(numbers), 3072) and len(data) > 0
-        if not fits or numbers.min() < 0 or numbers.max() >= len(classes):
-            problem = f"not a batch of {layout.name} ({data.dtype} {data.shape}, {len(numbers)} labels)"
-            raise Refused(f"{path}: {problem}; unpack the archive again")
-        pixels.append(data)
-        labels.append(numbers)
-    pixels = torch.from_numpy(np.concatenate(pixels).reshape(-1, 3, 32, 32))
-    return Source(pixels=pixels, labels=np.concatenate(labels), classes=classes, where=folder)
+@contextlib.contextmanager
+def refused_if_damaged(path, layout):
+    """Turn whatever is raised within into Refused: a damaged pickle can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise Refused(f"{path}: not a file of {layout.name} ({type(error).__name__}: {error}); unpack the "
+                      "archive again") from None
 
 
-def read_batch(path, layout):
-    """A file -> data (N, 3072), labels (N,) int64
+def hundred_classes(folder, layout):
+    """The names of CIFAR-100's classes, from the file beside the images"""
+    path = os.path.join(folder, "meta" if layout.form == "Python" else "fine_label_names.txt")
+    with refused_if_damaged(path, layout):
+        if layout.form == "Python":
+            names = unpickle(path)[b"fine_label_names"]
+        else:
+            with open(path, "rb") as f:
+                names = f.read().split()
+        return [name.decode("ascii") for name in names]
+
+
+def read_batch(path, layout, classes):
+    """A file of images of so many classes -> data (N, 3072) uint8, labels (N,) int64
 
     The binary layout has for each image its label, a byte, and 3072 bytes of pixels; CIFAR-100 has the number
     of a coarser class before it. The Python layout is a pickled dict.
     """
-    if layout.form == "binary":
-        records = np.fromfile(path + ".bin", np.uint8).reshape(-1, layout.skip + 3073)
-        return records[:, layout.skip + 1:], records[:, layout.skip].astype(np.int64)
-    batch = unpickle(path)
-    return np.asarray(batch[b"data"]), np.array(batch[layout.labels], np.int64)
+    with refused_if_damaged(path, layout):
+        if layout.form == "binary":
+            records = np.fromfile(path + ".bin", np.uint8).reshape(-1, layout.skip + 3073)
+            data = records[:, layout.skip + 1:]
+            labels = records[:, layout.skip].astype(np.int64)
+        else:
+            batch = unpickle(path)
+            data = batch[b"data"]
+            labels = np.array(batch[layout.labels], np.int64)
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
+            raise ValueError(f"{data.dtype} {data.shape}, {len(labels)} labels")
+        if labels.max() >= classes:
+            raise ValueError(f"a label of {labels.max()}")
+        return data, labels
 
 
 def unpickle(path):
@@ -99,35 +115,12 @@ def unpickle(path):
         return CifarUnpickler(f, encoding="bytes").load()
 
 
-def hundred_classes(folder):
-    """The names of CIFAR-100's classes, from the file beside the images; numbers where that is missing or
-    damaged."""
-    text = os.path.join(folder, "fine_label_names.txt")
-    try:
-        if os.path.exists(text):
-            with open(text, "rb") as f:
-                names = f.read().split()
-        else:
-            names = unpickle(os.path.join(folder, "meta"))[b"fine_label_names"]
-        names = [name.decode("ascii") for name in names]
-    except Exception:  # a damaged pickle can raise anything
-        names = []
-    return names if len(names) == 100 else [str(k) for k in range(100)]
-
-
 class CifarUnpickler(pickle.Unpickler):
-    """An unpickler that knows the four functions CIFAR's files name, under old and new numpy, and no
-    other."""
-    RECONSTRUCT = np.empty(0).__reduce__()[0]
-    KNOWN = {  # numpy 2 has moved the first
-        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): codecs.encode,
-    }
+    """An unpickler that admits the four names in CIFAR's files, as old and new numpy write them."""
+    ADMITTED = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+                "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
 
     def find_class(self, module, name):
-        if (module, name) not in self.KNOWN:
+        if f"{module}.{name}" not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which CIFAR does not hold")
-        return self.KNOWN[module, name]
+        return super().find_class(module, name)

@@ -1,8 +1,8 @@
 """From files to batches on the device: worker processes, and which images a step gets.
 
 A worker gets an epoch and indices, and returns the cut images of that batch, or of a part of a large one,
-as one tensor, in memory that it shares with the main process. What to cut is a function that the caller
-gives (augment.py), so that this room knows nothing of views.
+as one tensor, in memory that it shares with the main process. The caller passes the function that cuts
+(augment.py), so this room knows nothing about views.
 """
 import signal
 
@@ -14,13 +14,11 @@ from ..common.errors import STOPPING, WORKER_KILLED, Refused
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
-NO_IMAGES = ("no images for {seconds} s; is the disk or the network under DATA still there? May a process "
-             "open enough files (ulimit -n)?")
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
 
 
 def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
-    """Yield (epoch, indices) for every step from the start on: this process's share of each global batch.
+    """Yield (epoch, indices) for every step from the start: this process's share of each global batch.
 
     n       images of the data set
     batch   images of a global batch, which `world` divides
@@ -41,63 +39,57 @@ def decode(source, cut, batches, device, workers, waiting=iter):
     processes.
 
     cut         (image, epoch, i) -> a list of (3, S, S) uint8, one per view
-    waiting     the batches go through it as they arrive: it can take the time
-    Raises BadImage where too many files are bad.
+    waiting     the batches pass through it as they arrive: it can measure how long we wait
+    Raises BadImage if too many files are bad.
     """
     options = {}
     if workers > 0:
         options["timeout"] = LOADER_TIMEOUT
-        # Batches on their way lie in /dev/shm, which may be small: many workers prepare one each.
+        # Finished batches wait in /dev/shm, which may be small: many workers prepare one each.
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
     loader = torch.utils.data.DataLoader(
         Decoder(source, cut), batch_sampler=parts(batches), collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
-    here = []  # the parts of a batch that are here: indices, and the views of each
-    for epoch, index, is_last, views, bad in waiting(in_our_words(iter(loader))):
+    indices, views = [], []  # of the parts of a batch that are here
+    for epoch, index, is_last, cuts, bad in waiting(in_our_words(iter(loader))):
         if isinstance(bad, Refused):
             raise bad
         source.note(bad)
-        here.append((index, [x.to(device, non_blocking=True) for x in views]))
+        indices.append(index)
+        views.append([x.to(device, non_blocking=True) for x in cuts])
         if is_last:
-            yield epoch, *joined(here)
-            here = []
+            yield epoch, np.concatenate(indices), [torch.cat(parts) for parts in zip(*views)]
+            indices, views = [], []
 
 
 def in_our_words(batches):
-    """Yield the same batches. Raises Refused where the workers bring none any more."""
+    """Yield the same batches. Raises Refused if the workers stop delivering."""
     try:
         yield from batches
     except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
-        # A moment later the system tells of its death. torch's handler would raise then, wherever we are.
+        # A moment later the system reports its death. torch's handler would raise then, wherever we are.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Refused(f"{error!r}: {WORKER_KILLED}") from None
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         if "DataLoader timed out" in first_line:
-            raise Refused(f"{first_line}: {NO_IMAGES.format(seconds=LOADER_TIMEOUT)}") from None
+            raise Refused(f"{first_line}: no images for {LOADER_TIMEOUT} s; is the disk or the network under "
+                          "DATA still there? May a process open enough files (ulimit -n)?") from None
         raise
 
 
 def parts(batches):
-    """Batches of (epoch, indices) in parts of at most PART images -> yields (epoch, indices, whether it is
-    the batch's last)."""
+    """Yield batches of (epoch, indices) in parts of at most PART images: (epoch, indices, whether it is the
+    batch's last)."""
     for epoch, index in batches:
         for start in range(0, len(index), PART):
             yield epoch, index[start:start + PART], start + PART >= len(index)
 
 
-def joined(here):
-    """The parts of a batch -> indices, and the views of each as one tensor."""
-    if len(here) == 1:  # nothing to copy
-        return here[0]
-    indices, views = zip(*here)
-    return np.concatenate(indices), [torch.cat(of_parts) for of_parts in zip(*views)]
-
-
 class Decoder(torch.utils.data.Dataset):
-    """In a worker: (epoch, indices, is_last) -> a part of a batch, of cut images. Each file is read and
-    decoded once for all its views."""
+    """In a worker: (epoch, indices, is_last) -> cut images, a part of a batch. Each file is decoded once for
+    all its views."""
 
     def __init__(self, source, cut):
         self.files = source.files
@@ -108,8 +100,8 @@ class Decoder(torch.utils.data.Dataset):
         """-> epoch, indices, is_last, [(N, 3, S, S) uint8, one per view], {index: what is wrong} of the bad
         files.
 
-        Where too many files are bad, or a tar file has changed, the last is a Refused, and the main process
-        raises it. Raised here, it would arrive there wrapped in a traceback.
+        If too many files are bad, or a tar file is gone, the last is a Refused, and the main process raises
+        it. Raised here, it would arrive there wrapped in a traceback.
         """
         epoch, index, is_last = part
         cuts = []

@@ -5,27 +5,24 @@
     train/<class>/..., val/<class>/...      an image folder with labels; val/ is optional
     train/ without class folders            all images below train/, at any depth, without labels
     any other folder                        all images below it, at any depth, without labels
-    an uncompressed tar file                the folder in whose place it is, as a tar file below DATA is too
+    an uncompressed tar file                as the folder whose place it takes; so is a tar file below DATA
     an image file                           itself
     any other file                          a list: a path on each line, relative to the list
 
-The rule is: every file below DATA is used, or counted in one line that says why not. The classes are the
-folders of train/ that have images below; what is no class of train/ makes val/ unusable. Images of one size
-up to 64 pixels a side are held in memory; all others stay files, which worker processes decode.
+The rule: every file below DATA is used, or counted in one line that says why not. Images of one size up to 64
+pixels a side are held in memory; all others stay files, which worker processes decode.
 """
-import math
 import os
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset
 
 from ..common.errors import Refused
 from . import cifar
 from .captions import read_captions
-from .images import is_image, range_of_files, sample_headers
+from .images import is_image, range_of, sample
 from .lists import KINDS, read_list
 from .shapes import draw_data_set
 from .source import Source
@@ -37,10 +34,10 @@ SMALL = 64  # pixels a side, up to which images of one size are held in memory
 
 
 class Found(NamedTuple):
-    """What a run says of what lies at DATA."""
+    """What a run says about DATA."""
     layout: str          # in words
     left_out: dict = {}  # {reason: files}
-    notes: tuple = ()    # of validation, of classes, of where the images were found
+    notes: tuple = ()    # on validation, on classes, on where the images were found
 
 
 class Data(NamedTuple):
@@ -54,7 +51,7 @@ class Data(NamedTuple):
         return self.train.labels is not None and self.val is not None
 
     def rows(self):
-        """What a run says of it: {heading: text}"""
+        """What a run says about it: {heading: text}"""
         train, found = self.train, self.found
         labels = "no labels" if train.labels is None else f"{len(train.classes)} classes"
         place = "files" if train.pixels is None else "in memory"
@@ -71,29 +68,32 @@ class Data(NamedTuple):
 def open_data(path, value_range=None):
     """DATA as given by the user -> Data, small images in memory. None: the drawn shapes.
 
-    value_range     two numbers, which become 0 to 255 where values have more than 8 bits; by default a
-                    sample of both splits decides
-    Raises Refused where there is nothing that can be used.
+    value_range     two numbers, which become 0 to 255 in files of more than 8 bits; by default a sample of
+                    both splits decides
+    Raises Refused if nothing there can be used.
     """
-    return settle(look, path, value_range, hold=True)
+    return settle(find(path), value_range, hold=True)
 
 
 def find_data(path, value_range=None):
-    """The same, but image files stay files, of which a sample is read."""
-    return settle(look, path, value_range, hold=False)
+    """The same, but image files stay files."""
+    return settle(find(path), value_range, hold=False)
 
 
 def open_captions(path, value_range=None):
-    """The same of a list of images with captions (captions.py), or of the drawn shapes. Sources have
-    captions."""
-    return settle(look_at_captions, path, value_range, hold=True)
+    """The same of a list of images with captions (captions.py), or of the drawn shapes."""
+    if path is None:
+        return open_data(None)
+    files, captions = read_captions(path)
+    train = Source(files=np.array(files), captions=captions, where=os.fsdecode(path))
+    return settle(Data(train, None, Found("a list of images with captions")), value_range, hold=True)
 
 
-# --- What lies at DATA ----------------------------------------------------------------------------------
+# --- What is at DATA ------------------------------------------------------------------------------------
 
-def look(path):
-    """What lies at a path (text or bytes) -> Data. Names are read, and the labels in text files, but no image
-    files. Raises Refused where there is nothing that can be used."""
+def find(path):
+    """What is at a path (text or bytes) -> Data. It reads names, and labels in text files, but no image
+    files."""
     if path is None:
         return Data(*draw_data_set(), Found("the drawn shapes"))
     path = os.fsencode(path)
@@ -102,103 +102,79 @@ def look(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
     if os.path.isdir(path):
-        return look_at_folder(path)
+        return find_in_folder(path)
     if is_tar(path):
-        return look_at_images("a tar file", walk_tar(path))
+        return find_images("a tar file", walk_tar(path))
     if is_image(path):
-        files, layout = [path], "one image"
+        layout, files = "one image", [path]
     else:
-        files, layout = read_list(path), "a list of images"
-    return Data(Source(files=np.array(files), where=os.fsdecode(path)), None, Found(layout))
+        layout, files = "a list of images", read_list(path)
+    train = Source(files=np.array(files), where=os.fsdecode(path))
+    return Data(train, None, Found(layout))
 
 
-def look_at_folder(path):
+def find_in_folder(path):
     """A folder of CIFAR, one around it, or one of images."""
-    listing = walk(path)
     layout = cifar.layout_of(path)
     if layout:
-        # The archive's own files are not counted, but the images beside them.
-        beside = sum(len(folder.names) for folder in listing.tree.values())
-        left_out = {"images beside CIFAR's files": beside}
-        train, val = cifar.read(path, layout)
-        return Data(train, val, Found(f"{layout.name} ({layout.form})", left_out))
+        return Data(*cifar.read(path, layout), Found(f"{layout.name} ({layout.form})"))
+    listing = walk(path)
     inside = [os.path.join(path, name) for name in cifar.FOLDERS]
     inside = [folder for folder in inside if cifar.layout_of(folder)]
     if listing.tree or not inside:
-        return look_at_images("an image folder", listing)
+        return find_images("an image folder", listing)
     if len(inside) > 1:
-        names = ", ".join(os.fsdecode(os.path.basename(folder)) for folder in inside)
-        raise Refused(f"{os.fsdecode(path)}: holds {len(inside)} data sets, {names}; name one of them")
-    return look_at_folder(inside[0])
+        names = ", ".join(map(os.fsdecode, inside))
+        raise Refused(f"{os.fsdecode(path)}: has several data sets in it; name one of them: {names}")
+    return find_in_folder(inside[0])
 
 
-def look_at_images(layout, listing):
+def find_images(layout, listing):
     """A folder of images, or a tar file in its place: with splits and classes, or without (splits.py)."""
     if not listing.tree:
+        advice = "give a folder of JPEG, PNG or other image files"
+        for suffix, _ in reversed(listing.left_out.most_common()):
+            if suffix in KINDS:
+                advice = f"{suffix}: {KINDS[suffix]}"
         raise Refused(f"{os.fsdecode(listing.root)}: no images there "
-                      f"({describe(listing.left_out) or 'it is empty'}); {advice(listing.left_out)}")
-    train, val, left_out, notes = find_splits(listing)
-    return Data(train, val, Found(layout, left_out, tuple(notes)))
+                      f"({describe(listing.left_out) or 'it is empty'}); {advice}")
+    train, val, notes = find_splits(listing)
+    return Data(train, val, Found(layout, listing.left_out, tuple(notes)))
 
 
-def advice(left_out):
-    """What to do with a folder without images: for the most frequent kind of file that we know."""
-    for suffix, _ in left_out.most_common():
-        if suffix in KINDS:
-            return f"{suffix}: {KINDS[suffix]}"
-    return "give a folder of JPEG, PNG or other image files"
+# --- What a sample of the files decides -----------------------------------------------------------------
 
-
-def look_at_captions(path):
-    """A list of images with captions."""
-    if path is None:
-        return look(None)
-    files, captions = read_captions(path)
-    train = Source(files=np.array(files), captions=captions, where=os.fsdecode(path))
-    return Data(train, None, Found("a list of images with captions"))
-
-
-# --- What some of the files say -------------------------------------------------------------------------
-
-def settle(find, path, value_range, hold):
-    """DATA, as this function finds it -> Data, with the range of its values and, with `hold`, small images in
-    memory: the headers of a sample of both splits' files say which."""
-    value_range = checked_range(value_range)
-    data = find(path)
-    sources = [source for source in (data.train, data.val) if source]
+def settle(data, value_range, hold):
+    """The same data with the range of its values and, with `hold`, small images in memory."""
+    if value_range is not None:
+        low, high = value_range = tuple(map(float, value_range))
+        if not low < high:
+            raise Refused(f"--range must be two numbers, the lower one first, not {low:g} {high:g}")
     if data.train.pixels is not None:  # drawn, or CIFAR's
         return data
-    files = ConcatDataset([source.files for source in sources])
-    headers = sample_headers(files)
-    if value_range is None:
-        value_range = range_of_files([files[i] for i, header in headers.items() if header.is_deep])
-    start = 0
-    for k, source in enumerate(sources):
-        sizes = {header.size for i, header in headers.items() if start <= i < start + len(source)}
-        start += len(source)
-        sources[k] = replace(source, value_range=value_range)
-        if hold and len(sizes) == 1 and max(max(sizes)) <= SMALL:
-            sources[k] = in_memory(sources[k], *sizes)
-    return data._replace(train=sources[0], val=sources[1] if data.val else None)
+    sources = [source for source in (data.train, data.val) if source]
+    samples = [sample(source.files) for source in sources]
+    values = [deep for _, values in samples for deep in values]
+    if value_range is None and values:
+        value_range = range_of(np.concatenate(values))
+    sources = [replace(source, value_range=value_range) for source in sources]
+    if hold:
+        sources = [in_memory(source, sizes) for source, (sizes, _) in zip(sources, samples)]
+    return Data(sources[0], sources[1] if data.val else None, data.found)
 
 
-def checked_range(value_range):
-    """--range as given, or None -> (low, high), or None. Raises Refused for what is no range."""
-    if value_range is None:
-        return None
-    low, high = map(float, value_range)
-    if not (low < high and math.isfinite(low) and math.isfinite(high)):
-        raise Refused(f"--range {low:g} {high:g}: two finite numbers, the lower one first")
-    return low, high
+def in_memory(source, sizes):
+    """The same source, its pixels in one tensor, if all its images are small and of one size.
 
-
-def in_memory(source, size):
-    """The same source, its pixels in one tensor, if all its images are of one size: (width, height)."""
-    width, height = size
+    sizes   of a sample: {(width, height)}
+    """
+    if len(sizes) != 1 or max(max(sizes)) > SMALL:
+        return source
+    (width, height), = sizes
     pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
     for i in range(len(source)):
         image = source.image(i)
-        if image.shape != (height, width, 3):  # those of the sample were of one size by chance
+        if image.shape != (height, width, 3):  # the sample was of one size by chance
             return source
         pixels[i] = image.permute(2, 0, 1)
     return replace(source, pixels=pixels)

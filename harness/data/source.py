@@ -1,31 +1,29 @@
-"""A split of a data set: its images, in memory or as files, and their labels where they are known."""
+"""A split of a data set: its images, in memory or as files, and their labels if they are known."""
 import hashlib
 import os
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from ..common.errors import BadImage, printable
 from ..common.progress import warn
 from .images import read_or_replace
-from .tars import Files
+from .tars import plain
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split. Small images are held in memory, others are files. Labels and classes exist only where
-    they are known.
+    """One split. Small images are held in memory, others are files.
 
-    pixels      (N, 3, H, W) uint8 tensor, where the images are held in memory; else None
-    files       (N,) array of byte strings, or tars.Files, or None. It is one buffer, which worker processes
-                share. The reference counts of a list of Python strings would make each worker copy it
+    pixels      (N, 3, H, W) uint8 tensor if the images are held in memory, else None
+    files       (N,) array of paths (bytes; for members see tars.py), or None. It is one buffer, which worker
+                processes share: the reference counts of a list would make each worker copy it
     labels      (N,) int64 array, or None
     classes     list of names, or None
     where       the folder or the file that they come from
     captions    list of texts, one an image, or None
-    value_range (low, high), which become 0 to 255 where a file has more than 8 bits; or None
-    bad         {index: what is wrong with that file}, of the files that were met so far
+    value_range (low, high), which become 0 to 255 in files of more than 8 bits; or None
+    bad         {index: what is wrong with that file}, of the files met so far
     """
     pixels: object = None
     files: object = None
@@ -41,11 +39,11 @@ class Source:
 
     @property
     def names(self):
-        """The paths of the files: (N,) array of byte strings"""
-        return self.files.names if isinstance(self.files, Files) else self.files
+        """The files' names: (N,) array of bytes"""
+        return np.array([plain(path) for path in self.files])
 
     def image(self, i):
-        """The i-th image as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
+        """Image i as stored, or the next good one: (H, W, 3) uint8 tensor. Raises BadImage."""
         if self.pixels is not None:
             return self.pixels[i].permute(1, 2, 0)
         image, bad = read_or_replace(self.files, i, self.value_range)
@@ -53,42 +51,39 @@ class Source:
         return image
 
     def note(self, bad):
-        """Remember bad files, {index: what is wrong}, and name each once on stderr.
-
-        Raises BadImage where they are too many.
-        """
+        """Remember bad files, {index: what is wrong}, and name each once on stderr. Raises BadImage if they
+        are too many."""
         for i in bad.keys() - self.bad.keys():
             warn(f"bad image, replaced by the next good one: {printable(bad[i])}")
         self.bad.update(bad)
         self.check_bad()
 
     def check_bad(self):
-        """Raise BadImage where more files are bad than 10 plus one in a hundred."""
+        """Raise BadImage if more files are bad than 10 plus one in a hundred."""
         if len(self.bad) > 10 + len(self) / 100:
             raise BadImage(f"{len(self.bad)} of {len(self)} images can't be read, which is too many; "
                            "python augment.py DATA --check lists them")
 
     def only(self, good):
         """The same split with these images only (indices), none of which is bad -> Source"""
-        return replace(
-            self,
-            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(good)],
-            files=None if self.files is None else self.files[good],
-            labels=None if self.labels is None else self.labels[good],
-            captions=None if self.captions is None else [self.captions[i] for i in good],
-            bad={})
+        arrays = {"pixels": self.pixels, "files": self.files, "labels": self.labels}
+        kept = {name: array[good] for name, array in arrays.items() if array is not None}
+        if self.captions is not None:
+            kept["captions"] = [self.captions[i] for i in good]
+        return replace(self, **kept, bad={})
 
     def fingerprint(self):
-        """A number below 2^48 that tells data sets apart.
+        """A number below 2^48 that distinguishes data sets.
 
-        It is a hash of the pixels, or of the files' names below the folder that they have in common, and of
-        the labels.
+        It is a hash of the pixels, or of the files' names below the folder that they share, and of the
+        labels.
         """
         if self.pixels is not None:
             parts = [self.pixels.numpy()]
         else:
-            above = len(os.path.commonprefix([min(self.names), max(self.names)]))
-            parts = [b"\n".join(name[above:] for name in self.names)]
+            names = self.names
+            above = len(os.path.commonprefix([min(names), max(names)]))
+            parts = [b"\n".join(name[above:] for name in names)]
         if self.labels is not None:
             parts.append(np.ascontiguousarray(self.labels, np.int64))
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)

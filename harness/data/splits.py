@@ -1,72 +1,57 @@
-"""A folder of images: where its training and its validation images are, and what their classes are.
+"""A folder of images: which of them are to train on and which to validate with, and what their classes are.
 
 A class is a folder of the training split that has images below. One class alone is nothing to classify. A
-folder called images, alone or beside masks/ and the like, is no class: it holds the images. What can't be
-used of a validation split is said in a note: pre-training goes on without it, and an evaluation ends with the
-same words.
+folder called images, alone or beside masks/ and the like, isn't a class: it holds the images. If a validation
+split can't be used, a note says why: pre-training goes on without it, and an evaluation ends with the same
+words.
 """
-import collections
 import os
 import re
-from typing import NamedTuple
 
 import numpy as np
 
 from ..common.errors import Refused, printable
 from .lists import read_lines
 from .source import Source
-from .tars import gather
+from .tars import plain
 from .walk import REASONS, suffix_of
 
-# Names of splits, in lower case, with what people put behind them: train2017, training_set, val_images. A
-# folder called test/ stands in where there is no val/.
-BEHIND = r"([-_ ]?(set|data|split|images))?[-_]?\d*"
-BEFORE = r"(ilsvrc\d+_img_)?"  # ImageNet's tar files as they are downloaded
-TRAIN = re.compile(BEFORE + "(train|training)" + BEHIND)
-VAL = [re.compile(BEFORE + names + BEHIND) for names in ("val", "(valid|validation)", "(test|testing)")]
+
+def named(words):
+    """A pattern for names of splits, in lower case, with what people put around them: train2017,
+    training_set, val_images; ILSVRC2012_img_val.tar as it is downloaded."""
+    return re.compile(rf"(ilsvrc\d+_img_)?({words})([-_ ]?(set|data|split|images))?[-_]?\d*")
+
+
+TRAIN = named("train|training")
+VAL = [named("val"), named("valid|validation"), named("test|testing")]  # the first that is there
 # A folder of the first names holds the images of the folder that it is in, alone or beside one of the second.
 IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
 BESIDE = {"labels", "masks", "mask", "annotations", "segmentation", "segmentations", "segmentationclass",
           "segmentationobject", "depth", "trimaps", "gt", "ground_truth", "groundtruth"}
-DEPTH = 6  # so many folders deep, splits are searched for
-
-
-class Split(NamedTuple):
-    """The images of a split. A place is one of walk.Listing's."""
-    place: tuple
-    labels: dict              # {place: the number of its images' class, or an array; -1: not in the split}
-    classes: object = None    # list of names, or None: then numbers say nothing
-    labels_from: bytes = b""  # the text file that says the classes
-
-
-class Unusable(Exception):
-    """Why a validation split can't be used."""
 
 
 def find_splits(listing):
-    """What lies below a folder (walk.Listing) -> training Source, validation Source or None, {reason: files
-    left out}, notes
+    """What is below a folder (walk.Listing) -> training Source, validation Source or None, notes
 
-    Raises Refused where several folders could be the training split.
+    What a split takes leaves the listing's tree; the images that are still there at the end count as left
+    out. Raises Refused if several folders could be the training split.
     """
-    parent = parent_of_splits(listing)
     val = None
+    parent = parent_of_splits(listing)
     if parent is None:
         train, notes = without_splits(listing)
     else:
         train, notes = training_split(listing, parent)
         val, more = validation_split(listing, parent, train.classes)
         notes += more
-        if not val and not more and train.classes:
-            notes.append("no validation split (val/ with images)")
         if parent:
             notes.insert(0, f"the splits were found in {shown(*parent)}/")
-    splits = [train, val] if val else [train]
-    left_out = listing.left_out + others(listing.tree, splits)
-    if val and val.labels_from:
-        left_out[suffix_of(val.labels_from)] -= 1
-    sources = [source_of(listing, split) for split in splits]
-    return sources[0], sources[1] if val else None, left_out, notes
+    depth = 2 if len(listing.tree) <= REASONS // 2 else 1  # what a line can hold
+    for place, names in listing.tree.items():
+        where = f"in {shown(*place[:depth])}/" if place else "beside them"
+        listing.left_out[f"images {where}"] += len(names)
+    return train, val, notes
 
 
 def shown(*place):
@@ -75,25 +60,28 @@ def shown(*place):
 
 
 def matching(pattern, names):
-    """Those of some names (bytes) that are written like this. The shortest, the plain name, comes first."""
+    """The names (bytes) that match, the shortest, which is the plain one, first."""
     fitting = [name for name in names if pattern.fullmatch(os.fsdecode(name).lower())]
     return sorted(fitting, key=lambda name: (len(name), name))
+
+
+def candidates(names):
+    """The names that a validation split can have, the best first."""
+    return [name for pattern in VAL for name in matching(pattern, names)]
 
 
 # --- Where the splits are -------------------------------------------------------------------------------
 
 def parent_of_splits(listing):
-    """The place that has a training split in it, with images below: the root, or else one that is deeper;
-    None where there is none.
+    """The place that has a training split in it: the root, or else one that is deeper; None if there is none.
 
-    Raises Refused where several have one: which is meant, only the user knows.
+    Raises Refused if several have one: only the user knows which is meant.
     """
     parents = set()
     for place in listing.tree:
-        for depth, name in enumerate(place[:DEPTH]):
-            if matching(TRAIN, [name]):
-                parents.add(place[:depth])
-                break
+        depths = [depth for depth, name in enumerate(place) if matching(TRAIN, [name])]
+        if depths:
+            parents.add(place[:depths[0]])
     if () in parents:
         return ()
     if len(parents) > 1:
@@ -104,29 +92,35 @@ def parent_of_splits(listing):
 
 
 def holding_place(listing, place):
-    """Where in a place the images or the classes lie: the place itself, or the folder images/ in it."""
-    names = {name: os.fsdecode(name).lower() for name in listing.names(place)}
-    holding = [name for name, lower in names.items() if lower in IMAGES]
-    if len(holding) == 1 and set(names.values()) - IMAGES <= BESIDE:
+    """Where in a place the images or the classes are: the place itself, or the folder images/ in it, or one
+    of its own name, as archives unpack."""
+    names = listing.names(place)
+    if place and names == {place[-1]}:
+        return holding_place(listing, (*place, place[-1]))
+    holding = [name for name in names if os.fsdecode(name).lower() in IMAGES]
+    others = {os.fsdecode(name).lower() for name in names} - IMAGES
+    if len(holding) == 1 and others <= BESIDE:
         return holding_place(listing, (*place, holding[0]))
     return place
 
 
+# --- What they are --------------------------------------------------------------------------------------
+
 def without_splits(listing):
-    """All images at any depth, without labels -> Split, notes. Of a folder with images/ beside masks/, only
+    """All images at any depth, without labels -> Source, notes. Of a folder with images/ beside masks/, only
     the images."""
     place = holding_place(listing, ())
     notes = []
     if names := ", ".join(map(shown, candidates(listing.names(place)))):
         notes.append(f"no train/ there: the images in {names}/ are trained on too")
-    return unlabelled(listing, place), notes
+    return by_folder(listing, place), notes
 
 
 def training_split(listing, parent):
-    """The images of train/, and its classes where there are two or more -> Split, notes
+    """The images of train/, and its classes if there are two or more -> Source, notes
 
-    An image outside the class folders has no class, and is left out. Raises Refused where two folders could
-    be the training split.
+    An image outside the class folders has no class, and is left out. Raises Refused if two folders could be
+    the training split.
     """
     beside = listing.names(parent)
     name, *more = matching(TRAIN, beside)
@@ -137,165 +131,94 @@ def training_split(listing, parent):
     place = holding_place(listing, (*parent, name))
     classes = sorted(map(os.fsdecode, listing.names(place)))
     if len(classes) > 1:
-        return by_class(listing, place, classes), []
+        return by_folder(listing, place, classes), []
     notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
     if len(beside) > 1 and not candidates(beside):
-        notes.append(f"{shown(name)}/ is taken for the training split: the images beside it are left out")
-    return unlabelled(listing, place), notes
-
-
-def unlabelled(listing, place):
-    """All images at and below a place -> Split"""
-    return Split(place, dict.fromkeys(listing.inside(place), 0))
-
-
-def by_class(listing, place, classes):
-    """The images in the class folders of a place -> Split"""
-    number = {os.fsencode(name): k for k, name in enumerate(classes)}
-    labels = {inside: number[inside[len(place)]] for inside in listing.inside(place) if inside != place}
-    return Split(place, labels, classes)
-
-
-def source_of(listing, split):
-    """The images of a split, sorted by path -> Source"""
-    folders = {listing.path(place): listing.tree[place] for place in split.labels}
-    labels = np.concatenate(list(map(of_each, folders.values(), split.labels.values())))
-    source = Source(
-        files=gather(folders),
-        labels=labels if split.classes else None,
-        classes=split.classes,
-        where=os.fsdecode(listing.path(split.place)))
-    used = np.flatnonzero(labels >= 0)
-    return source.only(used[np.argsort(source.names[used], kind="stable")])
-
-
-def of_each(folder, label):
-    """The labels of a folder's images: one for all, or an array"""
-    return np.broadcast_to(label, len(folder.names))
-
-
-def others(tree, splits):
-    """The images that are in no split, counted by where they lie -> Counter
-
-    Two folders deep, or one where that would be more than a line can hold.
-    """
-    unused = collections.Counter({place: len(folder.names) for place, folder in tree.items()})
-    for split in splits:
-        for place, label in split.labels.items():
-            unused[place] -= int((of_each(tree[place], label) >= 0).sum())
-    for depth in (2, 1):
-        counted = collections.Counter()
-        for place, n in (+unused).items():
-            counted[shown(*place[:depth])] += n
-        if len(counted) <= REASONS // 2:
-            break
-    return collections.Counter({f"images in {name}/" if name else "images beside them": n
-                                for name, n in counted.items()})
-
-
-# --- Validation -----------------------------------------------------------------------------------------
-
-def candidates(names):
-    """Those of some names that a validation split can have, the best first."""
-    return [name for pattern in VAL for name in matching(pattern, names)]
+        notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out")
+    return by_folder(listing, place), notes
 
 
 def validation_split(listing, parent, classes):
-    """The images of val/ that have labels -> Split or None, notes
+    """The images of val/ that have labels, by their folders or by a text file -> Source or None, notes
 
-    classes     of the training split: a class that it lacks would be one of which nothing was learned
+    classes     of the training split: nothing was learned of a class that it lacks
     """
     names = candidates(listing.names(parent))
     if not names:
-        return None, []
-    try:
-        split = labelled_split(listing, parent, names[0], classes)
-    except Unusable as problem:
-        return None, [f"{shown(names[0])}/ is not used: {problem}"]
-    if names[0] == b"val":
-        return split, []
-    return split, [f"{shown(names[0])}/ is taken for the validation split"]
-
-
-def labelled_split(listing, parent, name, classes):
-    """The images in the class folders of a validation split, or those that a text file says the classes of
-    -> Split. Raises Unusable."""
+        return None, ["no validation split (val/ with images)"] if classes else []
+    name = shown(names[0])
+    place = holding_place(listing, (*parent, names[0]))
+    folders = listing.names(place)
+    unknown = sorted(folders - set(map(os.fsencode, classes or [])))
+    val = problem = None
     if classes is None:
-        raise Unusable("the training images have no labels")
-    place = holding_place(listing, (*parent, name))
-    names = listing.names(place)
-    unknown = sorted(names - set(map(os.fsencode, classes)))
-    if unknown:
-        raise Unusable(f"{shown(unknown[0])} is no class of the training split")
-    if names:
-        return by_class(listing, place, classes)
-    path = label_file(listing, parent, name, place)
-    labels = read_labels(path, listing.tree[place].names, classes)
-    return Split(place, {place: labels}, classes, path)
+        problem = "the training images have no labels"
+    elif unknown:
+        problem = f"{shown(unknown[0])} is not a class of the training split"
+    elif folders:
+        val = by_folder(listing, place, classes)
+    else:
+        val, problem = by_text(listing, parent, names[0], place, classes)
+    if problem:
+        return None, [f"{name}/ is not used: {problem}"]
+    return val, [] if name == "val" else [f"{name}/ is used as the validation split"]
 
 
-# --- Labels of a flat validation folder, from a text file beside it ---------------------------------------
-# Each line has an image's name and its class, and perhaps more: val_annotations.txt of Tiny-ImageNet has a
-# box, and tabs; val.txt, for ImageNet's 50,000 as they are downloaded, has a blank. A class is the name of
-# one of the training folders, or its number as sorted, from 0 on. Whatever could be meant in two ways is not
-# guessed: a wrong label would only show as a low accuracy.
+# --- The images of a split ------------------------------------------------------------------------------
 
-def label_file(listing, parent, name, place):
-    """The text file with the labels of a split of this name, whose images lie at a place -> its path: in the
-    split, beside it, or between. Raises Unusable where there is none."""
-    names = [name + b".txt", name + b"_annotations.txt", b"val_annotations.txt"]
-    if re.search(b"^(ilsvrc.*_)?val", name.lower()):
-        names.append(b"val.txt")
-    for folder in (place, place[:-1], parent):
-        for name_of_file in names:
-            path = os.path.join(listing.path(folder), name_of_file)
-            if os.path.isfile(path):
-                return path
-    raise Unusable(f"it has no class folders, and there is no {shown(name)}.txt with labels")
+def by_folder(listing, place, classes=None):
+    """The images below a place -> Source
 
-
-def read_labels(path, images, classes):
-    """A file with labels -> the number of the class of each of these images (names), or -1. Raises
-    Unusable."""
-    text = shown(os.path.basename(path))
-    known = set(images)
-    said = dict(name_and_class(line, known) for line in read_lines(path))
-    said.pop(None, None)
-    if not said:
-        raise Unusable(f"{text} names none of its images")
-    numbers = numbers_of(set(said.values()), classes)
-    if numbers is None:
-        raise Unusable(f"the classes in {text} are neither names of the training folders nor numbers from 0 "
-                       f"to {len(classes) - 1} (numbers count only if a 0 is among them, and no folder is a "
-                       "number)")
-    return np.array([numbers[said[name]] if name in said else -1 for name in images])
-
-
-def name_and_class(line, known):
-    """An image's name, without folders, and its class: the first two things on a line.
-
-    They are separated by a tab, or by blanks, which a name may hold too: the longest known name counts.
+    classes     with these, only the images in class folders: the others have no class
     """
-    separator = b"\t" if b"\t" in line else None
-    fields = line.split(separator)
-    for k in range(len(fields) - 1, 0, -1):
-        name = os.path.basename((separator or b" ").join(fields[:k]).strip())
-        if name in known:
-            return name, fields[k].strip()
-    return None, None
+    numbers = {os.fsencode(name): k for k, name in enumerate(classes or [])}
+    taken = {}
+    for inside in listing.inside(place):
+        if classes is None:
+            taken |= dict.fromkeys(listing.take(inside))
+        elif inside != place:
+            taken |= dict.fromkeys(listing.take(inside), numbers[inside[len(place)]])
+    return source_of(listing, place, taken, classes)
 
 
-def numbers_of(said, classes):
-    """{class as a file says it (bytes): its number}; None unless all are names, or all are numbers.
+def source_of(listing, place, taken, classes):
+    """Images, {path: the number of its class}, sorted by path -> Source"""
+    paths = sorted(taken)
+    return Source(
+        files=np.array(paths),
+        labels=np.array([taken[path] for path in paths]) if classes else None,
+        classes=classes,
+        where=os.fsdecode(listing.path(place)))
 
-    Folders that are numbers are names, and "1" then is no place among them. Without a 0, numbers may count
-    from 1.
+
+def by_text(listing, parent, name, place, classes):
+    """The images of a flat val/ with a class in a text file -> Source or None, and what is wrong or None
+
+    val_annotations.txt of Tiny-ImageNet, or val.txt for ImageNet's 50,000 as they are downloaded: each line
+    has an image's name and its class, the name of a training folder or its number as sorted, from 0. We
+    guess nothing that could have two meanings: a wrong label would only show as a low accuracy.
     """
-    by_name = {os.fsencode(name): k for k, name in enumerate(classes)}
-    if said <= by_name.keys():
-        return by_name
-    by_number = {str(k).encode(): k for k in range(len(classes))}
-    folders_are_numbers = any(name.isdigit() for name in by_name)
-    if said <= by_number.keys() and b"0" in said and not folders_are_numbers:
-        return by_number
-    return None
+    word = b"val" if b"val" in name.lower() else name
+    beside, inside = listing.path(parent), listing.path((*parent, name))
+    paths = [os.path.join(folder, word + end)
+             for folder in (beside, inside) for end in (b".txt", b"_annotations.txt")]
+    paths = list(filter(os.path.isfile, paths))
+    if not paths:
+        return None, f"it has no class folders, and there is no {shown(word)}.txt with labels"
+    class_of = {}
+    for line in read_lines(paths[0]):
+        image, *more = line.split()
+        class_of[os.path.basename(image)] = more[0] if more else b""
+    images = listing.tree[place]
+    said = {image: class_of[plain(image)] for image in images if plain(image) in class_of}
+    numbers = {os.fsencode(folder): k for k, folder in enumerate(classes)}
+    if b"0" in said.values() and not any(map(bytes.isdigit, numbers)):
+        numbers = {str(k).encode(): k for k in range(len(classes))}
+    if not said or not set(said.values()) <= numbers.keys():
+        return None, (f"{shown(os.path.basename(paths[0]))} must have an image and its class on each line: a "
+                      "folder of train/, or its number from 0")
+    listing.left_out[suffix_of(paths[0])] -= 1
+    listing.tree[place] = [image for image in images if image not in said]
+    folder = listing.path(place)
+    taken = {os.path.join(folder, image): numbers[text] for image, text in said.items()}
+    return source_of(listing, place, taken, classes), None

@@ -1,18 +1,20 @@
-"""The files below a folder, as a tree; which of them are images, and why the others are none.
+"""The files below a folder, as a tree; which of them are images, and why the others aren't.
 
 Systems and tools leave files behind, hidden ones and others, and so do our own programs: none of them is
 data. Every file that is passed over is counted, with the reason.
 """
 import collections
+import concurrent.futures
+import functools
 import os
 from typing import NamedTuple
 
 from ..common.errors import Refused, printable
 from ..common.files import OURS, has_mark
 from .images import is_image
-from .tars import Folder, as_folder, is_tar, list_tar
+from .tars import as_folder, is_tar, member_name, members
 
-# Beside all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
+# Besides all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
 # into folders, in lower case.
 SYSTEMS = {
     "__macosx", "icon\r", "network trash folder", "temporary items",
@@ -20,12 +22,14 @@ SYSTEMS = {
     "lost+found", "@eadir", "#recycle", "#snapshot", "__pycache__",
 }
 REASONS = 12  # shown; the others are added up
+LEFT_BEHIND = "hidden or a system's"
+READERS = 8   # threads that read the headers of tar files: they mostly wait for the disk
 
 
 class Listing(NamedTuple):
-    """What lies below a folder. A place is a tuple of names (bytes), from the folder on."""
+    """The files below a folder. A place is a tuple of names (bytes), from the folder on."""
     root: bytes
-    tree: dict     # {place: tars.Folder} of all folders that images lie in directly
+    tree: dict     # {place: names of the images that are in it directly}
     left_out: collections.Counter  # {reason: files}
 
     def inside(self, place):
@@ -40,64 +44,92 @@ class Listing(NamedTuple):
         """Where a place is on the disk."""
         return os.path.join(self.root, *place)
 
+    def take(self, place):
+        """Take the images of a place out of the tree -> their paths"""
+        folder = self.path(place)
+        return [os.path.join(folder, name) for name in self.tree.pop(place)]
+
 
 def walk(root):
     """All files below a folder (its path: bytes), at any depth, and in tar files there -> Listing
 
-    Links to folders are followed, but never into a folder that they lie in, nor from one link into another:
-    links across class folders could lead round in any order. Of a hidden folder nothing is looked at: it
-    counts as one file. Raises Refused where a folder can't be listed.
+    Links to folders are followed, but never into a folder that they are in, nor from one link into another:
+    links across class folders could lead round in any order. A hidden folder isn't entered: it counts as one
+    file. Raises Refused if a folder can't be listed.
     """
-    tree = {}
-    left_out = collections.Counter()
+    listing = Listing(root, {}, collections.Counter())
     waiting = [((), frozenset(), False)]  # place, identities of the folders above, whether a link led there
     while waiting:
         place, above, linked = waiting.pop()
-        folder = os.path.join(root, *place)
+        folder = listing.path(place)
         above |= {identity(folder)}
         images = []
-        folders = set()
         for entry in entries(folder):
+            kind = kind_of(entry)
             if is_left_behind(entry.name):
-                left_out["hidden or a system's"] += 1
-            elif is_folder(entry):
-                folders.add(entry.name)
+                listing.left_out[LEFT_BEHIND] += 1
+            elif kind == "folder":
                 is_link = entry.is_symlink()
                 if is_link and (linked or identity(entry.path) in above):
-                    left_out["links that lead back, or on to links"] += 1
+                    listing.left_out["links that lead back, or on to links"] += 1
                 else:
                     waiting.append(((*place, entry.name), above, linked or is_link))
-            elif not entry.is_symlink() and not entry.is_file():
-                left_out["pipes, sockets or devices"] += 1  # opening a pipe can take for ever
-            elif is_tar(entry.name) and os.path.isfile(entry.path):
-                name = as_folder(entry.name)
-                if name in folders:
-                    beside = os.fsdecode(as_folder(entry.path))
-                    raise Refused(f"{os.fsdecode(entry.path)}: {beside}/ is there too, perhaps unpacked from "
-                                  "it; move one of them away")
-                folders.add(name)
-                found, passed_over = list_tar(entry.path, why_no_image)
-                tree |= {(*place, name, *inside): its_images for inside, its_images in found.items()}
-                left_out += passed_over
+            elif kind == "neither":
+                listing.left_out["links to nothing, or pipes"] += 1
+            elif is_tar(entry.name):
+                if os.path.exists(as_folder(entry.path)):
+                    raise Refused(f"{os.fsdecode(entry.path)}: the folder unpacked from it is there too; "
+                                  "move one of them away")
+                found = walk_tar(entry.path)
+                listing.left_out.update(found.left_out)
+                for inside, names in found.tree.items():
+                    listing.tree[*place, as_folder(entry.name), *inside] = names
             elif not is_image(entry.name):
-                left_out[suffix_of(entry.name)] += 1
+                listing.left_out[suffix_of(entry.name)] += 1
             elif entry.name in OURS and has_mark(entry.path):
-                left_out["pictures that our programs drew"] += 1
+                listing.left_out["pictures that our programs drew"] += 1
             else:
                 images.append(entry.name)
         if images:
-            tree[place] = Folder(images)
-    return Listing(root, tree, left_out)
+            listing.tree[place] = images
+    return listing
 
 
 def walk_tar(path):
-    """A tar file, as the folder in whose place it is -> Listing"""
-    return Listing(as_folder(path), *list_tar(path, why_no_image))
+    """A tar file, and the tar files inside it, as the folder whose place it takes -> Listing"""
+    listing, inner = list_members(path, (), None)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        read = functools.partial(list_members, path)
+        for found, _ in pool.map(read, inner.keys(), inner.values()):
+            listing.tree.update(found.tree)
+            listing.left_out.update(found.left_out)
+    return listing
+
+
+def list_members(path, place, span):
+    """A tar file, or the one inside it that has this place and this span -> Listing, and {place: span} of the
+    tar files inside. Those two levels down are not looked into."""
+    listing = Listing(as_folder(path), {}, collections.Counter())
+    inner = {}
+    for member in members(path, span):
+        *folders, name = os.path.normpath(os.fsencode(member.name)).lstrip(b"/").split(b"/")
+        folder = (*place, *folders)
+        if any(map(is_left_behind, (*folders, name))):
+            listing.left_out[LEFT_BEHIND] += 1
+        elif not member.isreg() or member.issparse():
+            listing.left_out["links and the like in a tar file"] += 1
+        elif is_tar(name) and span is None:
+            inner[*folder, as_folder(name)] = member.offset_data, member.offset_data + member.size
+        elif not is_image(name):
+            listing.left_out[suffix_of(name)] += 1
+        else:
+            listing.tree.setdefault(folder, []).append(member_name(path, name, member))
+    return listing, inner
 
 
 def entries(folder):
-    """A folder's entries, by name. Raises Refused where it can't be listed: what is in it would be missing
-    without a word."""
+    """A folder's entries, by name. Raises Refused if it can't be listed: its images would be missing without
+    a word."""
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: entry.name)
@@ -112,50 +144,37 @@ def identity(folder):
     return status.st_dev, status.st_ino
 
 
-def is_folder(entry):
-    """Whether an entry is a folder, or a link to one."""
+def kind_of(entry):
+    """Whether an entry, or what it links to, is a "folder", a "file" or "neither"."""
     try:
-        return entry.is_dir()
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else "neither"
     except OSError:  # a link to itself
-        return False
+        return "neither"
 
 
 def is_left_behind(name):
-    """Whether a name (bytes) is a hidden one, or one that a system has made for itself."""
+    """Whether a name (bytes) is hidden, or one that a system has made for itself."""
     name = os.fsdecode(name)
     return name.startswith(".") or name.lower() in SYSTEMS
 
 
-def why_no_image(parts):
-    """Why a member of a tar file, [folders and file], is no image; None where it is one."""
-    if any(map(is_left_behind, parts)):
-        return "hidden or a system's"
-    if is_image(parts[-1]):
-        return None
-    suffix = suffix_of(parts[-1])
-    if suffix == ".txt":
-        return ".txt in a tar file, where labels are not read: they must lie beside it"
-    return suffix
-
-
 def suffix_of(name):
-    """The end of a file's name, as the reason why it is no image."""
+    """The suffix of a file's name, as the reason why it isn't an image."""
     _, suffix = os.path.splitext(os.fsdecode(name).lower())
     return suffix or "without a suffix"
 
 
 def describe(left_out):
-    """The files that are left out, by reason, in one line; None where there are none.
-
-    The most frequent reason comes first.
-    """
-    reasons = {reason: n for reason, n in left_out.items() if n > 0}
+    """The files left out, by reason, in one line, the most frequent first; None if there are none."""
+    reasons = [(reason, n) for reason, n in left_out.items() if n > 0]
     if not reasons:
         return None
-    most_first = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{n} {printable(reason)}" for reason, n in most_first[:REASONS]]
-    rest = sum(n for _, n in most_first[REASONS:])
+    reasons.sort(key=lambda item: (-item[1], item[0]))
+    shown = [f"{n} {printable(reason)}" for reason, n in reasons[:REASONS]]
+    rest = sum(n for _, n in reasons[REASONS:])
     if rest:
         shown.append(f"{rest} others")
-    total = sum(reasons.values())
+    total = sum(n for _, n in reasons)
     return f"{total} file{'s' if total > 1 else ''}: {', '.join(shown)}"
