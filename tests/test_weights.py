@@ -219,9 +219,8 @@ def test_the_run_says_what_it_took_and_left(tmp_path):
     torch.save({"name": "x", "hyper": {"more": options, "seed": 0}, "state_dict": state}, path)
     said = weights.describe_found(lineval.read_backbone(path).found)
     n = len(BACKBONE)
-    assert said == (f"{n} tensors of state_dict.student.* matched, not those of state_dict.ema.* (--prefix); "
-                    f"left out: name, hyper.more.* (2), hyper.seed, state_dict.ema.* ({n}), "
-                    "state_dict.head.* (3)")
+    assert said == (f"{n} tensors of state_dict.student.* matched; left out: name, hyper.more.* (2), "
+                    f"hyper.seed, state_dict.ema.* ({n}), state_dict.head.* (3)")
 
 
 # --- Files that are refused ---------------------------------------------------------------------------------

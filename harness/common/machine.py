@@ -22,11 +22,10 @@ def device_name(device):
 
 def hardware(settings, device):
     """Device, precision and workers, for the start block."""
-    pays = bf16_pays(device.type, settings["width"])
     precision = "bf16 autocast" if settings["amp"] else "float32"
     if device.type == "cuda" and not settings["amp"]:
         precision += " (convolutions TF32; --amp takes less time)"
-    elif settings["amp"] and not pays:
+    elif settings["amp"] and not bf16_pays(device.type, settings["width"]):
         precision += " (slower than float32 here)"
     parts = [device_name(device), precision]
     if settings.get("compile"):

@@ -19,18 +19,15 @@ def draw_contact_sheet(rows, size, gap=4):
     """
     tile = size * max(1, 96 // size)
     pairs = len(rows[0][1]) // 2
-    pair_width = 2 * tile + 3 * gap
-    width = tile + pairs * pair_width
+    width = tile + pairs * (2 * tile + 3 * gap)
     height = len(rows) * (tile + gap) - gap
     sheet = Image.new("RGB", (width, height), "white")
     for row, (original, views) in enumerate(rows):
         y = row * (tile + gap)
         sheet.paste(ImageOps.pad(original, (tile, tile), color="white"), (0, y))
         for k, view in enumerate(views):
-            pair, which = divmod(k, 2)
-            x = tile + 2 * gap + pair * pair_width + which * (tile + gap)
-            view = view.resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(view, (x, y))
+            x = (k + 1) * (tile + gap) + (k // 2 + 1) * gap  # pairs are a little apart
+            sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
     return sheet
 
 

@@ -32,8 +32,7 @@ def extract(features, test_views, source, device, autocast=contextlib.nullcontex
     if chosen is None:
         chosen = np.arange(len(source))
     mine = my_share(len(chosen))
-    starts = range(0, len(mine), BATCH)
-    places = [mine[i:i + BATCH] for i in starts]
+    places = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
     batches = [(0, chosen[place]) for place in places]  # test views are the same in every epoch
     out = None
     for place, (_, x) in zip(places, test_views(source, batches)):

@@ -78,23 +78,18 @@ def describe_sweep(held_out, chosen):
 def last_lines(job, judged, images):
     """The lines that an evaluation ends with. images: how many val/ has, with those that can't be read"""
     s = job.settings
-    which = f"all {images}"
-    if images > s["val_images"]:
-        which = f"the {s['val_images']} good ones of {images}"
-    files = f"{os.path.join(job.out, 'lineval.json')}, neighbors.png"
-    if judged.layer is not None:
-        files += ", classifier.pth"
-    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {which} validation "
-            f"images ({s['note']})\ndone: {files}")
+    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {s['val_images']} of "
+            f"{images} validation images ({s['note']})\ndone: {os.path.join(job.out, 'lineval.json')}")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
 
 def write_result(job, judged, bank, queries, bad_images):
-    """Write neighbors.png, classifier.pth if a layer was trained, and lineval.json.
+    """Write neighbors.png, lineval.json and, if a layer was trained, classifier.pth.
 
     bank, queries   features of the training and of the validation images, (n, D) each
 
+    classifier.pth has the layer's weight (C, D) and bias (C,), the classes' names, and the note.
     lineval.json has the accuracy first, then everything that it could depend on:
 
         top1, top5                  percent of the validation images that could be read, after the last epoch
@@ -111,7 +106,10 @@ def write_result(job, judged, bank, queries, bad_images):
     chosen, nearest = neighbors(job.train, job.val, bank, queries)
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
     if judged.layer is not None:
-        save_classifier(job, judged.layer)
+        content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
+        content["classes"] = job.train.classes
+        content["note"] = job.settings["note"]
+        save(content, os.path.join(job.out, "classifier.pth"))
     result = {
         "top1": judged.top1,
         "top5": judged.top5,
@@ -124,14 +122,6 @@ def write_result(job, judged, bank, queries, bad_images):
     }
     with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
-
-
-def save_classifier(job, layer):
-    """Write classifier.pth: the linear layer's weight (C, D) and bias (C,), the classes' names, the note."""
-    content = {name: t.cpu() for name, t in layer.state_dict().items()}
-    content["classes"] = job.train.classes
-    content["note"] = job.settings["note"]
-    save(content, os.path.join(job.out, "classifier.pth"))
 
 
 def neighbors(train, val, bank, queries, rows=10, columns=8):

@@ -180,8 +180,7 @@ class FoundResNet(NamedTuple):
     cifar_stem: bool
     prefix: str         # of its names in the file
     tensors: dict       # {torchvision's name: tensor}, without fc
-    left_out: dict      # {name in the file: value}: projector, predictor, fc, other things
-    others: list        # prefixes of other ResNets in the file
+    left_out: dict      # {name in the file: value}: projector, predictor, fc, other networks
 
 
 def find_resnet(state, path, prefix=None):
@@ -205,8 +204,7 @@ def find_resnet(state, path, prefix=None):
         for name, value in left_out.items():
             if more.match(name) and isinstance(value, torch.Tensor):
                 raise Refused(f"{path}: {name}: the paper's ResNets have no such tensor")
-        others = [other for other in there if other != chosen]
-        return FoundResNet(*shape_of(tensors, path), chosen, tensors, left_out, others)
+        return FoundResNet(*shape_of(tensors, path), chosen, tensors, left_out)
 
 
 def shape_of(tensors, path):
@@ -240,12 +238,8 @@ def check_tensor(name, t, path):
 def describe_found(found):
     """What we took from a file, and what we left, in words."""
     where = f" of {found.prefix}*" if found.prefix else ""
-    text = f"{len(found.tensors)} tensors{where} matched"
-    if found.others:
-        shown = ", ".join(f"{prefix}*" for prefix in found.others)
-        text += f", not those of {shown} (--prefix)"
-    left_out = ", ".join(name_groups(found.left_out))
-    return f"{text}; left out: {left_out or 'nothing'}"
+    left_out = ", ".join(name_groups(found.left_out)) or "nothing"
+    return f"{len(found.tensors)} tensors{where} matched; left out: {left_out}"
 
 
 def whole_model(found, path):
