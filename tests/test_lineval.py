@@ -361,8 +361,13 @@ def test_the_torchvision_export_has_torchvisions_names(exported):
 
 
 def test_the_released_export_has_the_released_names(exported):
-    """Against the names spelled out, and the model's tensors; the projector's last bias is zero."""
+    """Against the names spelled out, and the model's tensors; the projector's last bias is zero.
+
+    No other export replaces it.
+    """
     folder, model = exported
+    again = ["--ckpt", folder / "checkpoint.pth", "--export", "released"]
+    assert "exists already" in refusal("lineval.py", *again)
     content = torch.load(folder / "released.pth.tar", weights_only=True)
     assert content["arch"] == "resnet50"
     assert content["epoch"] == 7  # 6, and 9 steps
@@ -384,12 +389,6 @@ def test_the_released_export_keeps_a_bias_that_no_bn_voids(tmp_path, capsys):
     bias = model.encoder.fc[-1].bias
     assert bias.abs().max() > 0
     assert torch.equal(state["module.encoder.fc.2.bias"], bias)
-
-
-def test_an_export_replaces_no_file(exported):
-    """The first export stays."""
-    checkpoint = exported[0] / "checkpoint.pth"
-    assert "exists already" in refusal("lineval.py", "--ckpt", checkpoint, "--export", "released")
 
 
 # --- Features alone -----------------------------------------------------------------------------------------
