@@ -12,11 +12,10 @@ import lineval
 import resnet
 import simsiam
 from harness.common import draws
-from harness.common.errors import Refused
 from harness.data import opening
 from harness.training import recipes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT
-from tests.helpers import close, equal, here, kill_when, log_of, prefixed, python, refusal
+from tests.helpers import close, equal, here, interrupted_before, kill_when, log_of, prefixed, python, refusal
 from tests.helpers import result_of, slow, tiny_model, torchrun, torchvision_names, untrained, weights_of
 
 pytest_plugins = ["tests.fixtures"]
@@ -240,40 +239,29 @@ def test_features_that_are_not_finite_give_no_number(tmp_path, ten):
 
 # --- Resuming -----------------------------------------------------------------------------------------------
 
-def epochs_of(folder):
-    """What the log has of each epoch, without the times."""
-    keys = ("epoch", "step", "loss", "lr", "top1", "top5")
-    records = [r for r in log_of(folder) if r["event"] == "epoch"]
-    return [[record[key] for key in keys] for record in records]
-
-
 def assert_same_evaluation(whole, resumed):
     """Two runs of the same evaluation have the same layer, momentum, epochs and result."""
     assert equal(weights_of(whole), weights_of(resumed))
-    assert epochs_of(whole) == epochs_of(resumed)
-    assert result_of(resumed)["top1"] == epochs_of(whole)[-1][-2]
-    assert result_of(resumed)["top5"] == epochs_of(whole)[-1][-1]
+    keys = ("epoch", "step", "loss", "lr", "top1", "top5")
+    epochs = []
+    for folder in (whole, resumed):
+        records = [record for record in log_of(folder) if record["event"] == "epoch"]
+        epochs.append([{key: record[key] for key in keys} for record in records])
+    assert epochs[0] == epochs[1]
+    result = result_of(resumed)
+    assert (result["top1"], result["top5"]) == (epochs[0][-1]["top1"], epochs[0][-1]["top5"])
 
 
 @pytest.mark.parametrize("protocol", ["lars", pytest.param("sgd", marks=slow)])
 def test_interrupted_and_resumed_evaluation_ends_with_the_uninterrupted_layer(
-        tmp_path, ten, evaluated, monkeypatch, protocol):
-    """The second epoch breaks off after a step, with a checkpoint after every step."""
+        tmp_path, ten, evaluated, protocol):
+    """Interrupted after the first step of the second epoch, with a checkpoint after every step."""
     arguments = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], "--save-minutes", "0", "--out", tmp_path]
     steps_per_epoch = {"lars": 2, "sgd": 8}[protocol]
-    steps = [lineval.probe_step] * (steps_per_epoch + 1)
-
-    def breaks_off(*arguments):
-        if not steps:
-            raise Refused("enough")
-        return steps.pop()(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lineval, "probe_step", breaks_off)
-        assert here("lineval.py", *arguments) == "lineval.py: enough"
+    with interrupted_before(steps_per_epoch + 1):
+        assert "interrupted" in here("lineval.py", *arguments)
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert checkpoint["epoch"] == 1
-    assert checkpoint["step"] == 1
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1)
     assert here("lineval.py", *arguments, "--resume") is None
     assert_same_evaluation(evaluated(protocol), tmp_path)
 

@@ -125,9 +125,7 @@ def draw_neighbors(path, train, val, chosen, nearest, tile=96, gap=6):
         picture = ImageOps.pad(picture, (tile, tile), color="white")
         sheet.paste(ImageOps.expand(picture, 3, colour), (x - 3, y - 3))
         name = printable(source.classes[source.labels[i]])
-        while pen.textlength(name, font) > tile:  # a long name loses its end
-            name = name[:-1]
-        pen.text((x, y + tile + 4), name, colour, font)
+        pen.text((x, y + tile + 4), name[:14], colour, font)  # more would not fit
 
     # The validation image is on the left, its neighbours a little apart from it.
     for row, i in enumerate(chosen):

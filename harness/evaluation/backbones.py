@@ -36,19 +36,19 @@ from .weights import describe_found, find_resnet, load_strictly, name_groups, re
 # --- From a file ------------------------------------------------------------------------------------------
 
 class Backbone(NamedTuple):
-    """A network, and what is known of it."""
+    """A network, and what we know about it."""
     network: nn.Module         # the ResNet, without fc
     shape: tuple               # arch, width, cifar_stem
     found: object = None       # the weights.FoundResNet that it was read from
-    settings: dict = {}        # of its pre-training, where the file is ours
-    epochs: object = None      # of its pre-training, where the file tells
+    settings: dict = {}        # of its pre-training, if the file is ours
+    epochs: object = None      # of its pre-training, if the file tells
     sha256: object = None      # of the file; None for an untrained network
 
 
 def untrained(archs, arch, width, cifar_stem):
     """A ResNet as initialised, without fc -> Backbone.
 
-    Seed torch's global random numbers alike on all processes before.
+    First seed torch's global random numbers, alike on all processes.
     """
     network = archs[arch](width=width, cifar_stem=cifar_stem)
     network.fc = nn.Sequential()
@@ -58,8 +58,8 @@ def untrained(archs, arch, width, cifar_stem):
 def read_backbone(archs, recipes, path, width=None, prefix=None):
     """The ResNet in a file -> Backbone.
 
-    width   by default, what the file tells; from an odd one (1/3) only the rounded channels are there
-    prefix  of its names, where the file has several networks
+    width   by default the file's; an odd one (1/3) must be given, as the file has only rounded channels
+    prefix  of its names, if the file has several networks
     Raises Refused where a tensor is missing, unexpected or misshapen.
     """
     if not os.path.isfile(path):
@@ -108,10 +108,10 @@ def checked(settings, recipes, path):
 def load_init(model, s, prefix):
     """--init: start from the weights in the file s["init"] -> what was taken, in words.
 
-    model   its `encoder` is a ResNet. Its heads are taken where the file has all of them
+    model   its `encoder` is a ResNet. We load its heads too if the file has all of them
     s       the run's settings
-    prefix  of the ResNet's names, where the file has several
-    Raises Refused where the file doesn't fit.
+    prefix  of the ResNet's names, if the file has several
+    Raises Refused if the file doesn't fit.
     """
     path = s["init"]
     state, _, settings, _ = read_weights(path)

@@ -76,7 +76,7 @@ def calibrated(backbone, test_views, train):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # a plain average over the batches
     chosen = permutation(0, 0, len(train))[:2048]
-    # All processes take the same batches: each needs the statistics.
+    # Each process needs the statistics, so all take the same batches.
     pieces = math.ceil(len(chosen) / BATCH)
     batches = [(0, index) for index in np.array_split(chosen, pieces)]
     with torch.no_grad():
@@ -125,7 +125,8 @@ def share_bad(source, device):
     flags[list(source.bad)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     found = flags.nonzero().flatten().tolist()
-    source.bad.update((i, source.bad.get(i, "")) for i in found)
+    for i in found:
+        source.bad.setdefault(i, "")
     source.check_bad()
     return len(found)
 
@@ -152,8 +153,8 @@ class Frozen:
         world = dist.get_world_size()
         images = [len(source) for source in (job.train, job.val) if source]
         if min(images) < world:
-            raise Refused(f"{job.settings['data']}: a split has only {min(images)} images; start no more "
-                          f"processes than that, not {world}")
+            raise Refused(f"{job.settings['data']}: a split has only {min(images)} images; start at most "
+                          f"that many processes, not {world}")
         batches = sum(math.ceil(n / world / BATCH) for n in images)  # as extract makes them
         self.progress = Progress(batches, quiet=dist.get_rank() > 0)
         layout = fastest_layout(backbone.network, job.device)
@@ -169,7 +170,7 @@ class Frozen:
                           "put one file where all of them can read it")
 
     def features(self, x):
-        """Images (N, 3, S, S) -> (N, D), in pieces, because a batch of 4096 need not fit a GPU whole."""
+        """Images (N, 3, S, S) -> (N, D), in pieces: a batch of 4096 may not fit on a GPU."""
         with self.autocast:
             parts = [self.network.features(part).float() for part in x.split(256)]
         return torch.cat(parts)

@@ -137,9 +137,10 @@ def describe_run(job, method, watches_knn):
     """What to know about a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
     s = job.settings
     world = s["world"]
-    unchanged = recipe_for(s["data"], job.train, s["recipe"], method.SETTINGS)
+    recipe = recipe_for(s["data"], job.train, s["recipe"], method.SETTINGS)
     on_its_own = own_steps(s, method)
-    rows = {"recipe": describe_recipe(s, unchanged)}
+    changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
+    rows = {"recipe": ", ".join([s["recipe"], *changed])}
     if s["experiment"] != method.NAME:
         rows["experiment"] = describe_experiment(method)
     rows["training"] = (
@@ -152,12 +153,6 @@ def describe_run(job, method, watches_knn):
         f"{world} x {s['batch'] // world} images, BN over {s['batch']}, {hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job, watches_knn)
     return rows | method.rows() | {"writes to": job.out}
-
-
-def describe_recipe(s, recipe):
-    """The recipe's name, and the settings that differ from it."""
-    changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
-    return ", ".join([s["recipe"], *changed])
 
 
 def describe_experiment(method):
@@ -181,6 +176,6 @@ def describe_knn(job, watches_knn):
     if every == 0:
         return "none (--knn-every 0)"
     if not watches_knn:
-        return f"none (needs labels, and an image of val/ for each process); the rank every {every} epochs"
+        return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes))
     return f"every {every} epochs, k {k} (a fifth of a class, 200 at most), on {len(job.val)} images"

@@ -129,7 +129,7 @@ def neighbors(train, val, bank, queries, rows=10, columns=8):
 
     -> (R,), (R, C)
     """
-    # Even steps through the sorted images meet as many classes as there are rows.
+    # Even steps through the sorted images meet as many classes as possible.
     by_class = np.argsort(val.labels, kind="stable")
     places = np.linspace(0, len(val) - 1, min(rows, len(val)))
     chosen = by_class[places.astype(int)]
@@ -154,7 +154,7 @@ def save_features(path, splits):
             arrays[f"{name}_labels"] = source.labels
         if source.files is not None:
             arrays[f"{name}_files"] = source.names
-    # Through an open file: numpy would add .npz to a name.
+    # We open the file ourselves, because numpy would add .npz to its name.
     with replacing(path) as f:
         np.savez(f, **arrays)
 
