@@ -24,11 +24,18 @@ def draw_contact_sheet(rows, size, gap=4):
     sheet = Image.new("RGB", (width, height), "white")
     for row, (original, views) in enumerate(rows):
         y = row * (tile + gap)
-        sheet.paste(ImageOps.pad(original, (tile, tile), color="white"), (0, y))
+        sheet.paste(on_a_square(original, tile), (0, y))
         for k, view in enumerate(views):
             x = (k + 1) * (tile + gap) + (k // 2 + 1) * gap  # pairs are a little apart
             sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
     return sheet
+
+
+def on_a_square(image, side):
+    """An image, resized to fit onto a white square."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)  # some Pillows refuse a 0 here
+    return ImageOps.pad(image.resize((width, height)), (side, side), color="white")
 
 
 # --- Training curves ------------------------------------------------------------------------------------
@@ -121,8 +128,7 @@ def draw_neighbors(path, train, val, chosen, nearest, tile=96, gap=6):
     def show(source, i, left, top, colour):
         x = left + gap
         y = top + gap
-        picture = Image.fromarray(source.image(i).numpy())
-        picture = ImageOps.pad(picture, (tile, tile), color="white")
+        picture = on_a_square(Image.fromarray(source.image(i).numpy()), tile)
         sheet.paste(ImageOps.expand(picture, 3, colour), (x - 3, y - 3))
         name = printable(source.classes[source.labels[i]])
         pen.text((x, y + tile + 4), name[:14], colour, font)  # more would not fit

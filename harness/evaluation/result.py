@@ -85,7 +85,7 @@ def last_lines(job, judged, images):
 # --- In files ---------------------------------------------------------------------------------------------
 
 def write_result(job, judged, bank, queries, bad_images):
-    """Write neighbors.png, lineval.json and, if a layer was trained, classifier.pth.
+    """Write classifier.pth if a layer was trained, lineval.json, and then neighbors.png.
 
     bank, queries   features of the training and of the validation images, (n, D) each
 
@@ -103,8 +103,6 @@ def write_result(job, judged, bank, queries, bad_images):
         images, val_images          how many could be read and took part
         bad_images                  how many could not be read
     """
-    chosen, nearest = neighbors(job.train, job.val, bank, queries)
-    draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
     if judged.layer is not None:
         content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
         content["classes"] = job.train.classes
@@ -122,6 +120,8 @@ def write_result(job, judged, bank, queries, bad_images):
     }
     with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
+    chosen, nearest = neighbors(job.train, job.val, bank, queries)
+    draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
 
 
 def neighbors(train, val, bank, queries, rows=10, columns=8):
