@@ -16,7 +16,7 @@ from harness.data import opening
 from harness.training import recipes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT
 from tests.helpers import close, equal, here, interrupted_before, kill_when, log_of, prefixed, python, refusal
-from tests.helpers import result_of, slow, tiny_model, torchrun, torchvision_names, untrained, weights_of
+from tests.helpers import result_of, slow, torchrun, torchvision_names, untrained, weights_of
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -364,19 +364,6 @@ def test_the_released_export_has_the_released_names(exported):
     assert sorted(state) == sorted("module." + name for name in names)
     assert not state.pop("module.encoder.fc.6.bias").any()
     assert equal(state, prefixed("module.", model.state_dict()))
-
-
-def test_the_released_export_keeps_a_bias_that_no_bn_voids(tmp_path, capsys):
-    """Of a projector without BN (Table 3a), against the model's own."""
-    model = tiny_model(bn=(0, 0, 0, 0))
-    content = {"state_dict": prefixed("module.", model.state_dict())}
-    torch.save(content, tmp_path / "model.pth")
-    assert here("lineval.py", "--ckpt", tmp_path / "model.pth", "--export", "released") is None
-    assert "tensors of state_dict.module.encoder.* matched; left out: " in capsys.readouterr().out
-    state = torch.load(tmp_path / "released.pth.tar", weights_only=True)["state_dict"]
-    bias = model.encoder.fc[-1].bias
-    assert bias.abs().max() > 0
-    assert torch.equal(state["module.encoder.fc.2.bias"], bias)
 
 
 # --- Features alone -----------------------------------------------------------------------------------------

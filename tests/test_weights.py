@@ -358,7 +358,7 @@ def test_init_starts_from_the_released_weights(tmp_path, exported, small, releas
     """At lr 0 the run ends with the weights that were loaded."""
     path, _ = released_with_bias
     assert here("simsiam.py", small, *INIT, "--init", path, "--out", tmp_path / "run") is None
-    assert f"init {path}, all of it" in " ".join(capsys.readouterr().out.split())
+    assert f"init {path}, backbone and heads" in " ".join(capsys.readouterr().out.split())
     after = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
     for name, t in exported[1].named_parameters():
         assert torch.equal(after[name], t), name
@@ -410,10 +410,10 @@ def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported):
 
 
 def test_init_takes_all_that_a_model_without_predictor_has(exported):
-    """Backbone and projector are the file's, and the predictor is named."""
+    """Backbone and projector are the file's; nothing needs its predictor."""
     model, _, said = started_from(exported[0] / "released.pth.tar", predictor="none")
     assert equal(model.encoder.state_dict(), exported[1].encoder.state_dict())
-    assert said.endswith("all of it but predictor.* (8)")
+    assert said.endswith("backbone and heads")
 
 
 def test_init_refuses_what_does_not_fit(tmp_path, exported, small):

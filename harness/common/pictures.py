@@ -55,23 +55,23 @@ def draw_curves(path, records, knn_pixels, minimum, low_rank):
     """
     image = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), "white")
     pen = ImageDraw.Draw(image)
-    # Each panel: key in the log, title, the axis' two ends, the value of the red line, and its name.
+    # Each panel: key in the log, title, the ends of its axis, the value of the red line.
     panels = [
-        ("loss", f"training loss (minimum {minimum:.4g})", minimum, minimum + 1, None, ""),
-        ("std", "std x sqrt(d)  (1: scattered, 0: collapsed)", 0, 1.1, 1, "std = 1/sqrt(d)"),
-        ("knn", "kNN top-1 (%)", 0, 100, knn_pixels, "raw pixels"),
-        ("rank", "effective rank of the features", 0, 1, low_rank, "too low"),
+        ("loss", f"training loss (minimum {minimum:.4g})", minimum, minimum + 1, None),
+        ("std", "std x sqrt(d)  (red: scattered, 0: collapsed)", 0, 1.1, 1),
+        ("knn", "kNN top-1 in percent  (red: raw pixels)", 0, 100, knn_pixels),
+        ("rank", "effective rank of the features  (red: too low)", 0, 1, low_rank),
     ]
     last_epoch = max(1, records[-1]["epoch"])
-    for k, (key, title, low, high, reference, name) in enumerate(panels):
+    for k, (key, title, low, high, red) in enumerate(panels):
         points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
         corner = k % 2 * WIDTH, k // 2 * HEIGHT
-        draw_panel(pen, corner, title, points, last_epoch, low, high, reference, name)
+        draw_panel(pen, corner, title, points, last_epoch, low, high, red)
     save_picture(image, path)
 
 
-def draw_panel(pen, corner, title, points, last_epoch, low, high, reference, name):
-    """One panel: a line through points (epoch, value), and a red line at `reference`, unless that is None.
+def draw_panel(pen, corner, title, points, last_epoch, low, high, red):
+    """One panel: a line through points (epoch, value), and a red line at the value `red`, unless None.
 
     corner: the left upper one. The vertical axis goes from low to high, or further if a point does.
     """
@@ -92,17 +92,15 @@ def draw_panel(pen, corner, title, points, last_epoch, low, high, reference, nam
 
     pen.text((x0, top + 12), title, "black", font)
     for value in np.linspace(low, high, 5):
-        start = at(0, value)
-        pen.line([start, at(last_epoch, value)], GREY)
-        pen.text((x0 - 6, start[1]), f"{value:.3g}", "black", font, anchor="rm")
+        _, y = at(0, value)
+        pen.line([(x0, y), (x1, y)], GREY)
+        pen.text((x0 - 6, y), f"{value:.3g}", "black", font, anchor="rm")
     for epoch in (0, last_epoch // 2, last_epoch):
         x, _ = at(epoch, low)
         pen.text((x, y0 + 6), f"{epoch}", "black", font, anchor="mt")
     pen.text((x1, y0 + 25), "epoch", "black", font, anchor="rt")
-    if reference is not None:
-        start = at(0, reference)
-        pen.line([start, at(last_epoch, reference)], RED)
-        pen.text((x1 - 2, start[1] - 2), name, RED, font, anchor="rb")
+    if red is not None:
+        pen.line([at(0, red), at(last_epoch, red)], RED)
     if points:  # without labels, kNN has none
         pen.line([at(*point) for point in points], BLUE, 2)
         pen.circle(at(*points[-1]), 3, BLUE)

@@ -30,7 +30,7 @@ from torch import nn
 from ..common.errors import Refused
 from ..common.files import refusing, save
 from ..training.options import check_limits
-from .weights import describe_found, find_resnet, load_strictly, name_groups, read_weights, whole_model
+from .weights import describe_found, find_resnet, load_strictly, read_weights, whole_model
 
 
 # --- From a file ------------------------------------------------------------------------------------------
@@ -83,24 +83,24 @@ def checked(settings, recipes, path):
     with refusing(path, "not a file of weights"):
         if settings["recipe"] not in recipes:
             raise ValueError(f"recipe {settings['recipe']}")
-        normalisation = np.array([settings["mean"], settings["std"]], float)
-        if normalisation.shape != (2, 3):
-            raise ValueError(f"mean {settings['mean']}, std {settings['std']}")
-        value_range = settings.get("range")
-        if value_range is not None:
-            low, high = value_range
-            value_range = float(low), float(high)
         needed = {
             "data": settings["data"] and str(settings["data"]),
             "seed": int(settings["seed"]),
             "size": int(settings["size"]),
             "width": float(settings["width"]),
+            "mean": floats(settings["mean"], 3),
+            "std": floats(settings["std"], 3),
             "centre": float(settings["centre"]),
-            "range": value_range,
+            "range": settings.get("range") and floats(settings["range"], 2),
         }
         settings = {**settings, **needed}
         check_limits(settings)
     return settings
+
+
+def floats(values, count):
+    """A tuple of so many floats. Raises ValueError or TypeError for anything else."""
+    return tuple(np.reshape(values, count).astype(float).tolist())
 
 
 # --- From a file into a run -------------------------------------------------------------------------------
@@ -128,8 +128,7 @@ def load_init(model, s, prefix):
     same_captions = settings.get("captions") == s.get("captions")
     if same_encoder and same_captions and mine.keys() <= around.keys():
         load_strictly(model, {name: around[name] for name in mine}, f"--init {path}")
-        others = ", ".join(name_groups(name for name in around if name not in mine))
-        return f"{path}, all of it but {others}" if others else f"{path}, all of it"
+        return f"{path}, backbone and heads"
     heads = {name: t for name, t in model.encoder.state_dict().items() if name.startswith("fc.")}
     load_strictly(model.encoder, heads | found.tensors, f"--init {path}")
     return f"{path}, the backbone; the heads are new ({describe_found(found)})"
