@@ -109,7 +109,7 @@ def test_accuracy_is_that_of_a_count(evaluated, protocol):
 
 
 def test_knn_accuracy_is_that_of_a_count(evaluated):
-    """Against the label of the nearest training image (80 / 10 / 5 = 1 votes), in numpy on the saved features.
+    """Against the label of the nearest training image, in numpy on the saved features: 80 / 10 / 5 = 1 votes.
 
     A class without a vote is never a hit.
     """

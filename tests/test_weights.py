@@ -82,7 +82,7 @@ OTHERS = {
     "best_acc1": np.float64(61.5),
     "args": argparse.Namespace(lr=0.1, arch="x"),
     "seen": {("cat", 3): 1, torch.float16: 3},
-    "optimizer": {"state": {0: {"momentum_buffer": torch.full((2,), math.nan)}}},
+    "optimizer": {"state": {0: torch.full((2,), math.nan)}},
     "format": "not ours",
 }
 LAYOUTS = {  # content, and the prefix of the backbone's names in it
@@ -94,9 +94,9 @@ LAYOUTS = {  # content, and the prefix of the backbone's names in it
     "MoCo's": ({"state_dict": MOCO}, "state_dict.module.encoder_q."),
     "beside things of many kinds": ({"state_dict": BACKBONE, **OTHERS}, "state_dict."),
     "a pickled network in dicts of other classes": (
-        collections.defaultdict(int, net=PICKLED, cfg=Unknown(lr=1), best=np.int64(3)), "net."),
+        collections.defaultdict(int, net=PICKLED, cfg=Unknown(lr=1)), "net."),
     "options that contain themselves": ({"net": BACKBONE, "cfg": CIRCULAR}, "net."),
-    "dicts and lists deep": ({"a": {"b": {"models": [{"net": BACKBONE}, 5]}}}, "a.b.models.0.net."),
+    "dicts and lists deep": ({"models": [{"net": BACKBONE}, 5]}, "models.0.net."),
     "compiled, sharded, checkpointed": (
         prefixed("_orig_mod.", renamed(BACKBONE, layer2="layer2._fsdp_wrapped_module",
                                        layer3="layer3._checkpoint_wrapped_module")),
@@ -194,7 +194,8 @@ def test_the_run_says_what_it_took_and_left(tmp_path):
     path = str(tmp_path / "file.pth")
     state = prefixed("student.", BACKBONE) | prefixed("ema.", OTHER) | prefixed("head.", HEAD)
     options = {"lr": 0.1, "momentum": 0.9}
-    torch.save({"name": "x", "hyper": {"more": options, "seed": 0}, "state_dict": state}, path)
+    hyper = {"more": options, "seed": 0}
+    torch.save({"name": "x", "hyper": hyper, "state_dict": state}, path)
     said = weights.describe_found(lineval.read_backbone(path).found)
     n = len(BACKBONE)
     assert said == (f"{n} tensors of state_dict.student.* matched; left out: name, hyper.more.* (2), "
@@ -259,9 +260,10 @@ def test_damage_is_found_wherever_it_is(tmp_path, read, every):
     whole = path.read_bytes()
     content = torch.load(path, weights_only=True)
     table = whole.index(b"PK\x01\x02")
-    places = [*np.random.default_rng(0).integers(0, 8 * table, 300 // every)]
-    places += range(8 * table, 8 * len(whole), every)
-    damaged = [b"", whole[:len(whole) // 2], flipped(whole, len(whole) // 2) + b"PK\x05\x06"]
+    before = np.random.default_rng(0).integers(0, 8 * table, 300 // every)
+    places = [*before, *range(8 * table, 8 * len(whole), every)]
+    middle = len(whole) // 2
+    damaged = [b"", whole[:middle], flipped(whole, middle) + b"PK\x05\x06"]
     damaged += [flipped(whole, place // 8, bit=int(place) % 8) for place in places]
     refused = []
     for i, damage in enumerate(damaged):
@@ -402,7 +404,7 @@ def test_init_takes_a_backbone_alone(tmp_path, exported):
 def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported):
     """Two layers have all their names among those of three: the backbone is taken alone, and said."""
     longer = copy.deepcopy(exported[1])
-    longer.encoder.fc = torch.nn.Sequential(*longer.encoder.fc, *copy.deepcopy(longer.encoder.fc[-2:]))
+    longer.encoder.fc.extend(copy.deepcopy(longer.encoder.fc[-2:]))
     torch.save(longer.state_dict(), tmp_path / "longer.pth")
     model, before, said = started_from(tmp_path / "longer.pth")
     assert "the backbone; the heads are new" in said

@@ -27,7 +27,8 @@ def draw_contact_sheet(rows, size, gap=4):
         sheet.paste(on_a_square(original, tile), (0, y))
         for k, view in enumerate(views):
             x = (k + 1) * (tile + gap) + (k // 2 + 1) * gap  # pairs are a little apart
-            sheet.paste(view.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+            view = view.resize((tile, tile), Image.Resampling.NEAREST)
+            sheet.paste(view, (x, y))
     return sheet
 
 
@@ -35,7 +36,8 @@ def on_a_square(image, side):
     """An image, resized to fit onto a white square."""
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)  # some Pillows refuse a 0 here
-    return ImageOps.pad(image.resize((width, height)), (side, side), color="white")
+    image = image.resize((width, height))
+    return ImageOps.pad(image, (side, side), color="white")
 
 
 # --- Training curves ------------------------------------------------------------------------------------
@@ -120,7 +122,9 @@ def draw_neighbors(path, train, val, chosen, nearest, tile=96, gap=6):
     text = 16  # pixels under a tile, for the class
     cell = tile + 2 * gap
     columns = 1 + nearest.shape[1]
-    sheet = Image.new("RGB", (columns * cell + 2 * gap, len(chosen) * (cell + text)), "white")
+    width = columns * cell + 2 * gap
+    height = len(chosen) * (cell + text)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
 
     def show(source, i, left, top, colour):

@@ -179,8 +179,8 @@ def released_state(backbone):
     """The backbone under the authors' names, and the heads if the file had them."""
     state = whole_model(backbone.found, "the heads")
     state |= {f"encoder.{name}": t for name, t in backbone.network.state_dict().items()}
-    weights = [name for name, t in state.items() if name.startswith("encoder.fc.") and t.dim() == 2]
-    if weights:  # their last fc layer has a bias, which the BN behind it cancels
-        last = weights[-1]
-        state.setdefault(last.replace("weight", "bias"), torch.zeros(len(state[last])))
+    fc = [name for name, t in state.items() if name.startswith("encoder.fc.") and t.dim() == 2]
+    if fc:  # their last fc layer has a bias, which the BN behind it cancels
+        bias = torch.zeros(len(state[fc[-1]]))
+        state.setdefault(fc[-1].replace("weight", "bias"), bias)
     return {f"module.{name}": t for name, t in state.items() if name.startswith(("encoder.", "predictor."))}

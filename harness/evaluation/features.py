@@ -185,7 +185,8 @@ class Frozen:
             self.progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
-        v, good = good_ones(source, extract(watched, self.job.test_views, source, self.job.device))
+        v = extract(watched, self.job.test_views, source, self.job.device)
+        v, good = good_ones(source, v)
         self.check()
         if len(good) < len(source):
             source = source.only(good)
