@@ -24,7 +24,7 @@ def source_of(colours, labels):
 
 
 def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path):
-    """Each tile's colour against the cosines, by hand; its frame's against the class."""
+    """Each tile's colour against the cosines, done by hand; its frame's against the class."""
     train = source_of([RED, GREEN, BLUE], [0, 1, 0])
     val = source_of([GREY], [0])
     bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 3.0]])

@@ -53,7 +53,7 @@ def without_counters(state):
 
 
 def in_sequential(first):
-    """The backbone in an nn.Sequential: conv1, bn1, what has no weights, and from `first` on the stages."""
+    """The backbone in an nn.Sequential, whose stages have the numbers from `first` on."""
     numbers = {"conv1": 0, "bn1": 1} | {f"layer{k + 1}": first + k for k in range(4)}
     named = {}
     for name, t in BACKBONE.items():
@@ -129,7 +129,7 @@ def test_every_layout_gives_the_same_backbone(tmp_path, content, prefix):
 
 
 def test_a_checkpoint_tells_its_epochs_and_settings(tmp_path):
-    """Against what went in; epochs, in another's file too."""
+    """Against what went in. Other people's files can tell their epochs too."""
     path = str(tmp_path / "checkpoint.pth")
     settings = settings_of("imagenet", arch="resnet18", width=1 / 8)
     model = prefixed("encoder.", BACKBONE) | {"predictor.3.bias": torch.ones(2)}
@@ -183,7 +183,7 @@ def test_prefix_chooses_a_network(tmp_path):
 
 @pytest.mark.parametrize("names", [("first", "second"), ("base", "best")])
 def test_two_networks_of_which_none_is_known_to_be_trained_are_refused(tmp_path, names):
-    """"base" names the trained network only beside one that follows it."""
+    """"base" names the trained network only if another follows it."""
     torch.save(dict(zip(names, (BACKBONE, OTHER))), tmp_path / "file.pth")
     with pytest.raises(Refused, match=r"in it: '\w+\.', '\w+\.'; choose one with --prefix"):
         lineval.read_backbone(str(tmp_path / "file.pth"))
@@ -317,7 +317,7 @@ def test_a_file_without_a_resnet_is_refused(tmp_path):
         assert str(refused.value).endswith(f"; it has {names}")
 
 
-# An evaluation needs none of these.
+# Parts of a checkpoint that an evaluation doesn't need.
 NOT_NEEDED = ("optimizer", "momentum of", "sums", "seconds", "odd keys",
               "too large", "step is negative", "epoch is True", "half a step")
 NOT_OURS = ("no format", "no settings")  # all three make a file ours: format, settings, model
@@ -325,7 +325,7 @@ NOT_OURS = ("no format", "no settings")  # all three make a file ours: format, s
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on a tensor where settings should be
 def test_a_crafted_checkpoint_is_evaluated_where_nothing_that_counts_is_odd(tmp_path, finished):
-    """Against a list of what an evaluation does not look at."""
+    """Against a list of parts that an evaluation ignores."""
     whole = torch.load(finished[0] / "checkpoint.pth", weights_only=True)
     crafted = crafted_checkpoints(whole)
     evaluated = set()
@@ -367,7 +367,7 @@ def test_init_starts_from_the_released_weights(tmp_path, exported, small, releas
 
 
 def started_from(path, **options):
-    """A new model, started from this file; its tensors before; and what is said."""
+    """A new model started from this file, its tensors before, and the words for the start block."""
     model = simsiam.SimSiam("resnet50", width=1 / 64, dim=6, pred_dim=3, proj_hidden=5, **options)
     before = copy.deepcopy(model.state_dict())
     said = load_init(model, settings_of("imagenet", width=1 / 64, init=str(path)), None)
@@ -402,7 +402,7 @@ def test_init_takes_a_backbone_alone(tmp_path, exported):
 
 
 def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported):
-    """Two layers have all their names among those of three: the backbone is taken alone, and said."""
+    """Three layers have all the names of two. The run loads the backbone alone, and says so."""
     longer = copy.deepcopy(exported[1])
     longer.encoder.fc.extend(copy.deepcopy(longer.encoder.fc[-2:]))
     torch.save(longer.state_dict(), tmp_path / "longer.pth")
