@@ -191,13 +191,13 @@ def find_resnet(state, path, prefix=None):
     Raises Refused if there is none, or several and we can't tell which is trained.
     """
     with refusing(path, "not a file of weights"):
-        there = prefixes(state)
-        if not there:
+        forms = prefixes(state)
+        if not forms:
             shown = ", ".join(name_groups(state))[:200] or "no named tensors"
             raise Refused(f"{path}: no ResNet in it: it must have conv1.weight and layer1 to layer4 under "
                           f"one prefix; it has {shown}")
-        chosen = choose(there, state, path, prefix)
-        tensors, left_out = parts_of(state, chosen, there[chosen])
+        chosen = choose(forms, state, path, prefix)
+        tensors, left_out = parts_of(state, chosen, forms[chosen])
         for name, value in tensors.items():
             check_tensor(name, value, path)
         more = re.compile(rf"{re.escape(chosen)}(conv|bn|layer)\d\.")
@@ -287,21 +287,21 @@ def parts_of(state, prefix, form):
     return tensors, others
 
 
-def choose(there, state, path, wanted):
-    """The prefix that was asked for, or else that of the network which is trained.
+def choose(forms, state, path, wanted):
+    """The prefix that was asked for, or else that of the network which is trained. forms: see prefixes
 
     Some programs keep one network under two names. If the tensors are equal, we take the first.
     """
-    shown = ", ".join(f"'{prefix}'" for prefix in there)
-    fitting = list(there)
+    shown = ", ".join(f"'{prefix}'" for prefix in forms)
+    fitting = list(forms)
     if wanted is not None:
-        fitting = [prefix for prefix in there if prefix.strip(".") == wanted.strip(".")]
+        fitting = [prefix for prefix in forms if prefix.strip(".") == wanted.strip(".")]
         if not fitting:
             raise Refused(f"{path}: no ResNet under --prefix {wanted}; there are {shown}")
-    elif any(likely(prefix) < 0 for prefix in there):
-        best = max(likely(prefix) for prefix in there)
-        fitting = [prefix for prefix in there if likely(prefix) == best]
-    first, *more = [parts_of(state, prefix, there[prefix])[0] for prefix in fitting]
+    elif any(likely(prefix) < 0 for prefix in forms):
+        best = max(likely(prefix) for prefix in forms)
+        fitting = [prefix for prefix in forms if likely(prefix) == best]
+    first, *more = [parts_of(state, prefix, forms[prefix])[0] for prefix in fitting]
     if not all(equal(first, network) for network in more):
         raise Refused(f"{path}: several networks in it: {shown}; choose one with --prefix")
     return fitting[0]
