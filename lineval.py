@@ -38,13 +38,13 @@ import resnet
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import to_device
-from harness.common.progress import Progress
+from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, hits, neighbours
-from harness.evaluation.result import describe_sweep, last_lines, save_features, save_features_alone
-from harness.evaluation.result import start_block, write_result
+from harness.evaluation.result import describe_evaluation, describe_sweep, last_lines, save_features
+from harness.evaluation.result import save_features_alone, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
 from harness.training.job import Job
@@ -383,7 +383,7 @@ def evaluate(args):
     out = args.out or default_folder(args, s)
     resuming = holds_run(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
-    say(start_block(job, backbone, data.rows()))
+    say(start_block(describe_evaluation(job, backbone, data.rows())))
 
     # 3. Features of all good images, without augmentation: to classify, to find the bad, to show neighbours
     frozen = Frozen(backbone, job)

@@ -45,12 +45,12 @@ from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.files import save, save_picture
 from harness.common.machine import fastest_layout, to_device
-from harness.common.progress import Progress
+from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
+from harness.evaluation.backbones import load_init
 from harness.evaluation.features import accuracy, check_same_images, extract, good_ones, neighbours
-from harness.evaluation.init import load_init
-from harness.evaluation.report import Report, describe_run, start_block
+from harness.evaluation.report import Report, describe_run
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, holds_run, lock

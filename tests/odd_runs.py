@@ -19,7 +19,7 @@ def by_rank(arguments):
 
 
 def hanging(arguments):
-    """The third step hangs. It says so, and says when the run has noticed a Ctrl-C."""
+    """The third step hangs. It says so, and then that the run has noticed a Ctrl-C."""
     def hang(step):
         if step == 2:
             print("hangs", flush=True)
@@ -41,12 +41,12 @@ def killed(arguments):
 
 
 def impatient(arguments):
-    """It waits an instant for images instead of ten minutes."""
+    """It waits a tenth of a second for images instead of ten minutes."""
     loading.LOADER_TIMEOUT = 0.1
 
 
 def buggy(arguments):
-    """It has a bug, and a thread that would hold an ordinary end up."""
+    """It has a bug, and a thread that would keep an ordinary program alive."""
     def fail(step):
         threading.Thread(target=time.sleep, args=(1000,)).start()
         raise ZeroDivisionError("a bug")

@@ -1,8 +1,8 @@
 """Files that are whole at every instant, and reading files with suspicion.
 
-A program can be killed, and a disk can be full, in the middle of writing. So nothing is ever written in
-place: see replacing(). A file can be damaged, or come from anywhere. So no code in it is run, and whatever
-reading it raises becomes one line: see read() and refusing().
+A program can be killed, or a disk fill up, in the middle of writing. So we never write in place: see
+replacing(). A file can be damaged, or come from anywhere. So we run no code in it, and whatever reading it
+raises becomes one line: see read() and refusing().
 """
 import contextlib
 import io
@@ -21,9 +21,9 @@ A_FOLDER = 0x10  # an attribute in zip archives
 def replacing(path, mode="wb", keep=None):
     """Write a file so that at every instant either the old one or the new one is there, whole.
 
-    It is written under a temporary name, brought out to the disk, then renamed.
-    keep    another name under which the old file stays. For an instant it is there under that name only
-    Raises Refused, the old file untouched, where the new one can't be written.
+    We write it under a temporary name, flush it to the disk, then rename it.
+    keep    another name under which the old file stays. For an instant it has only that one
+    Raises Refused if the new file can't be written. The old one is untouched then.
     """
     temporary = f"{path}.tmp"
     try:
@@ -31,30 +31,29 @@ def replacing(path, mode="wb", keep=None):
             yield f
             f.flush()
             os.fsync(f.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save wraps the one into the other
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
         with contextlib.suppress(OSError):
-            os.remove(temporary)  # half a file, on what may be a full disk
+            os.remove(temporary)  # the disk may be full
         cause = error.__cause__ or error.__context__ or error
         raise Refused(f"{path}: can't be written ({cause}); what was there is untouched") from None
     if keep and os.path.exists(path):
         os.replace(path, keep)
     os.replace(temporary, path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network disks can't do it for a folder: CIFS, FUSE
+    with contextlib.suppress(OSError):  # CIFS and FUSE can't do it for a folder
         os.fsync(folder)  # the new name must reach the disk too
     os.close(folder)
 
 
 def save(content, path, keep=None):
-    """torch.save into a file that is whole at every instant. Raises Refused where it can't be written."""
+    """torch.save into a file that is whole at every instant. Raises Refused if it can't be written."""
     with replacing(path, keep=keep) as f:
         torch.save(content, f)
 
 
 @contextlib.contextmanager
 def refusing(path, verdict):
-    """Turn whatever is raised within into Refused: what is in a foreign or a hostile file can raise
-    anything."""
+    """Turn whatever is raised within into Refused: a foreign or hostile file can raise anything."""
     try:
         yield
     except Refused:
@@ -65,42 +64,38 @@ def refusing(path, verdict):
 
 
 def read(path):
-    """A checkpoint, as save() writes it -> the dict in it. Raises Refused where it is damaged or foreign."""
+    """A checkpoint, as save() writes it -> the dict in it. Raises Refused if it is damaged or foreign."""
     with open(path, "rb") as f:
         data = f.read()
     try:
         check_sums(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can raise anything
-        raise Refused(f"{path}: can't be read (damaged, or nothing that a run has written)") from None
+        raise Refused(f"{path}: can't be read (damaged, or not written by a run)") from None
 
 
 def check_sums(data):
     """Raise ValueError, or BadZipFile, unless the bytes of a file are a whole zip archive, torch.save's form.
 
-    Each part of it has a checksum. torch.load does not look at them, and reads a flipped bit without a word.
-    One bit has no checksum: it makes a part a folder. torch.load would then leave in its tensor what was in
-    memory.
+    Each part has a checksum. torch.load ignores them, and reads a flipped bit without a word. One bit has no
+    checksum: it turns a part into a folder, and torch.load leaves its tensor uninitialised.
     """
     archive = zipfile.ZipFile(io.BytesIO(data))
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"{damaged} in it fails its checksum")
-    for part in archive.infolist():
-        if part.external_attr & A_FOLDER and part.file_size > 0:
-            raise ValueError(f"{part.filename} in it is marked as a folder")
+    folders = [part for part in archive.infolist() if part.external_attr & A_FOLDER and part.file_size > 0]
+    if archive.testzip() or folders:
+        raise ValueError("a checksum in it is wrong")
 
 
-# --- Knowing them again ---------------------------------------------------------------------------------
-# A picture of ours that lies among somebody's images must not be taken for one of them: it has one of these
-# names, and a mark in its file.
+# --- Our own pictures -----------------------------------------------------------------------------------
+# If one of them is among somebody's images, we must not train on it. It has one of these names, and a mark
+# in the file.
 
 OURS = (b"views.png", b"curves.png", b"neighbors.png")
 MARK = "drawn by SimSiam, the reference"
 
 
 def save_picture(image, path):
-    """Write a PIL image as a PNG file with our mark. Raises Refused where it can't be written."""
+    """Write a PIL image as a PNG file with our mark. Raises Refused if it can't be written."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
     with replacing(path) as f:
@@ -108,11 +103,11 @@ def save_picture(image, path):
 
 
 def has_mark(path):
-    """Whether a file (path: bytes) has our mark. What is no regular file is not opened: it could block."""
-    if not os.path.isfile(path):
+    """Whether a file (path: bytes) has our mark."""
+    if not os.path.isfile(path):  # opening a pipe would block
         return False
     try:
         with open(path, "rb") as f:
             return MARK.encode() in f.read(256)
-    except OSError:  # whoever reads it says what is wrong
+    except OSError:  # reading it as an image will tell what is wrong
         return False

@@ -1,4 +1,4 @@
-"""The machine: what we say of it, what we choose by it, and how numbers travel to a GPU and back."""
+"""The machine: what we say about it, what we choose by it, and how numbers travel to a GPU and back."""
 import functools
 import os
 import resource
@@ -14,7 +14,7 @@ def cores():
 
 
 def device_name(device):
-    """The GPU's name, or how many threads the CPU has for us."""
+    """The GPU's name, or how many threads we use on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -22,50 +22,38 @@ def device_name(device):
 
 def hardware(settings, device):
     """Device, precision and workers, for the start block."""
-    parts = [device_name(device)]
-    if device.type == "cpu":
-        parts.append(precision_on_cpu(settings))
-    elif settings["amp"]:
-        parts.append("bf16 autocast")
-    else:
-        parts.append("float32 (convolutions TF32; --amp takes less time)")
+    precision = "bf16 autocast" if settings["amp"] else "float32"
+    if device.type == "cuda" and not settings["amp"]:
+        precision += " (convolutions TF32; --amp takes less time)"
+    elif settings["amp"] and not bf16_pays(device.type, settings["width"]):
+        precision += " (slower than float32 here)"
+    parts = [device_name(device), precision]
     if settings.get("compile"):
         parts.append("compiled")
     parts.append(f"{settings['workers']} workers")
     return ", ".join(parts)
 
 
-BF16_WIDTH = 1 / 4  # of a network, from which bf16 pays on a CPU
-# Measured on two cores of an EPYC with AVX-512 BF16, steps of ResNet-18 and -50, 32 to 224 pixels, batch 8 to
-# 256: 1.24 to 2.2 times float32's speed from a quarter of the width up, 1.0 to 1.35 at an eighth, where
-# the products are so small that converting takes what they gain.
+# The width of a network from which bf16 pays on a CPU. Measured on two cores of an EPYC with AVX-512 BF16, in
+# steps of ResNet-18 and -50, 32 to 224 pixels, batch 8 to 256: 1.24 to 2.2 times float32's speed from a
+# quarter of the width up. At an eighth it is 1.0 to 1.35: converting takes what such small products gain.
+BF16_WIDTH = 1 / 4
 
 
 @functools.cache
 def cpu_has_bf16():
-    """Whether the CPU multiplies bf16 numbers by instructions of its own. Without them, torch takes longer
-    than for float32."""
+    """Whether the CPU has instructions that multiply bf16. Without them bf16 is slower than float32."""
     try:
         with open("/proc/cpuinfo") as f:
             words = set(f.read().split())
-    except OSError:  # macOS has none
+    except OSError:  # macOS has no such file
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
 
 
 def bf16_pays(device_type, width):
-    """Whether a step in bf16 takes less time than one in float32, for a network of this width."""
+    """Whether bf16 is faster than float32 for a network of this width."""
     return device_type == "cuda" or (width >= BF16_WIDTH and cpu_has_bf16())
-
-
-def precision_on_cpu(settings):
-    """The precision in words, and why."""
-    if settings["amp"]:
-        slower = "" if bf16_pays("cpu", settings["width"]) else ", which is slower than float32 here"
-        return f"bf16 autocast{slower}"
-    if not cpu_has_bf16():
-        return "float32 (this CPU has no instructions for bf16)"
-    return "float32" if bf16_pays("cpu", settings["width"]) else "float32 (bf16 pays from --width 1/4 up)"
 
 
 def peak_memory(device):
@@ -77,7 +65,7 @@ def peak_memory(device):
 
 
 def fastest_layout(network, device):
-    """The memory layout in which a ResNet's convolutions are the fastest: channels_last, with one exception.
+    """The memory layout in which a ResNet's convolutions are fastest: channels_last, with one exception.
 
     On a CPU, oneDNN 3.12 (in torch 2.13) writes out of bounds in the backward pass of strided 1x1
     convolutions of fewer than 16 channels, which narrow networks have. We saw it from 46 pixels up.
@@ -90,8 +78,7 @@ def fastest_layout(network, device):
 # --- To the device and back -------------------------------------------------------------------------------
 
 def to_device(array, device):
-    """A numpy array as a tensor on the device. Pinned memory lets the copy to a GPU run without waiting for
-    it."""
+    """A numpy array as a tensor on the device. From pinned memory, a copy to a GPU needs no waiting."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -99,11 +86,11 @@ def to_device(array, device):
 
 
 class OnTheirWay:
-    """Numbers that are being copied from the device, so that nobody waits until they are asked for.
+    """Numbers on their way from the device. Nobody waits for them before read().
 
-    A GPU works through a queue, and the CPU only fills it. Whoever asks for a number of the last step waits
-    until the queue is empty; then the GPU waits for the CPU. So the copy is queued too, and read when the
-    next step is queued.
+    The CPU fills a queue that the GPU works through. If we asked for a number of the last step, we would wait
+    until the queue is empty, and then the GPU for us. So we queue the copy too, and read it once the next
+    step is queued.
     """
 
     def __init__(self, numbers):

@@ -1,44 +1,49 @@
-"""The line with the time left, and lines on stderr.
+"""What a run prints: its start block, the line with the time left, and lines on stderr.
 
-On a terminal one line is redrawn every second. Elsewhere, in a log file for instance, a line is printed
-every half minute. Only one process of a run speaks.
+On a terminal we redraw one line every second. Elsewhere, in a log file for instance, we print a line every
+half minute. Only one process of a run speaks.
 """
 import contextlib
 import datetime
-import math
 import os
 import shutil
 import sys
+import textwrap
 import time
 
 from .errors import printable
 
+WIDTH = 108  # columns of a start block
+
+
+def start_block(rows):
+    """{heading: text} -> the lines that a program starts with, headings on the left."""
+    lines = []
+    for heading, text in rows.items():
+        lines += textwrap.wrap(
+            printable(text), WIDTH, initial_indent=f"{heading:12}", subsequent_indent=" " * 12,
+            break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
 
 class Progress:
-    """Lines about a run of `total` steps. With quiet, nothing is ever printed."""
+    """Lines about a run of `total` steps. With quiet, it prints nothing."""
 
     def __init__(self, total, quiet):
         self.total = total
         self.quiet = quiet
         self.live = sys.stdout.isatty()
         self.pause = 1 if self.live else 30  # seconds
-        if quiet:
-            self.pause = math.inf
-        # The time left is reckoned from the steps so far, but for the first, which warms up and only starts
-        # the clock.
-        self.done = -1
-        self.began = None
-        self.last = 0.0
+        self.done = -1  # the first step warms up, and only starts the clock
 
     def step(self, describe):
-        """Count one step. describe() is asked for text only when a line is due, because it may wait for the
-        GPU."""
+        """Count one step. We ask describe() for the text only when a line is due: it may wait for the GPU."""
         self.done += 1
         now = time.monotonic()
         if self.done == 0:
             self.began = now
             self.last = now
-        if now - self.last < self.pause:  # nobody reads a hundred lines a second
+        if self.quiet or now - self.last < self.pause:
             return
         self.last = now
         seconds = (now - self.began) / self.done * (self.total - 1 - self.done)
@@ -52,8 +57,8 @@ class Progress:
     def line(self, text, end="\n"):
         """Print a line. It stays, unless step() redraws it.
 
-        Nothing depends on the screen: where it takes no more lines, because `head` has ended or a disk is
-        full, the run goes on without it.
+        Where the screen takes no more lines, because `head` has ended or a disk is full, the run goes on
+        without it.
         """
         if self.quiet:
             return
@@ -64,21 +69,20 @@ class Progress:
             print(text, end=end, flush=True)
         except OSError as error:
             self.quiet = True
-            self.pause = math.inf
             silence(error)
             warn("the run goes on, and its folder has what it finds")
 
 
 def silence(error):
-    """Let what is printed from now on go nowhere, and say so where that can be said."""
+    """Send whatever is printed from now on nowhere, and say why on stderr."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
-    why = "nobody reads this output any more" if isinstance(error, BrokenPipeError) else f"no output: {error}"
-    warn(why)
+    is_closed = isinstance(error, BrokenPipeError)
+    warn("nobody reads this output any more" if is_closed else f"no output: {error}")
 
 
 def warn(text):
-    """A line on stderr. Where nobody reads that either, there is none."""
+    """Print a line on stderr, if anybody reads that."""
     with contextlib.suppress(OSError):
         print(printable(text), file=sys.stderr, flush=True)

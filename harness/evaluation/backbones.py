@@ -1,7 +1,8 @@
 """A backbone, the files it comes in, and those of other programs.
 
     untrained(archs, "resnet18", 1.0, False)        as initialised
-    read_backbone(archs, recipes, path)             out of a file
+    read_backbone(archs, recipes, path)             from a file
+    load_init(model, settings, None)                from a file into a run: --init
     export(backbone, path, "torchvision", folder)   into a file of another layout
 
 The same network has many names in files:
@@ -9,15 +10,15 @@ The same network has many names in files:
     our checkpoint.pth      encoder.conv1.weight           and the settings of its run, and the heads
     our backbone.pth        conv1.weight                   nothing else
     the authors' file       module.encoder.conv1.weight    and the heads
-    MoCo's                  module.encoder_q.conv1.weight  and a second network, left out: encoder_k
-    torchvision's           conv1.weight                   and fc, left out
+    MoCo's                  module.encoder_q.conv1.weight  and a second network, which we leave: encoder_k
+    torchvision's           conv1.weight                   and fc, which we leave
     lightly's               backbone.0.weight              numbers for conv1, bn1, layer1, ...
 
 So weights.py looks for it in any nesting of dicts and under any prefix, and of two networks takes the one
 that was trained. Architecture, width and stem follow from names and shapes.
 
-    archs       {name: what makes this ResNet}
-    recipes     the names that a checkpoint's setting "recipe" can have
+    archs       {name: function that makes this ResNet}
+    recipes     the values that a checkpoint's setting "recipe" can have
 """
 import os
 from typing import NamedTuple
@@ -32,22 +33,22 @@ from ..training.options import check_limits
 from .weights import describe_found, find_resnet, load_strictly, read_weights, whole_model
 
 
-# --- Out of a file ----------------------------------------------------------------------------------------
+# --- From a file ------------------------------------------------------------------------------------------
 
 class Backbone(NamedTuple):
-    """A network, and what is known of it."""
+    """A network, and what we know about it."""
     network: nn.Module         # the ResNet, without fc
     shape: tuple               # arch, width, cifar_stem
-    found: object = None       # how it lay in its file, a weights.FoundResNet
-    settings: dict = {}        # of its pre-training, where the file is ours
-    epochs: object = None      # of its pre-training, where the file tells
+    found: object = None       # the weights.FoundResNet that it was read from
+    settings: dict = {}        # of its pre-training, if the file is ours
+    epochs: object = None      # of its pre-training, if the file tells
     sha256: object = None      # of the file; None for an untrained network
 
 
 def untrained(archs, arch, width, cifar_stem):
     """A ResNet as initialised, without fc -> Backbone.
 
-    The global random numbers must have been seeded alike on all processes.
+    First seed torch's global random numbers, alike on all processes.
     """
     network = archs[arch](width=width, cifar_stem=cifar_stem)
     network.fc = nn.Sequential()
@@ -57,14 +58,13 @@ def untrained(archs, arch, width, cifar_stem):
 def read_backbone(archs, recipes, path, width=None, prefix=None):
     """The ResNet in a file -> Backbone.
 
-    width   what to insist on. By default it is what the file tells, which rounding can hide if it is odd
-            (1/3)
-    prefix  which of several networks, by the end of what stands before its names
-    Raises Refused where any of the ResNet's tensors is missing, unexpected or of another shape.
+    width   by default the file's; an odd one (1/3) must be given, as the file has only rounded channels
+    prefix  of its names, if the file has several networks
+    Raises Refused where a tensor is missing, unexpected or misshapen.
     """
     if not os.path.isfile(path):
         known = ", ".join("random:" + arch for arch in archs)
-        raise Refused(f"{path}: no such file; nor one of {known}")
+        raise Refused(f"{path}: no such file; it must be a file of weights, or one of {known}")
     state, epochs, settings, sha256 = read_weights(path)
     if settings:
         settings = checked(settings, recipes, path)
@@ -76,47 +76,79 @@ def read_backbone(archs, recipes, path, width=None, prefix=None):
 
 
 def checked(settings, recipes, path):
-    """The settings of a checkpoint, with what an evaluation needs converted to the right types.
+    """The settings of a checkpoint, with the ones that an evaluation needs converted to the right types.
 
     The file may come from anywhere. Raises Refused where a setting is missing, or is not what it must be.
     """
     with refusing(path, "not a file of weights"):
         if settings["recipe"] not in recipes:
             raise ValueError(f"recipe {settings['recipe']}")
-        normalisation = np.array([settings["mean"], settings["std"]], float)
-        if normalisation.shape != (2, 3):
-            raise ValueError(f"mean {settings['mean']}, std {settings['std']}")
         needed = {
             "data": settings["data"] and str(settings["data"]),
             "seed": int(settings["seed"]),
             "size": int(settings["size"]),
             "width": float(settings["width"]),
+            "mean": floats(settings["mean"], 3),
+            "std": floats(settings["std"], 3),
             "centre": float(settings["centre"]),
-            "range": settings.get("range") and as_range(settings["range"]),
+            "range": settings.get("range") and floats(settings["range"], 2),
         }
         settings = {**settings, **needed}
         check_limits(settings)
     return settings
 
 
-def as_range(value_range):
-    """A setting "range" of a checkpoint -> (low, high). Raises ValueError or TypeError for anything else."""
-    low, high = map(float, value_range)
-    if not low < high:
-        raise ValueError(f"range {value_range}")
-    return low, high
+def floats(values, count):
+    """A tuple of so many floats. Raises ValueError or TypeError for anything else."""
+    return tuple(np.reshape(values, count).astype(float).tolist())
+
+
+# --- From a file into a run -------------------------------------------------------------------------------
+
+def load_init(model, s, prefix):
+    """--init: start from the weights in the file s["init"] -> what was taken, in words.
+
+    model   its `encoder` is a ResNet. We load its heads too if the file has all of them
+    s       the run's settings
+    prefix  of the ResNet's names, if the file has several
+    Raises Refused if the file doesn't fit.
+    """
+    path = s["init"]
+    state, _, settings, _ = read_weights(path)
+    found = find_resnet(state, path, prefix)
+    there = found.arch, found.width, found.cifar_stem
+    here = s["arch"], round(64 * s["width"]) / 64, s["cifar_stem"]
+    if there != here:
+        raise Refused(f"--init {path}: its network is {in_words(*there)}, the run's is {in_words(*here)}; "
+                      "set --arch, --width and --cifar-stem as in the file")
+    around = whole_model(found, path)
+    mine = model.state_dict()
+    # A projector of more layers has all the names of a shorter one.
+    same_encoder = names_of_encoder(mine) == names_of_encoder(around)
+    same_captions = settings.get("captions") == s.get("captions")
+    if same_encoder and same_captions and mine.keys() <= around.keys():
+        load_strictly(model, {name: around[name] for name in mine}, f"--init {path}")
+        return f"{path}, backbone and heads"
+    heads = {name: t for name, t in model.encoder.state_dict().items() if name.startswith("fc.")}
+    load_strictly(model.encoder, heads | found.tensors, f"--init {path}")
+    return f"{path}, the backbone; the heads are new ({describe_found(found)})"
+
+
+def names_of_encoder(state):
+    """The names of the encoder's tensors among these."""
+    return {name for name in state if name.startswith("encoder.")}
 
 
 # --- Into a file of another layout ------------------------------------------------------------------------
 
 def export(backbone, path, layout, out):
-    """Write a backbone in a file of another layout, and say so.
+    """Write a backbone into a file of another layout, and say so.
 
-    path    of the file that it is from
-    layout  "torchvision": conv1.weight, ..., without fc; "released": the authors', with the heads where the
+    path    the file that it is from
+    layout  "torchvision": conv1.weight, ..., without fc; "released": the authors', with the heads if the
             file has them
     out     the folder; None: that of the file
-    Raises Refused where the new file exists already.
+    Raises Refused if the new file exists already.
     """
     arch, *_ = backbone.shape
     if layout == "torchvision":
@@ -127,29 +159,28 @@ def export(backbone, path, layout, out):
         name = "released.pth.tar"
         tensors = released_state(backbone)
         content = {"epoch": backbone.epochs or 0, "arch": arch, "state_dict": tensors}
-    # Nothing is replaced: the name says nothing of which network it is.
+    # We replace nothing: the name doesn't tell which network it is.
     target = os.path.join(out or os.path.dirname(path), name)
     if os.path.exists(target):
         raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     save(content, target)
-    print(f"{target}: {shape_in_words(backbone)}, {len(tensors)} tensors in {layout}'s layout")
-    print(f"  {describe_found(backbone.found, path)}")
+    print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
+    print(f"  {describe_found(backbone.found)}")
 
 
-def shape_in_words(backbone):
-    """Which ResNet it is: resnet18, width 0.125, CIFAR stem"""
-    arch, width, cifar_stem = backbone.shape
+def in_words(arch, width, cifar_stem):
+    """resnet18, width 0.125, CIFAR stem"""
     stem = ", CIFAR stem" if cifar_stem else ""
     return f"{arch}, width {width:g}{stem}"
 
 
 def released_state(backbone):
-    """The backbone under the authors' names, and the heads where the file had them."""
+    """The backbone under the authors' names, and the heads if the file had them."""
     state = whole_model(backbone.found, "the heads")
     state |= {f"encoder.{name}": t for name, t in backbone.network.state_dict().items()}
-    weights = [name for name, t in state.items() if name.startswith("encoder.fc.") and t.dim() == 2]
-    if weights:  # their last fc layer has a bias, which the BN behind it cancels
-        last = weights[-1]
-        state.setdefault(last.replace("weight", "bias"), torch.zeros(len(state[last])))
+    fc = [name for name, t in state.items() if name.startswith("encoder.fc.") and t.dim() == 2]
+    if fc:  # their last fc layer has a bias, which the BN behind it cancels
+        bias = torch.zeros(len(state[fc[-1]]))
+        state.setdefault(fc[-1].replace("weight", "bias"), bias)
     return {f"module.{name}": t for name, t in state.items() if name.startswith(("encoder.", "predictor."))}

@@ -1,30 +1,26 @@
-"""What a run says of itself: the start block, a line and a record for each epoch, and the curves."""
+"""A run's report: the start block, a line and a record for each epoch, and the curves."""
 import math
-import textwrap
 
-from ..common.errors import printable
 from ..common.machine import hardware, peak_memory
 from ..common.pictures import draw_curves
 from ..training.recipes import own_steps, recipe_for
 from .features import calibrated, neighbours, share_bad
 
-LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had 0.34 at least (docs/operations.md)
-FEW_STEPS = 4000  # a small data set needs so many (docs/own-data.md)
+LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had at least 0.34 (docs/operations.md)
+FEW_STEPS = 4000  # which a small data set needs (docs/own-data.md)
 TOO_SHORT = ("on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained network, 1,500 "
              "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md)")
-WIDTH = 108       # columns of the start block
 
-# What the log has of each epoch besides its number and its step: null where it doesn't exist.
+# What the log records of each epoch, besides its number and step. Null where there is no value.
 RECORDED = ("loss", "std", "lr", "knn", "knn_images", "rank", "images_per_s", "data_wait", "seconds",
             "wall_seconds", "memory_mb", "collapsed", "bad_images")
 
 
 class Report:
-    """The voice of a run.
+    """Measures a run, and reports it in the log, on the screen and in curves.png.
 
-    run, job, method    what is running, on what
-    watch               features (images -> (N, D)) -> {"knn": ..., "knn_images": ..., "rank": ...}
-    progress            a Progress, whose screen it uses
+    watch       features (images -> (N, D)) -> {"knn": ..., "knn_images": ..., "rank": ...}
+    progress    a Progress, which prints the lines
     """
 
     def __init__(self, run, job, method, watch, progress):
@@ -42,7 +38,7 @@ class Report:
         self.record(0, **watched)
 
     def epoch(self, encoder, optimizer):
-        """An epoch that is done: what was measured in it, and kNN and rank where they are due."""
+        """An epoch that is done: its means, and kNN and rank if they are due."""
         s = self.job.settings
         number = self.run.epoch + 1
         loss, std = self.run.means
@@ -65,7 +61,7 @@ class Report:
             **self.run.speed())
 
     def measured(self, encoder):
-        """What an encoder is worth: {"knn": ..., "rank": ..., what the method measures}"""
+        """How good an encoder is: {"knn": ..., "rank": ..., the method's own measures}"""
         encoder.eval()
         found = self.watch(encoder.features) | self.method.measure(encoder, self.job)
         encoder.train()
@@ -80,7 +76,7 @@ class Report:
                 "are the images different from each other?")
 
     def warn_of_low_rank(self, rank):
-        """Say once that the rank is far below the untrained network's: loss and std can look healthy then."""
+        """Say once that the rank is far below the untrained network's. Loss and std may look healthy then."""
         epochs = self.run.log.epochs()
         bound = low_rank(epochs)
         if rank is None or bound is None or rank >= bound:
@@ -88,9 +84,9 @@ class Report:
         earlier = [record["rank"] for record in epochs if record["rank"] is not None]
         if min(earlier) >= bound:
             self.progress.line(
-                f"low rank: the features spread in {rank:.1f} directions, at the start in "
-                f"{epochs[0]['rank']:.1f}; below {bound:.1f} all runs that we saw had learned little, "
-                "whatever their loss and std. Try a smaller --base-lr, then --warmup 10")
+                f"low rank: the features spread in {rank:.1f} directions, and did in {epochs[0]['rank']:.1f} "
+                f"at the start; below {bound:.1f}, every run that we saw had learned little, whatever its "
+                "loss and std. Try a smaller --base-lr, then --warmup 10")
 
     def record(self, number, **measured):
         """An epoch's record: in the log, on the screen and, with each checkpoint, in the picture."""
@@ -104,7 +100,7 @@ class Report:
         self.progress.line(self.line_of(record))
 
     def line_of(self, record):
-        """A record as a line of the screen."""
+        """A record as a line for the screen."""
         s = self.job.settings
         words = [f"epoch {record['epoch']}/{s['epochs']}"]
         if record["epoch"] == 0:
@@ -129,7 +125,7 @@ class Report:
 
 
 def low_rank(epochs):
-    """The rank below which there is a warning, by a log's epochs; None where the untrained one is unknown."""
+    """The rank below which we warn, by a log's epochs; None if the untrained network's is unknown."""
     if not epochs or epochs[0]["rank"] is None:
         return None
     return LOW_RANK * epochs[0]["rank"]
@@ -137,23 +133,14 @@ def low_rank(epochs):
 
 # --- The start block ---------------------------------------------------------------------------------------
 
-def start_block(rows):
-    """{heading: text} -> the lines that a run starts with, headings on the left."""
-    lines = []
-    for heading, text in rows.items():
-        lines += textwrap.wrap(
-            printable(text), WIDTH, initial_indent=f"{heading:12}", subsequent_indent=" " * 12,
-            break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines)
-
-
 def describe_run(job, method, watches_knn):
-    """What one must know of a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
+    """What to know about a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
     s = job.settings
     world = s["world"]
-    unchanged = recipe_for(s["data"], job.train, s["recipe"], method.SETTINGS)
+    recipe = recipe_for(s["data"], job.train, s["recipe"], method.SETTINGS)
     on_its_own = own_steps(s, method)
-    rows = {"recipe": describe_recipe(s, unchanged)}
+    changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
+    rows = {"recipe": ", ".join([s["recipe"], *changed])}
     if s["experiment"] != method.NAME:
         rows["experiment"] = describe_experiment(method)
     rows["training"] = (
@@ -168,14 +155,8 @@ def describe_run(job, method, watches_knn):
     return rows | method.rows() | {"writes to": job.out}
 
 
-def describe_recipe(s, recipe):
-    """The recipe's name, and which settings differ from it."""
-    changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
-    return ", ".join([s["recipe"], *changed])
-
-
 def describe_experiment(method):
-    """The experiment, the paper's result, and which of its values this recipe scales, or leaves."""
+    """The experiment, the paper's result, and which of its values this recipe scales or keeps."""
     s = method.s
     paper, changes = method.EXPERIMENTS[s["experiment"]]
     changes = changes | method.ON_IMAGENET.get(s["experiment"], {})
@@ -195,6 +176,6 @@ def describe_knn(job, watches_knn):
     if every == 0:
         return "none (--knn-every 0)"
     if not watches_knn:
-        return f"none (needs labels, and an image of val/ for each process); the rank every {every} epochs"
+        return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes))
     return f"every {every} epochs, k {k} (a fifth of a class, 200 at most), on {len(job.val)} images"

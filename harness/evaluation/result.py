@@ -1,4 +1,4 @@
-"""What an evaluation says of itself: the lines on the screen, and the files of its result."""
+"""An evaluation's lines on the screen, and the files of its result."""
 import json
 import os
 import shlex
@@ -9,21 +9,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..common.errors import printable
 from ..common.files import replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
-from .backbones import shape_in_words
+from ..common.progress import start_block
+from .backbones import in_words
 from .features import Frozen
 from .weights import describe_found
 
 # --- On the screen ----------------------------------------------------------------------------------------
 
-
-def start_block(job, backbone, rows):
-    """The lines that an evaluation starts with. rows: what is said of the data, {heading: text}"""
+def describe_evaluation(job, backbone, rows):
+    """What to know about an evaluation before it starts: {heading: text}. rows: those about the data"""
     s = job.settings
-    rows = {
+    return {
         "backbone": describe_backbone(s, backbone),
         **rows,
         "views": describe_views(s, backbone),
@@ -31,22 +30,21 @@ def start_block(job, backbone, rows):
         "processes": f"{s['world']}, {hardware(s, job.device)}",
         "writes to": job.out,
     }
-    return "\n".join(f"{heading:12}{printable(text)}" for heading, text in rows.items())
 
 
 def describe_backbone(s, backbone):
     """Which network it is, and where it is from."""
     origin = "untrained, BN calibrated"
     if backbone.found:
-        origin = f"sha256 {backbone.sha256[:12]}, {describe_found(backbone.found, s['backbone'])}"
+        origin = f"sha256 {backbone.sha256[:12]}, {describe_found(backbone.found)}"
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
-    return f"{s['backbone']}: {shape_in_words(backbone)} ({origin})"
+    return f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})"
 
 
 def describe_views(s, backbone):
-    """How images are shown to the network, and who said so."""
-    told = f"of recipe {s['recipe']}: the file names none"
+    """How we show images to the network, and where that is from."""
+    told = f"of recipe {s['recipe']}, as the file names none"
     if backbone.settings:
         told = "as in its pre-training"
     if s["views_given"]:
@@ -60,15 +58,15 @@ def describe_protocol(s):
     """Which protocol it is, and what it trains with."""
     if "protocol" not in s:
         return "none: features alone"
-    trained = "k by the size of the classes"
+    text = f"{s['protocol']}: {s['note']}"
     if "epochs" in s:
         base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
-        trained = f"{s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
-    return f"{s['protocol']}: {s['note']}; {trained}"
+        text += f"; {s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
+    return text
 
 
 def describe_sweep(held_out, chosen):
-    """How each base lr did on held-out images, {base_lr: percent}, and whether to look further."""
+    """How each base lr did on held-out images, {base_lr: percent}, and whether to try others."""
     shown = ", ".join(f"{base_lr:g} {percent:.1f}%" for base_lr, percent in held_out.items())
     line = f"held-out top-1 by base lr: {shown}"
     first, *_, last = held_out
@@ -78,42 +76,38 @@ def describe_sweep(held_out, chosen):
 
 
 def last_lines(job, judged, images):
-    """The lines that an evaluation ends with. images: of val/, those that can't be read among them"""
+    """The lines that an evaluation ends with. images: how many val/ has, with those that can't be read"""
     s = job.settings
-    which = f"all {images}"
-    if images > s["val_images"]:
-        which = f"the {s['val_images']} good ones of {images}"
-    files = f"{os.path.join(job.out, 'lineval.json')}, neighbors.png"
-    if judged.layer is not None:
-        files += ", classifier.pth"
-    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {which} validation "
-            f"images ({s['note']})\ndone: {files}")
+    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {s['val_images']} of "
+            f"{images} validation images ({s['note']})\ndone: {os.path.join(job.out, 'lineval.json')}")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
 
 def write_result(job, judged, bank, queries, bad_images):
-    """neighbors.png, classifier.pth where a layer was trained, and lineval.json.
+    """Write classifier.pth if a layer was trained, lineval.json, and then neighbors.png.
 
     bank, queries   features of the training and of the validation images, (n, D) each
 
-    lineval.json has the accuracy first, then all that it could depend on:
+    classifier.pth has the layer's weight (C, D) and bias (C,), the classes' names, and the note.
+    lineval.json has the accuracy first, then everything that it could depend on:
 
         top1, top5                  percent of the validation images that could be read, after the last epoch
         protocol, note              which protocol, and whether it is the paper's
-        base_lr, batch, epochs, lr  of the linear layer, where one was trained
+        base_lr, batch, epochs, lr  of the linear layer, if one was trained
         backbone, sha256, ...       what was evaluated
         data, content, ...          on what; content is a number that tells data sets apart
         views_given                 which of size, mean and std the command line named
         held_out_top1               cached: how each lr of the sweep did on held-out training images
         best_epoch_not_the_result   lars, sgd: for papers that report it
-        images, val_images          those that could be read: a bad one takes no part in anything
-        bad_images                  files that could not be read
+        images, val_images          how many could be read and took part
+        bad_images                  how many could not be read
     """
-    chosen, nearest = neighbors(job.train, job.val, bank, queries)
-    draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
     if judged.layer is not None:
-        save_classifier(job, judged.layer)
+        content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
+        content["classes"] = job.train.classes
+        content["note"] = job.settings["note"]
+        save(content, os.path.join(job.out, "classifier.pth"))
     result = {
         "top1": judged.top1,
         "top5": judged.top5,
@@ -126,22 +120,16 @@ def write_result(job, judged, bank, queries, bad_images):
     }
     with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
-
-
-def save_classifier(job, layer):
-    """classifier.pth: the linear layer's weight (C, D) and bias (C,), the classes' names, the note."""
-    content = {name: t.cpu() for name, t in layer.state_dict().items()}
-    content["classes"] = job.train.classes
-    content["note"] = job.settings["note"]
-    save(content, os.path.join(job.out, "classifier.pth"))
+    chosen, nearest = neighbors(job.train, job.val, bank, queries)
+    draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
 
 
 def neighbors(train, val, bank, queries, rows=10, columns=8):
-    """Some validation images, of each class in turn, and for each the training images nearest by cosine.
+    """Some validation images, sorted by class, and the training images nearest to each by cosine.
 
     -> (R,), (R, C)
     """
-    # Even steps through the images as sorted by class meet as many classes as there are rows.
+    # Even steps through the sorted images meet as many classes as possible.
     by_class = np.argsort(val.labels, kind="stable")
     places = np.linspace(0, len(val) - 1, min(rows, len(val)))
     chosen = by_class[places.astype(int)]
@@ -151,11 +139,10 @@ def neighbors(train, val, bank, queries, rows=10, columns=8):
 
 
 def save_features(path, splits):
-    """Features of good images in a file, with labels, classes and file names where these are known.
+    """Save features of good images, with labels, classes and file names if these are known.
 
-    NAME_features (n, D) float32, NAME_labels (n,), NAME_files (n,) bytes, for each split
+    The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split.
     splits      {NAME, "train" or "val": (source of good images, their features)}
-    There is nothing of bad files: whoever reads the features has the names of the others.
     """
     if dist.get_rank() > 0:
         return
@@ -167,19 +154,19 @@ def save_features(path, splits):
             arrays[f"{name}_labels"] = source.labels
         if source.files is not None:
             arrays[f"{name}_files"] = source.names
-    # Through an open file: numpy would add .npz to a name.
+    # We open the file ourselves, because numpy would add .npz to its name.
     with replacing(path) as f:
         np.savez(f, **arrays)
 
 
 def save_features_alone(job, backbone, rows, say):
-    """--features of data without labels or without val/, which no protocol can judge.
+    """--features for data without labels or val/, which no protocol can judge.
 
     job     its `out` is the file
-    rows    what the start block says of the data
+    rows    those of the start block that are about the data
     say     prints lines
     """
-    say(start_block(job, backbone, rows))
+    say(start_block(describe_evaluation(job, backbone, rows)))
     frozen = Frozen(backbone, job)
     splits = {"train": frozen.features_of(job.train)}
     if job.val:
