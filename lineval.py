@@ -46,9 +46,9 @@ from harness.evaluation.features import Frozen, accuracy, check_same_images, hit
 from harness.evaluation.result import describe_sweep, last_lines, save_features, save_features_alone
 from harness.evaluation.result import start_block, write_result
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
+from harness.training.folder import CHECKPOINTS, enter, folder_name
 from harness.training.job import Job
-from harness.training.options import add_prefix, check_batch, check_limits, new_parser, number
+from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
 from harness.training.processes import all_sum, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
 from harness.training.run import Run
@@ -381,7 +381,7 @@ def evaluate(args):
     s = settings_for(args, s, policy, data)
     protocol = PROTOCOLS[s["protocol"]]
     out = args.out or default_folder(args, s)
-    resuming = holds_run(out, FILES, args.resume if protocol.optimizer else None, device)
+    resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     say(start_block(job, backbone, data.rows()))
 
@@ -393,7 +393,6 @@ def evaluate(args):
     record_images(job)
 
     # 4. Classify
-    lock(out, FILES, resuming, device)
     if protocol.optimizer:
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
@@ -472,11 +471,6 @@ def describe(args, backbone, data, recipe, world):
         "save_minutes": args.save_minutes,
         "keep_every": args.keep_every,
     }
-
-
-def named(args, names):
-    """Those of these options that the command line names: {name: value}"""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def views_of(s):

@@ -53,7 +53,7 @@ from harness.evaluation.init import load_init
 from harness.evaluation.report import Report, describe_run, start_block
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, holds_run, lock
+from harness.training.folder import CHECKPOINTS, enter
 from harness.training.job import Job
 from harness.training.method import Method
 from harness.training.options import number
@@ -310,7 +310,7 @@ def pretrain(args):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, args.data)
     out = args.out or default_folder(args)
-    resuming = holds_run(out, CHECKPOINTS, args.resume, device)  # refuses what would overwrite a run
+    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses what would overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
 
     # Model and optimiser
@@ -329,7 +329,6 @@ def pretrain(args):
     parts = {"model": model, "optimizer": optimizer, **method.parts()}
 
     # Where the run stands: at its beginning, or at its newest checkpoint
-    lock(out, CHECKPOINTS, resuming, device)
     follow = ["amp"] if args.amp is None else []  # a run that goes on keeps its precision
     run = Run(out, parts, s, method.steps_per_epoch, resuming, device, args.override, follow)
     progress = Progress(method.total_steps - run.position(), quiet=rank > 0)

@@ -1,7 +1,4 @@
-"""What runs on a GPU alone, run here on a CPU, some of it through stand-ins. No test reaches NCCL or cuDNN.
-
-tests/test_processes.py has the BN of GPUs, with the kernels of tests/cuda_kernels.py.
-"""
+"""What runs on a GPU alone, run here on a CPU, some of it through stand-ins. No test reaches NCCL or cuDNN."""
 import json
 import math
 
@@ -13,8 +10,7 @@ import augment
 import simsiam
 from harness.common import machine
 from harness.common.errors import Refused
-from harness.training import processes
-from harness.training.batchnorm import synchronize
+from harness.training import batchnorm, processes
 from tests.helpers import ROOT, TINY, tiny_model, torchrun
 
 pytest_plugins = ["tests.fixtures"]
@@ -84,16 +80,19 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("device, compiled, bn", [
-    ("cuda", False, "FusedSyncBatchNorm"),
-    ("cuda", True, "SyncBatchNorm"),
-    ("cpu", False, "SyncBatchNorm"),
+    ("cuda", False, torch.nn.SyncBatchNorm),
+    ("cuda", True, batchnorm.SyncBatchNorm),
+    ("cpu", False, batchnorm.SyncBatchNorm),
 ])
-def test_a_network_gets_the_bn_that_its_device_needs(world_of_one, monkeypatch, device, compiled, bn):
-    """Torch's kernels on a GPU; where the network is compiled, plain operations."""
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    network = simsiam.distribute(tiny_model(), torch.device(device), compiled)
-    norms = [m for m in network.modules() if hasattr(m, "running_mean")]
-    assert {type(m).__name__ for m in norms} == {bn}
+def test_a_network_gets_the_bn_that_its_device_needs(device, compiled, bn):
+    """torch's on a GPU, ours elsewhere and to be compiled. Parameters and buffers stay what they were: the
+    same objects, under the same names, in the same order."""
+    model = tiny_model()
+    before = [*model.named_parameters(), *model.named_buffers()]
+    assert batchnorm.synchronize(model, torch.device(device), compiled) is model
+    after = [*model.named_parameters(), *model.named_buffers()]
+    assert [(name, id(t)) for name, t in after] == [(name, id(t)) for name, t in before]
+    assert {type(m) for m in model.modules() if hasattr(m, "running_mean")} == {bn}
 
 
 def test_compiled_the_synchronised_bn_is_part_of_one_graph(world_of_one):
@@ -107,7 +106,7 @@ def test_compiled_the_synchronised_bn_is_part_of_one_graph(world_of_one):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 4, 3)
     layers = conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.BatchNorm2d(4)
-    network = synchronize(torch.nn.Sequential(*layers), CUDA, compiled=True).double()
+    network = batchnorm.synchronize(torch.nn.Sequential(*layers), CUDA, compiled=True).double()
     x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     plain = network(x)
     compiled = torch.compile(network, backend=backend)

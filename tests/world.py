@@ -14,13 +14,12 @@ import augment
 import resnet
 import simsiam
 from harness.data import loading, shapes
-from harness.training import batchnorm, ends, processes
+from harness.training import ends, processes
 from harness.training.per_image import PerImageVectors
-from tests import cuda_kernels
 from tests.helpers import CPU, tiny_model
 
 # How many steps of each variant. A wrong lr shows in the second step's loss, other faults in the first's.
-STEPS = {"right": 3, "fused": 3, "local-bn": 1, "local-lr": 2, "wrong-sampler": 1}
+STEPS = {"right": 3, "local-bn": 1, "local-lr": 2, "wrong-sampler": 1}
 
 
 def my_batches(variant):
@@ -41,8 +40,7 @@ def small_model():
 
 
 def train(variant):
-    """Steps in float64, as many as STEPS says -> the model's state_dict, and loss and std after
-    each step."""
+    """Steps in float64, as many as STEPS says -> the model's state_dict; loss and std after each step."""
     torch.manual_seed(0)
     model = small_model()
     network = distribute(model, variant)
@@ -59,14 +57,9 @@ def train(variant):
 
 
 def distribute(model, variant):
-    """As simsiam.distribute does. "fused": with the BN of GPUs and the kernels of
-    tests/cuda_kernels.py.
-    Wrong: each process with a BN of its own."""
-    if variant not in ("fused", "local-bn"):
+    """As simsiam.distribute does. Wrong: each process with a BN of its own."""
+    if variant != "local-bn":
         return simsiam.distribute(model, CPU)
-    if variant == "fused":
-        cuda_kernels.make_known()
-        batchnorm.synchronize(model, torch.device("cuda"))
     network = DistributedDataParallel(model)
     network.broadcast_buffers = False
     return network
