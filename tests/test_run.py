@@ -49,7 +49,7 @@ def test_run_folder_holds_what_the_readme_promises(finished):
 
 
 def test_log_holds_what_the_readme_promises(finished):
-    """Its records and the values' ranges, for 3 epochs of 3 steps. tests/test_help.py has their keys."""
+    """The values' ranges, for 3 epochs of 3 steps. tests/test_help.py has the keys."""
     start, *epochs, _ = log_of(finished[0])
     assert 0 <= start["knn_pixels"] <= 100
     assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
@@ -66,32 +66,18 @@ def test_log_holds_what_the_readme_promises(finished):
 def test_screen_says_what_the_run_does(finished):
     """Words that its output must have, for 50 training images."""
     _, printed = finished
-    assert "50 images" in printed
     assert "k 3 (a fifth of a class, 200 at most), on 9 images" in printed
     assert "3 epochs of 3 steps, 9 in all (the recipe on its own data: 77,600)" in " ".join(printed.split())
     assert "\ntoo short   on 1,000 to 5,000 images, 500 steps gained" in printed
-    assert "minimum -1" in printed
     assert "low rank" not in printed
 
 
-def saved_network(out):
-    """A ResNet under torchvision's names with the weights of backbone.pth, and nothing missing."""
+def test_the_saved_backbone_is_the_networks_whose_knn_was_monitored(finished, small):
+    """backbone.pth loads under torchvision's names. The last kNN in the log against votes in numpy."""
     network = resnet.resnet18(width=1 / 16, cifar_stem=True)
     network.fc = torch.nn.Sequential()
-    network.load_state_dict(torch.load(out / "backbone.pth", weights_only=True))
-    return network.eval()
-
-
-def test_backbone_is_the_checkpoints(finished):
-    """backbone.pth against the encoder in checkpoint.pth, name by name."""
-    trained = weights_of(finished[0])
-    for name, t in saved_network(finished[0]).state_dict().items():
-        assert torch.equal(t, trained[f"encoder.{name}"]), name
-
-
-def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
-    """The last kNN in the log against votes in numpy, from backbone.pth."""
-    network = saved_network(finished[0])
+    network.load_state_dict(torch.load(finished[0] / "backbone.pth", weights_only=True))
+    network.eval()
     settings = recipes.recipe("cifar10", simsiam.SETTINGS)
     mean, std = (np.array(settings[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     features = []
@@ -121,7 +107,7 @@ def test_unlabelled_photographs_train_without_knn(large, tmp_path, capsys):
     assert "needs labels" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["..", "/", "a/../..", "x/...", ".hidden", "a\nb", None])
+@pytest.mark.parametrize("name", ["..", "/", "a/../..", "x/...", None])
 def test_a_name_cannot_lead_out_of_the_runs_folder(name):
     """Every name of a run is one folder below runs/."""
     place = os.path.normpath(os.path.join("runs", folder_name(name)))
@@ -208,10 +194,10 @@ def test_resume_auto_starts_and_then_continues(small, tmp_path, capsys):
     """The same command twice: the log's events, and the lr of the last step, which does not change."""
     command = [small, *TINY, "--epochs", "1", "--workers", "0", "--out", tmp_path / "run", "--resume", "auto"]
     assert here("simsiam.py", *command) is None
-    assert "continuing" not in capsys.readouterr().out
     lr = log_of(tmp_path / "run")[-2]["lr"]
+    capsys.readouterr()
     assert here("simsiam.py", *command) is None
-    assert "continuing" in capsys.readouterr().out
+    assert "continuing after 0 epochs and 3 steps" in capsys.readouterr().out
     events = [r["event"] for r in log_of(tmp_path / "run")]
     assert events == ["start", "epoch", "resume", "epoch", "end"]
     assert log_of(tmp_path / "run")[-2]["lr"] == lr
@@ -228,11 +214,10 @@ def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
     said = refusal("simsiam.py", *options)
     assert "epochs 3 -> 4; weight_decay 0.0005 -> 0.1" in said
     assert said.endswith("--override epochs weight_decay")
-    assert "workers" not in said
     assert "weight_decay 0.0005 -> 0.1" in refusal("simsiam.py", *options, "--override", "epochs")
     capsys.readouterr()
     assert here("simsiam.py", *options, "--override", "epochs", "weight_decay") is None
-    note = "other settings than so far: epochs 3 -> 4; weight_decay 0.0005 -> 0.1; workers 1 -> 0\n"
+    note = "settings changed since then: epochs 3 -> 4; weight_decay 0.0005 -> 0.1; workers 1 -> 0\n"
     assert note in capsys.readouterr().out
     assert log_of(out)[-2]["epoch"] == 4
     optimizer = torch.load(out / "checkpoint.pth", weights_only=True)["optimizer"]
@@ -276,12 +261,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, small, finished):
     assert equal(weights_of(tmp_path), weights_of(finished[0]))
 
 
-DAMAGES = {
-    "cut in half": lambda whole: whole[:len(whole) // 2],
-    "a bit flipped": lambda whole: flipped(whole, 9000),
-}
-
-
 def readable(out):
     """Whether one of the checkpoints in a run's folder can be read."""
     for path in out.glob("checkpoint*.pth"):
@@ -290,12 +269,12 @@ def readable(out):
     return False
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, damage, monkeypatch, capsys):
-    """The weights against the uninterrupted run's. One of the two checkpoints is good at every instant."""
+def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, monkeypatch, capsys):
+    """A bit of the newest is flipped. The weights against the uninterrupted run's; one of the two checkpoints
+    is good at every instant."""
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
-    damaged = damage((out / "checkpoint.pth").read_bytes())
+    damaged = flipped((out / "checkpoint.pth").read_bytes(), 9000)
     (out / "checkpoint.pth").write_bytes(damaged)
     replace = os.replace
 
@@ -316,30 +295,26 @@ def test_resume_falls_back_to_the_older_checkpoint(tmp_path, small, finished, da
     assert "can't be read" in refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
 
 
-@pytest.mark.parametrize("text", [
-    pytest.param("\x00\udcff{{\n", id="no text"),
-    pytest.param('{"event": "start"}\n{"event": "epoch", "epoch": 1, "loss": []}\n', id="a list for a loss"),
-])
-def test_a_crafted_log_is_refused_in_one_line(tmp_path, small, finished, text):
-    """Logs that no run has written, beside a good checkpoint."""
+def test_a_damaged_log_is_refused_in_one_line(tmp_path, small, finished):
+    """It is no text, while the checkpoint is good."""
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
-    (out / "log.jsonl").write_text(text, errors="surrogateescape")
+    (out / "log.jsonl").write_bytes(b"\0\xff{{\n")
     said = refusal("simsiam.py", small, *TINY, "--out", out, "--resume")
-    assert "log.jsonl: no log of this run; restore it, or give another --out (" in said
+    assert "log.jsonl: not a log of this run; restore it, or give another --out (" in said
 
 
 # --- What else may happen in a run --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("save_minutes, what", [
-    pytest.param("0", r"a weight|at lr .*", id="saved in between"),
-    pytest.param("10", r"at lr \S+ the loss, \S+, or the gradient, of norm \S+,", id="not saved in between"),
+    pytest.param("0", "a weight|the loss.*", id="saved in between"),
+    pytest.param("10", r"the loss, \S+, or the gradient, of norm \S+,", id="not saved in between"),
 ])
 def test_what_is_not_finite_ends_the_run(tmp_path, small, save_minutes, what):
     """Found in the weights before they are saved, or in loss and gradient. The last checkpoint is finite."""
     options = ["--base-lr", "1e6", "--weight-decay", "1", "--save-minutes", save_minutes]
     said = refusal("simsiam.py", small, *LONGER, *options, "--out", tmp_path / "run")
-    place = r"is not finite in epoch \d+, step \d+; the last good checkpoint is .*/checkpoint.pth\. Try"
+    place = r"is not finite in epoch \d+, by step \d+; the last good checkpoint is .*/checkpoint.pth\. Try"
     assert re.match(rf"simsiam.py: ({what}) {place}", said)
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
     assert all(t.isfinite().all() for t in checkpoint["model"].values())
@@ -376,26 +351,17 @@ def test_too_many_bad_images_end_the_run(tmp_path):
 
 @slow
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_run_folders_without_permission(tmp_path):
-    """One line, and the last checkpoint untouched. A single image that can't be read is replaced."""
-    folder = write_folder(tmp_path / "data", "train", 40, (70, 80))
-    (folder / "train/a/006.png").chmod(0)
-    options = [folder, *TINY, "--size", "24"]
-    (tmp_path / "locked").mkdir(mode=0o555)
-    refused = program(*options, "--out", tmp_path / "locked/run", preexec_fn=obey_permissions)
-    assert refused.returncode == 1
-    assert re.search(r"^simsiam.py: .*Permission denied.*locked/run", refused.stderr, re.MULTILINE)
-    assert "Traceback" not in refused.stderr
+def test_a_run_folder_without_permission(tmp_path, small, finished):
+    """One line, and the last checkpoint untouched."""
     out = tmp_path / "run"
-    made = program(*options, "--out", out, preexec_fn=obey_permissions)
-    assert made.returncode == 0, made.stderr
-    assert "006.png: can't be read as an image: PermissionError" in made.stderr
+    shutil.copytree(finished[0], out)
     before = (out / "checkpoint.pth").read_bytes()
     out.chmod(0o555)
-    options += ["--epochs", "4", "--override", "epochs", "--resume"]
-    refused = program(*options, "--out", out, preexec_fn=obey_permissions)
+    options = [*TINY, "--epochs", "4", "--override", "epochs", "--resume", "--out", out]
+    refused = program(small, *options, preexec_fn=obey_permissions)
     assert refused.returncode == 1
     assert "log.jsonl: can't be written" in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert (out / "checkpoint.pth").read_bytes() == before
 
 

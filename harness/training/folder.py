@@ -26,6 +26,8 @@ FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
 NEWEST = "checkpoint.pth"
 PREVIOUS = "checkpoint-previous.pth"
 CHECKPOINTS = (NEWEST, PREVIOUS)
+MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile",
+              "keep_every"}  # settings that a resumed run may change without --override
 LOCK = ".writer"   # a hidden file, so that nobody takes it for data
 PATIENCE = 60      # seconds that a start waits for the lock: the old process may be about to end
 locked = []        # the files that this process has locked
@@ -78,32 +80,29 @@ def look(out, names, resume, device):
 
 
 def lock(out):
-    """Make a folder, lock it, and write into the lock who has it -> None, or who has it instead.
-
-    If the file system has no locks, a line says so.
-    """
+    """Make a folder and lock it, if need be when another process ends -> None, or who has the lock."""
     os.makedirs(out, exist_ok=True)
     file = open(os.path.join(out, LOCK), "a+")  # it says who has the lock: only the owner may empty it
     locked.append(file)
+    holder = try_to_lock(file, out)
+    if holder:
+        warn(f"{out}: another process ({holder}) is writing there; waiting up to {PATIENCE} s for it to end")
     deadline = time.monotonic() + PATIENCE
-    waiting = False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip() or "unknown"
-            if time.monotonic() > deadline:
-                return holder
-            if not waiting:
-                waiting = True
-                warn(f"{out}: another process ({holder}) is writing there; waiting up to {PATIENCE} s for it "
-                     "to end")
-            time.sleep(0.1)
-        except OSError as error:
-            warn(f"{out}: can't be locked ({error.strerror}); make sure that no other process writes there")
-            break
+    while holder and time.monotonic() < deadline:
+        time.sleep(0.1)
+        holder = try_to_lock(file, out)
+    return holder
+
+
+def try_to_lock(file, out):
+    """Lock a file, and write into it who has it -> None, or who has it already."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read(200).strip() or "unknown"
+    except OSError as error:  # some file systems have no locks
+        warn(f"{out}: can't be locked ({error.strerror}); make sure that no other process writes there")
     file.seek(0)
     file.truncate()
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
@@ -145,19 +144,17 @@ def check_format(content, path):
         raise Refused(f"{path}: not a checkpoint in this program's format {FORMAT}")
 
 
-def compare_settings(then, now, may_change, override, path):
+def compare_settings(then, now, override, path):
     """What has changed between a checkpoint's settings and a run's, in words; empty if nothing has.
 
-    may_change  names of settings that may always differ
-    override    names of settings that may differ this time
-    Raises Refused if another setting has changed.
+    override: names of settings that may differ this time, besides MAY_CHANGE. Raises Refused if others do.
     """
     changed = {}
     for name in sorted({*then, *now}, key=str):
         if then.get(name) != now.get(name):
             changed[name] = f"{name} {then.get(name)} -> {now.get(name)}"
-    to_name = [str(name) for name in changed if name not in may_change]
-    forbidden = [text for name, text in changed.items() if name not in {*may_change, *override}]
+    to_name = [str(name) for name in changed if name not in MAY_CHANGE]
+    forbidden = [text for name, text in changed.items() if name not in {*MAY_CHANGE, *override}]
     if forbidden:
         raise Refused(f"{path}: was made with other settings ({'; '.join(forbidden)}); repeat its command, "
                       f"give another --out, or name what may change: --override {' '.join(to_name)}")

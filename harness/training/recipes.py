@@ -51,13 +51,12 @@ def options(script, description, method):
 
 def list_experiments(methods):
     """Print the table of these methods' experiments."""
-    rows = [(method, name, *row) for method in methods for name, row in method.EXPERIMENTS.items()]
-    longest = max(len(name) for _, name, *_ in rows)
-    print(f"{'experiment':{longest}}  {'the paper, on ImageNet':31}  what changes there")
-    for method, name, paper, changes in rows:
-        changes = changes | method.ON_IMAGENET.get(name, {})
-        shown = ", ".join(f"{key} {value}" for key, value in changes.items())
-        print(f"{name:{longest}}  {paper:31}  {shown}")
+    print(f"{'experiment':31}  {'the paper, on ImageNet':31}  what changes there")
+    for method in methods:
+        for name, (paper, changes) in method.EXPERIMENTS.items():
+            changes = changes | method.ON_IMAGENET.get(name, {})
+            shown = ", ".join(f"{setting} {value}" for setting, value in changes.items())
+            print(f"{name:31}  {paper:31}  {shown}")
 
 
 def default_folder(args):

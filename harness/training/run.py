@@ -1,4 +1,4 @@
-"""A run: how far it is, its folder, when it saves, and what ends it.
+"""A task, and a run that does it: how far it is, when it saves, and what ends it.
 
 A run is saved at its start, at its end, after a signal, and every --save-minutes. It is also saved at the end
 of an epoch, if the last save took less than a fiftieth of the time since: epochs can be as short as a second.
@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,33 +26,47 @@ from .folder import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, ne
 from .log import Log
 from .processes import all_sum, same_everywhere
 
-MAY_CHANGE = {"data", "init", "backbone", "workers", "world", "knn_every", "save_minutes", "compile",
-              "keep_every"}  # settings that a resumed run may change without --override
+
+class Job(NamedTuple):
+    """A task: what is trained or evaluated on which images, where, and with which settings.
+
+    settings    {name: value}, all that the result can depend on; the log and the result hold them
+    device      of this process
+    train, val  Sources; val may be None
+    test_views  (source, batches of (epoch, indices)) -> yields (indices, images (N, 3, S, S))
+    out         the folder to write to, or the file, if one is all there is to write
+    resuming    whether to go on from what is in that folder
+    """
+    settings: dict
+    device: torch.device
+    train: object
+    val: object
+    test_views: object
+    out: str
+    resuming: bool
 
 
 class Run:
     """How far a run is: `epoch` epochs are done, and `step` steps of the next.
 
-    out         the run's folder
+    job         its settings are what makes the run what it is: "epochs", "batch", "seed", "save_minutes", ...
     parts       {name: model, optimiser, ...}: what a checkpoint holds, by state_dict. A "model" and an
                 "optimizer" are among them. Each is equal on all processes, or gathers itself when asked for
                 its state, as PerImageVectors do
-    settings    what makes the run what it is, {name: value}: "epochs", "batch", "seed", "save_minutes", ...
     steps_per_epoch     as many as loading.index_batches yields an epoch: images // batch
-    resuming    whether to go on from the folder's checkpoint
     override    names of settings that may differ from the checkpoint's
     follow      names of settings that are taken from the checkpoint
 
     Raises Refused if the checkpoint is foreign or has other settings, or if both checkpoints are damaged.
     """
 
-    def __init__(self, out, parts, settings, steps_per_epoch, resuming, device, override=(), follow=()):
-        self.out = out
+    def __init__(self, job, parts, steps_per_epoch, override=(), follow=()):
+        self.out = job.out
+        self.settings = job.settings
+        self.device = job.device
+        self.resuming = job.resuming
         self.parts = parts
-        self.settings = settings
         self.steps_per_epoch = steps_per_epoch
-        self.resuming = resuming
-        self.device = device
         self.first = dist.get_rank() == 0  # the process that writes files
         self.epoch = 0
         self.step = 0
@@ -61,7 +76,7 @@ class Run:
         self.waited = 0.0
         self.began = time.monotonic()
         # The sums of loss and std x sqrt(d) over this epoch's steps, and their means once it is done.
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.means = None
         # When the run was last saved, how long that took, and where it was.
         self.saved = time.monotonic()
@@ -69,11 +84,11 @@ class Run:
         self.saved_at = None
         self.newest_is_damaged = False
         self.signal = 0                    # the number of the signal that this process got
-        self.numbers = None                # step, lr, and OnTheirWay: the loss and the gradient's norm
+        self.numbers = None                # OnTheirWay: the last step's loss and gradient norm
         self.wishes = None                 # OnTheirWay: how many processes want to stop, and to save
         self.notes = []                    # lines for the screen, at the start
         self.log = Log(self.path("log.jsonl"), self.first)
-        if resuming:
+        if self.resuming:
             self.resume(override, follow)
 
     def path(self, name):
@@ -92,7 +107,7 @@ class Run:
             check_format(checkpoint, path)
             then = checkpoint["settings"]
             self.settings.update((name, then[name]) for name in follow)
-            changed = compare_settings(then, self.settings, MAY_CHANGE, override, path)
+            changed = compare_settings(then, self.settings, override, path)
             if changed:
                 self.notes.append(f"settings changed since then: {changed}")
             self.load_parts(checkpoint)
@@ -189,25 +204,22 @@ class Run:
         self.sums[0] += loss
         self.sums[1] += std_sqrt_d
 
-    def check_finite(self, loss, gradient_norm, lr):
+    def check_finite(self, loss, gradient_norm):
         """Raise Refused if the loss or the gradient of the step before was not finite."""
         self.check_numbers()
-        both = torch.stack([loss.double(), gradient_norm.double()])
-        self.numbers = self.step, lr, OnTheirWay(both)
+        self.numbers = OnTheirWay(torch.stack([loss.double(), gradient_norm.double()]))
 
     def check_numbers(self):
         """Judge the last step whose numbers have not been judged yet."""
-        if self.numbers is None:
-            return
-        step, lr, on_their_way = self.numbers
-        self.numbers = None
-        loss, gradient_norm = on_their_way.read()
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            self.refuse(f"at lr {lr:.4g} the loss, {loss}, or the gradient, of norm {gradient_norm},", step)
+        if self.numbers:
+            loss, gradient_norm = self.numbers.read()
+            self.numbers = None
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                self.refuse(f"the loss, {loss}, or the gradient, of norm {gradient_norm},")
 
-    def refuse(self, what, step):
+    def refuse(self, what):
         """Raise Refused because something is not finite."""
-        raise Refused(f"{what} is not finite in epoch {self.epoch + 1}, step {step}; the last good "
+        raise Refused(f"{what} is not finite in epoch {self.epoch + 1}, by step {self.step}; the last good "
                       f"checkpoint is {self.path(NEWEST)}. Try a smaller --base-lr, in another --out")
 
     def save_or_stop_if_asked(self):
@@ -260,7 +272,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         finite = [t.isfinite().all() for t in parts["model"].values()]
         if not torch.stack(finite).all():
-            self.refuse("a weight", self.step)
+            self.refuse("a weight")
         if self.first:
             checkpoint = {
                 "format": FORMAT,
