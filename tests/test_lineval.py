@@ -316,7 +316,7 @@ REFUSALS = {  # the arguments, and what is said; {files} has good.pth, a ResNet-
     "no labels": ("{ten}/train {untrained}", "needs labels: train/<class>/... and val/<class>/..."),
     "odd class": ("{odd} {untrained}", "one class (disc): nothing to classify"),
     "batch larger than the data": (
-        "{ten} {untrained} --lars", "--batch 4096: the data has only 80 images"),
+        "{ten} {untrained} --lars", "--batch 4096 must be at most 80, the number of images"),
     "epochs of knn": ("{ten} {untrained} --knn --epochs 3", "--epochs: --knn trains nothing"),
     "nothing to resume": ("{ten} {untrained} --sgd --batch 8 --resume", "nothing to resume"),
     "resuming the cached protocol": (

@@ -54,7 +54,7 @@ def test_what_was_chosen_is_said_and_why(cpu):
 def test_processes_of_different_precisions_are_refused(monkeypatch):
     """Machines of two kinds, of which only one would take bf16."""
     monkeypatch.setattr(processes, "same_everywhere", lambda number, device: False)
-    with pytest.raises(Refused, match="give --amp or --no-amp to all"):
+    with pytest.raises(Refused, match="give all of them --amp, or --no-amp"):
         processes.check_same_precision(True, CPU)
 
 
