@@ -1,45 +1,17 @@
-"""What runs on a GPU alone, run here on a CPU, some of it through stand-ins. No test reaches NCCL or cuDNN."""
+"""What only runs on a GPU, tested on a CPU. No test reaches NCCL or cuDNN; tests/drills/gpu.py does."""
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 
 import augment
-import simsiam
-from harness.common import machine
 from harness.common.errors import Refused
 from harness.training import batchnorm, processes
 from tests.helpers import ROOT, TINY, tiny_model, torchrun
 
 pytest_plugins = ["tests.fixtures"]
 CUDA = torch.device("cuda", 0)
-
-
-def test_numbers_are_read_when_their_event_has_come(monkeypatch):
-    """Numbers on a GPU, whose copy has nothing in it until somebody waits for the event."""
-    numbers = torch.tensor([1.5, -2.0])
-    copy = torch.full_like(numbers, math.nan)
-
-    class OnAGpu:
-        is_cuda = True
-
-        def to(self, where, non_blocking):
-            return copy
-
-    class Event:
-        def record(self):
-            self.recorded = True
-
-        def synchronize(self):
-            assert self.recorded
-            copy.copy_(numbers)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    on_their_way = machine.OnTheirWay(OnAGpu())
-    assert copy.isnan().all()
-    assert on_their_way.read() == [1.5, -2.0]
 
 
 def test_views_do_not_depend_on_the_pieces_in_which_a_cpu_makes_them(monkeypatch):
@@ -57,16 +29,8 @@ def test_views_do_not_depend_on_the_pieces_in_which_a_cpu_makes_them(monkeypatch
     assert torch.equal(augment.photometric(images, changes, policy), by_pieces)
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch, is_there):
-    """--device by default."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
-    assert simsiam.parse([]).device == ("cuda" if is_there else "cpu")
-
-
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
-    """A machine with two GPUs, on paper: the second process the second, without TF32 where views are made. A
-    machine with one is refused."""
+    """The second process takes the second of two GPUs, without TF32. A machine with one GPU is refused."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

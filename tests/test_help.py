@@ -15,46 +15,35 @@ pytest_plugins = ["tests.fixtures"]
 
 # --- The options --------------------------------------------------------------------------------------------
 
-SHARED_OPTIONS = {  # option: what its help says of the default, "" where it has none
-    "--out": "",
-    "--resume": "",
-    "--override": "",
+SHARED_OPTIONS = "--out --resume --override --amp --no-amp".split()
+SHARED_DEFAULTS = {  # option: what its help says of the default
     "--seed": "(default: 0)",
     "--device": "default: cuda if there is one",
-    "--amp": "",
-    "--no-amp": "",
     "--workers": "(default: its share of the cores, up to 16)",
     "--save-minutes": "(default: 10)",
     "--keep-every": "(default: none)",
     "--range": "(default: from a sample of the files)",
 }
-RUN_OPTIONS = {
+RUN_OPTIONS = "--init --compile --no-compile".split()
+RUN_DEFAULTS = {
     "--out": "(default: runs/<name of the data>, and -<method> or -<experiment>)",
     "--amp": "(default: on cuda, and on a CPU with instructions for bf16",
     "--recipe": "default: shapes without DATA, cifar10 for images of one size up to 64 pixels a side, else "
                 "imagenet",
     "--experiment": "(default: simsiam)",
-    "--compile": "(default: no)",
-    "--no-compile": "(default: no)",
-    "--init": "",
 }
-EVALUATION_OPTIONS = {
+EVALUATION_OPTIONS = "--ckpt --lars --sgd --cached --knn --features --export".split()
+OF_PRETRAINING = "(default: the pre-training's, or else the recipe's)"
+EVALUATION_DEFAULTS = {
     "--out": "(default: lineval-<protocol>, beside the checkpoint)",
     "--amp": "(default: off)",
-    "--ckpt": "",
-    "--lars": "",
-    "--sgd": "",
-    "--cached": "",
-    "--knn": "",
     "--base-lr": "lars 0.1, sgd 30.0, cached by a sweep",
     "--batch": "lars 4096, sgd 256, cached 256",
     "--epochs": "lars 90, sgd 100, cached 100",
     "--width": "(default: the file's own; random: the recipe's)",
-    "--features": "",
-    "--size": "(default: the pre-training's, or else the recipe's)",
-    "--mean": "(default: the pre-training's, or else the recipe's)",
-    "--std": "(default: the pre-training's, or else the recipe's)",
-    "--export": "",
+    "--size": OF_PRETRAINING,
+    "--mean": OF_PRETRAINING,
+    "--std": OF_PRETRAINING,
 }
 RECIPE_SETTINGS = set("""
     arch width cifar_stem proj_layers proj_hidden dim pred_dim predictor bn affine fc_std objective eta k m
@@ -92,12 +81,15 @@ def shown(script, capsys):
     return entries(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("script, own", [(simsiam, RUN_OPTIONS), (lineval, EVALUATION_OPTIONS)])
-def test_help_has_every_option_with_its_default(capsys, script, own):
+@pytest.mark.parametrize("script, options, defaults", [
+    (simsiam, RUN_OPTIONS, RUN_DEFAULTS),
+    (lineval, EVALUATION_OPTIONS, EVALUATION_DEFAULTS),
+])
+def test_help_has_every_option_with_its_default(capsys, script, options, defaults):
     """Against lists."""
     found = shown(script, capsys)
-    for option, default in (SHARED_OPTIONS | own).items():
-        assert found[option], option
+    assert all(found[option] for option in SHARED_OPTIONS + options)
+    for option, default in (SHARED_DEFAULTS | defaults).items():
         assert default in found[option], option
 
 

@@ -6,25 +6,20 @@ import resource
 import shlex
 import shutil
 import signal
-import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import resnet
-import simsiam
 from harness.common import files
 from harness.common.errors import Refused, printable
-from harness.data import opening, shapes
+from harness.data import shapes
 from harness.evaluation import report
-from harness.training import recipes
 from harness.training.folder import folder_name, locked
 from harness.training.run import Run
-from tests.helpers import LONGER, ROOT, TINY, equal, flipped, here, log_of, obey_permissions, odd_files
-from tests.helpers import program, python, refusal, save_image, slow, weights_of, write_folder
+from tests.helpers import LONGER, ROOT, TINY, equal, flipped, here, log_of, odd_files, python, refusal
+from tests.helpers import result_of, save_image, slow, weights_of, write_folder
 
 pytest_plugins = ["tests.fixtures"]
 QUIET = [*TINY, "--knn-every", "0"]
@@ -52,15 +47,14 @@ def test_log_holds_what_the_readme_promises(finished):
     """The values' ranges, for 3 epochs of 3 steps. tests/test_help.py has the keys."""
     start, *epochs, _ = log_of(finished[0])
     assert 0 <= start["knn_pixels"] <= 100
-    assert [r["epoch"] for r in epochs] == [0, 1, 2, 3]
-    assert [r["step"] for r in epochs] == [0, 3, 6, 9]
+    assert [(r["epoch"], r["step"]) for r in epochs] == [(0, 0), (1, 3), (2, 6), (3, 9)]
     assert all(0 <= r["knn"] <= 100 for r in epochs)
+    untrained, *trained = epochs
     for key in ("loss", "std", "lr", "images_per_s", "data_wait", "seconds", "wall_seconds"):
-        assert epochs[0][key] is None, key
-        assert all(isinstance(r[key], float) for r in epochs[1:]), key
-    assert all(-1 <= r["loss"] <= 1 for r in epochs[1:])
-    assert all(r["data_wait"] == 0 for r in epochs[1:])  # the images are in memory
-    assert all(r["wall_seconds"] > r["seconds"] for r in epochs[1:])  # saving and measuring are in it
+        assert untrained[key] is None, key
+    assert all(-1 <= r["loss"] <= 1 for r in trained)
+    assert all(r["data_wait"] == 0 for r in trained)  # the images are in memory
+    assert all(r["wall_seconds"] > r["seconds"] > 0 for r in trained)  # saving and measuring are in it
 
 
 def test_screen_says_what_the_run_does(finished):
@@ -72,27 +66,12 @@ def test_screen_says_what_the_run_does(finished):
     assert "low rank" not in printed
 
 
-def test_the_saved_backbone_is_the_networks_whose_knn_was_monitored(finished, small):
-    """backbone.pth loads under torchvision's names. The last kNN in the log against votes in numpy."""
-    network = resnet.resnet18(width=1 / 16, cifar_stem=True)
-    network.fc = torch.nn.Sequential()
-    network.load_state_dict(torch.load(finished[0] / "backbone.pth", weights_only=True))
-    network.eval()
-    settings = recipes.recipe("cifar10", simsiam.SETTINGS)
-    mean, std = (np.array(settings[name]).reshape(3, 1, 1) for name in ("mean", "std"))
-    features = []
-    train, val, _ = opening.open_data(small)
-    for source in (train, val):
-        x = (source.pixels.numpy() / 255 - mean) / std
-        with torch.no_grad():
-            v = network(torch.tensor(x).float()).numpy()
-        features.append(v / np.linalg.norm(v, axis=1, keepdims=True))
-    similarity = features[1] @ features[0].T
-    third = np.sort(similarity, axis=1)[:, [-3]]  # of 50 images in 3 classes, 3 vote
-    weight = np.exp(similarity / 0.1) * (similarity >= third)
-    votes = weight @ np.eye(3)[train.labels]
-    top1 = np.mean(votes.argmax(axis=1) == val.labels)
-    assert log_of(finished[0])[-2]["knn"] == pytest.approx(100 * top1)
+def test_the_saved_backbone_has_the_knn_that_was_monitored_last(finished, small, tmp_path):
+    """lineval.py --knn on backbone.pth, against the log."""
+    out, _ = finished
+    options = "--knn --size 16 --mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616".split()
+    assert here("lineval.py", small, "--ckpt", out / "backbone.pth", *options, "--out", tmp_path) is None
+    assert result_of(tmp_path)["top1"] == log_of(out)[-2]["knn"]
 
 
 def test_unlabelled_photographs_train_without_knn(large, tmp_path, capsys):
@@ -150,12 +129,12 @@ def test_a_checkpoint_is_written_after_every_step(tmp_path, small, monkeypatch):
     pytest.param(0.0, [(0, 0), (0, 3), (1, 3), (2, 3)], id="quickly saved"),
     pytest.param(9.0, [(0, 0), (2, 3)], id="slowly saved"),
 ])
-def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkeypatch, seconds, expected):
-    """The positions, in a run of seconds, where each time takes so long; the last epoch's end is always one.
-    The picture is drawn where the run is saved, and by then has all epochs."""
+def test_an_epochs_end_is_saved_if_that_takes_no_time(tmp_path, small, monkeypatch, seconds, expected):
+    """The positions, in a run of seconds, if each save takes so long; the last epoch's end is always one.
+    The picture is drawn with each checkpoint."""
     positions = positions_saved(monkeypatch)
     drawn = []
-    monkeypatch.setattr(report, "draw_curves", lambda path, epochs, *more: drawn.append(len(epochs)))
+    monkeypatch.setattr(report, "draw_curves", lambda *arguments: drawn.append(arguments))
     save = Run.save
 
     def slow_save(self):
@@ -165,8 +144,7 @@ def test_an_epochs_end_is_saved_where_that_takes_no_time(tmp_path, small, monkey
     monkeypatch.setattr(Run, "save", slow_save)
     assert here("simsiam.py", small, *QUIET, "--out", tmp_path / "run") is None
     assert positions == expected
-    assert drawn == [epoch + (step > 0) + 1 for epoch, step in expected]  # the first is the untrained network
-    assert [r["epoch"] for r in log_of(tmp_path / "run") if r["event"] == "epoch"] == [0, 1, 2, 3]
+    assert len(drawn) == len(expected)
 
 
 @pytest.mark.parametrize("kind, batch", [
@@ -338,33 +316,6 @@ def test_a_run_goes_on_without_its_bad_images(tmp_path, workers, capfd):
     assert [r["bad_images"] for r in epochs[1:]] == [len(bad)] * 2
 
 
-def test_too_many_bad_images_end_the_run(tmp_path):
-    """14 of 40 files are empty."""
-    write_folder(tmp_path, "train", 40, (70, 80), suffix=".jpg")
-    for path in sorted((tmp_path / "train").rglob("*.jpg"))[::3]:
-        path.write_bytes(b"")
-    options = [*TINY, "--size", "24", "--knn-every", "0", "--workers", "0"]
-    said = refusal("simsiam.py", tmp_path, *options, "--out", tmp_path / "run")
-    assert re.search("1[1-4] of 40 images can't be read, which is too many", said)
-    assert "python augment.py DATA --check lists them" in said
-
-
-@slow
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_run_folder_without_permission(tmp_path, small, finished):
-    """One line, and the last checkpoint untouched."""
-    out = tmp_path / "run"
-    shutil.copytree(finished[0], out)
-    before = (out / "checkpoint.pth").read_bytes()
-    out.chmod(0o555)
-    options = [*TINY, "--epochs", "4", "--override", "epochs", "--resume", "--out", out]
-    refused = program(small, *options, preexec_fn=obey_permissions)
-    assert refused.returncode == 1
-    assert "log.jsonl: can't be written" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert (out / "checkpoint.pth").read_bytes() == before
-
-
 @slow
 def test_without_stopgrad_the_run_collapses_and_says_so(tmp_path, capsys):
     """Two epochs of the drawn shapes: near the minimum, with a small std; what is said is what is logged."""
@@ -406,8 +357,8 @@ def test_two_thousand_steps_leave_nothing_behind(tmp_path, small, monkeypatch):
     pytest.param(256, 1, id="five hundred times its lr"),
     pytest.param(0.5, 0, id="its lr", marks=slow),
 ])
-def test_a_low_rank_is_told_where_loss_and_std_look_healthy(tmp_path, capsys, lr, alarms):
-    """The std is near 1: the alarm comes once, and nothing else does. The images have no labels."""
+def test_a_low_rank_is_told_although_loss_and_std_look_healthy(tmp_path, capsys, lr, alarms):
+    """The std is near 1: the alarm comes once, and no other. The images have no labels."""
     for i in range(240):
         save_image(tmp_path / f"data/{i}.png", shapes.draw_shapes(0, i, 1, 16).image(0))
     heads = shlex.split("--arch resnet18 --cifar-stem --width 1/8 --dim 64 --pred-dim 16 --proj-hidden 64")
