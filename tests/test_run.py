@@ -3,7 +3,6 @@ import contextlib
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import types
@@ -361,14 +360,13 @@ def test_a_low_rank_is_told_although_loss_and_std_look_healthy(tmp_path, capsys,
     """The std is near 1: the alarm comes once, and no other. The images have no labels."""
     for i in range(240):
         save_image(tmp_path / f"data/{i}.png", shapes.draw_shapes(0, i, 1, 16).image(0))
-    heads = shlex.split("--arch resnet18 --cifar-stem --width 1/8 --dim 64 --pred-dim 16 --proj-hidden 64")
-    views = shlex.split("--batch 16 --size 16 --epochs 2 --knn-every 1 --workers 0")
-    options = [*heads, *views, "--base-lr", lr, "--out", tmp_path / "run"]
-    assert here("simsiam.py", tmp_path / "data", *options) is None
+    options = "--width 1/8 --dim 64 --pred-dim 16 --proj-hidden 64 --epochs 2 --workers 0".split()
+    out = tmp_path / "run"
+    assert here("simsiam.py", tmp_path / "data", *TINY, *options, "--base-lr", lr, "--out", out) is None
     printed = capsys.readouterr().out
     assert printed.count("low rank: the features spread in") == alarms
     assert "collapsed" not in printed
-    untrained, one, two, _ = log_of(tmp_path / "run")[1:]
+    untrained, one, two, _ = log_of(out)[1:]
     assert untrained["knn"] is None
     assert (two["rank"] < 0.3 * untrained["rank"]) == bool(alarms)
     assert one["std"] > 0.8
@@ -384,13 +382,13 @@ def test_momentum_takes_the_layout_of_the_weights(saved, loaded):
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(3, 8, 3, bias=False).double().to(memory_format=loaded)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
-    w = torch.randn(8, 3, 3, 3, dtype=torch.float64)
-    m = torch.randn(8, 3, 3, 3, dtype=torch.float64)
-    state = {
+    w, m = torch.randn(2, 8, 3, 3, 3, dtype=torch.float64)
+    state = {0: {"momentum_buffer": m.to(memory_format=saved)}}
+    checkpoint = {
         "model": {"weight": w.to(memory_format=saved)},
-        "optimizer": optimizer.state_dict() | {"state": {0: {"momentum_buffer": m.to(memory_format=saved)}}},
+        "optimizer": optimizer.state_dict() | {"state": state},
     }
-    Run.load_parts(types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer}), state)
+    Run.load_parts(types.SimpleNamespace(parts={"model": layer, "optimizer": optimizer}), checkpoint)
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.step()
     assert torch.allclose(layer.weight, w - 0.1 * 0.9 * m)

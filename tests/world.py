@@ -69,22 +69,21 @@ def keep_vectors(file):
     """Write and read vectors of 11 images -> sums read, all of them, whether a file brings them back."""
     store = PerImageVectors(11, 3, CPU)
     rng = np.random.default_rng(0)
+    mine = processes.my_share(4)
     seen = []
     for _ in range(6):
-        index = rng.permutation(11)[:4]
-        vectors = torch.from_numpy(rng.normal(size=(4, 3))).float()
-        mine = processes.my_share(4)
-        read = store.get(index[mine]).sum(dim=0)
-        seen.append(processes.all_sum(read))
-        store.put(index[mine], vectors[mine])
+        index = rng.permutation(11)[:4][mine]
+        vectors = torch.from_numpy(rng.normal(size=(4, 3))).float()[mine]
+        seen.append(processes.all_sum(store.get(index).sum(dim=0)))
+        store.put(index, vectors)
     whole = store.state_dict()
     if dist.get_rank() == 0:
         torch.save(whole, file)
     dist.barrier()
     again = PerImageVectors(11, 3, CPU)
     again.load_state_dict(torch.load(file))
-    equal = torch.tensor(float(torch.equal(again.mine, store.mine)))
-    return {"seen": torch.stack(seen), "equal": processes.mean_over_processes(equal).item(), **whole}
+    equal = processes.same_everywhere(torch.equal(again.mine, store.mine), CPU)
+    return {"seen": torch.stack(seen), "equal": equal and torch.equal(again.mine, store.mine), **whole}
 
 
 def everything(folder, variants):

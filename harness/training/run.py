@@ -144,8 +144,7 @@ class Run:
         self.began -= float(checkpoint["wall"])
         self.sums += torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
         epochs = self.settings["epochs"]
-        last_step = self.steps_per_epoch if self.epoch < epochs else 0
-        if not (0 <= self.epoch <= epochs and 0 <= self.step <= last_step):
+        if self.epoch > epochs or not 0 <= self.step <= self.steps_per_epoch:
             raise Refused(f"{path}: is at epoch {self.epoch}, step {self.step}, beyond this run's {epochs} "
                           f"epochs of {self.steps_per_epoch} steps")
 
