@@ -1,5 +1,6 @@
 """What only runs on a GPU, tested on a CPU. No test reaches NCCL or cuDNN; tests/drills/gpu.py does."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -43,6 +44,12 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
         processes.own_gpu()
 
 
+def tensors_of(model):
+    """[(name, which object)] of its parameters and buffers."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, id(t)) for name, t in tensors]
+
+
 @pytest.mark.parametrize("device, compiled, bn", [
     ("cuda", False, torch.nn.SyncBatchNorm),
     ("cuda", True, batchnorm.SyncBatchNorm),
@@ -52,19 +59,19 @@ def test_a_network_gets_the_bn_that_its_device_needs(device, compiled, bn):
     """torch's on a GPU, ours elsewhere and to be compiled. Parameters and buffers stay what they were: the
     same objects, under the same names, in the same order."""
     model = tiny_model()
-    before = [*model.named_parameters(), *model.named_buffers()]
+    before = tensors_of(model)
     assert batchnorm.synchronize(model, torch.device(device), compiled) is model
-    after = [*model.named_parameters(), *model.named_buffers()]
-    assert [(name, id(t)) for name, t in after] == [(name, id(t)) for name, t in before]
-    assert {type(m) for m in model.modules() if hasattr(m, "running_mean")} == {bn}
+    assert tensors_of(model) == before
+    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
+    assert {type(m) for m in norms} == {bn}
 
 
 def test_compiled_the_synchronised_bn_is_part_of_one_graph(world_of_one):
     """Several GPUs with --compile: the network is one graph, and computes what it does uncompiled."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 4, 3)
-    layers = conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.BatchNorm2d(4)
-    network = batchnorm.synchronize(torch.nn.Sequential(*layers), CUDA, compiled=True).double()
+    network = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU()).double()
+    batchnorm.synchronize(network, CUDA, compiled=True)
     x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     plain = network(x)
     compiled = torch.compile(network, backend="eager", fullgraph=True)(x)
@@ -80,7 +87,8 @@ def test_nobody_leaves_before_the_checkpoint_is_written(tmp_path, small):
     arguments = [tmp_path, small, *TINY, "--workers", "0", "--batch", "10", "--knn-every", "0"]
     done = torchrun("-m", "tests.recorded", *arguments, "--out", tmp_path / "run", cwd=ROOT)
     assert "stopped by a signal after epoch 0, step 2" in done.stderr, done.stderr
-    told = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir() if path.is_file()}
+    files = filter(os.path.isfile, tmp_path.iterdir())
+    told = {path.name: json.loads(path.read_text()) for path in files}
     assert told["left-1"] > told["saved-0"]
     assert told["sums-0"] == told["sums-1"]
     assert len(told["sums-0"]) > 100

@@ -67,7 +67,7 @@ def test_eta_is_spread_over_the_processes_without_a_difference(one, two):
     for found in (one["vectors"], two["vectors"]):
         assert np.array_equal(found["vectors"], kept)
         assert np.allclose(found["seen"], seen, atol=1e-6)  # a sum of four float32 numbers of size 2
-        assert found["equal"]
+        assert found["equal"] == 1
 
 
 # --- BN over the processes, in a world of one ---------------------------------------------------------------

@@ -27,8 +27,10 @@ def my_batches(variant):
     batch."""
     rank = 0 if variant == "wrong-sampler" else dist.get_rank()
     source = shapes.draw_shapes(0, 0, 32, 16)
-    batches = loading.index_batches(0, 32, 16, 2, rank=rank, world=dist.get_world_size())
-    for _, views in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
+    world = dist.get_world_size()
+    batches = loading.index_batches(0, 32, 16, 2, rank=rank, world=world)
+    policy = augment.Policy(size=16)
+    for _, views in augment.load_views(source, policy, 0, batches, CPU, 0):
         yield [x.double() for x in views]
 
 
@@ -82,8 +84,9 @@ def keep_vectors(file):
     dist.barrier()
     again = PerImageVectors(11, 3, CPU)
     again.load_state_dict(torch.load(file))
-    equal = processes.same_everywhere(torch.equal(again.mine, store.mine), CPU)
-    return {"seen": torch.stack(seen), "equal": equal and torch.equal(again.mine, store.mine), **whole}
+    equal = torch.tensor(float(torch.equal(again.mine, store.mine)))
+    equal = processes.mean_over_processes(equal).item()
+    return {"seen": torch.stack(seen), "equal": equal, **whole}
 
 
 def everything(folder, variants):
