@@ -46,12 +46,11 @@ from harness.evaluation.features import Frozen, accuracy, check_same_images, hit
 from harness.evaluation.result import describe_evaluation, describe_sweep, last_lines, save_features
 from harness.evaluation.result import save_features_alone, write_result
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, folder_name, holds_run, lock
-from harness.training.job import Job
-from harness.training.options import add_prefix, check_batch, check_limits, new_parser, number
+from harness.training.folder import CHECKPOINTS, enter, folder_name
+from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
 from harness.training.processes import all_sum, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
-from harness.training.run import Run
+from harness.training.run import Job, Run
 from simsiam import SETTINGS, cosine, initial_lr, knn_accuracy, test_views
 
 # --- 1. The linear layer, and LARS (supplement A) --------------------------------------------------------
@@ -204,7 +203,7 @@ def train_on_views(job, frozen, policy, queries, override):
     parts = {"model": layer, "optimizer": optimizer}
     steps_per_epoch = len(job.train) // s["batch"]
     total_steps = s["epochs"] * steps_per_epoch
-    run = Run(job.out, parts, s, steps_per_epoch, job.resuming, job.device, override)
+    run = Run(job, parts, steps_per_epoch, override)
     run.begin()
     progress = Progress(total_steps - run.position(), quiet=not run.first)
     batches = index_batches(
@@ -216,14 +215,13 @@ def train_on_views(job, frozen, policy, queries, override):
     while run.epoch < s["epochs"]:
         for step, batch in run.steps_of_epoch(views):
             index, [x] = batch
-            lr = s["lr"] * protocol.schedule(step, total_steps)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = s["lr"] * protocol.schedule(step, total_steps)
             truth = labels[to_device(index, job.device)]
             L = probe_step(layer, optimizer, frozen.features(x), truth, s["world"])
             L = mean_over_processes(L)
             run.add_to_means(L)
             gradient_norm = nn.utils.get_total_norm([w.grad for w in layer.parameters()])
-            run.check_finite(L, gradient_norm, lr)
+            run.check_finite(L, gradient_norm)
             run.save_or_stop_if_asked()
             progress.step(lambda: f"{run.place()}  loss {L.item():.4f}  {run.rate():.0f} images/s")
         frozen.check()
@@ -381,7 +379,7 @@ def evaluate(args):
     s = settings_for(args, s, policy, data)
     protocol = PROTOCOLS[s["protocol"]]
     out = args.out or default_folder(args, s)
-    resuming = holds_run(out, FILES, args.resume if protocol.optimizer else None, device)
+    resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     say(start_block(describe_evaluation(job, backbone, data.rows())))
 
@@ -393,7 +391,6 @@ def evaluate(args):
     record_images(job)
 
     # 4. Classify
-    lock(out, FILES, resuming, device)
     if protocol.optimizer:
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
@@ -472,11 +469,6 @@ def describe(args, backbone, data, recipe, world):
         "save_minutes": args.save_minutes,
         "keep_every": args.keep_every,
     }
-
-
-def named(args, names):
-    """Those of these options that the command line names: {name: value}"""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def views_of(s):

@@ -53,14 +53,13 @@ from harness.evaluation.features import accuracy, check_same_images, extract, go
 from harness.evaluation.report import Report, describe_run
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, holds_run, lock
-from harness.training.job import Job
+from harness.training.folder import CHECKPOINTS, enter
 from harness.training.method import Method
 from harness.training.options import number
 from harness.training.per_image import PerImageVectors
 from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
 from harness.training.recipes import default_folder, list_experiments, options, settings_for
-from harness.training.run import Run
+from harness.training.run import Job, Run
 
 # --- 1. The loss, and one step of Algorithm 1 (Sec. 3) ---------------------------------------------------
 
@@ -286,7 +285,7 @@ def train(run, batches, set_lr, train_step, optimizer, progress, after_epoch):
             L = mean_over_processes(stopgrad(L))
             std_sqrt_d = mean_std(z) * math.sqrt(z[0].shape[1])
             run.add_to_means(L, std_sqrt_d)
-            run.check_finite(L, gradient_norm(optimizer), optimizer.param_groups[0]["lr"])
+            run.check_finite(L, gradient_norm(optimizer))
             run.save_or_stop_if_asked()
             progress.step(lambda: f"{run.place()}  loss {L.item():.4f}  "
                                   f"std x sqrt(d) {std_sqrt_d.item():.3f}  {run.rate():.0f} images/s")
@@ -310,7 +309,7 @@ def pretrain(args):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, args.data)
     out = args.out or default_folder(args)
-    resuming = holds_run(out, CHECKPOINTS, args.resume, device)  # refuses what would overwrite a run
+    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses what would overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
 
     # Model and optimiser
@@ -329,9 +328,8 @@ def pretrain(args):
     parts = {"model": model, "optimizer": optimizer, **method.parts()}
 
     # Where the run stands: at its beginning, or at its newest checkpoint
-    lock(out, CHECKPOINTS, resuming, device)
     follow = ["amp"] if args.amp is None else []  # a run that goes on keeps its precision
-    run = Run(out, parts, s, method.steps_per_epoch, resuming, device, args.override, follow)
+    run = Run(job, parts, method.steps_per_epoch, args.override, follow)
     progress = Progress(method.total_steps - run.position(), quiet=rank > 0)
     report = Report(run, job, method, partial(watch, job, method.autocast), progress)
     rows |= describe_run(job, method, watches_knn(job))

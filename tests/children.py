@@ -1,8 +1,8 @@
 """Children of a forkserver, which has imported torch and our programs: each starts in a tenth of a second.
 
-A child is what the same command is in a process of its own: it has its arguments, environment, working
-directory, output and session, runs the script as __main__, and ends with its exit status. The forkserver only
-imports. A process in which torch has computed has threads, which a fork doesn't copy.
+A child runs a script as __main__, with its own arguments, environment, working directory, output and session,
+and ends with the script's exit status. The forkserver itself only imports: once torch has computed in a
+process, it has threads, which a fork doesn't copy.
 """
 import contextlib
 import multiprocessing
@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from unittest import mock
 
 import torch.distributed as dist
@@ -27,7 +26,7 @@ HANGS = 600  # seconds after which a child that has not ended hangs; no test mea
 
 
 def can_run(command):
-    """Whether a child can run this command of Python: one of our scripts, or -m and a module of the tests."""
+    """Whether a child can run this command of Python: one of our scripts, or -m and a module of tests/."""
     first, second, *_ = [*map(str, command), ""]
     return pathlib.Path(first).parent == ROOT or (first == "-m" and second.startswith("tests."))
 
@@ -61,7 +60,7 @@ def writer(number, path, **options):
 class Child:
     """A child that runs a command, with what the tests use of subprocess.Popen. It does not outlive a `with`.
 
-    env, cwd    its environment and working directory; this process's where they are not given
+    env, cwd    its environment and working directory; by default this process's
     output      a folder for its output, in the files "stdout" and "stderr"; several children can share it
     """
 
@@ -89,7 +88,7 @@ class Child:
 
     @property
     def returncode(self):
-        """Its exit status, minus a signal's number where one has ended it; None while it runs."""
+        """Its exit status; minus a signal's number if one has ended it; None while it runs."""
         return self.process.exitcode
 
     def poll(self):
@@ -132,8 +131,8 @@ def run(*command, **options):
 
 
 def run_two(*command, **options):
-    """Run a command in two children that are the processes of one run, as torchrun starts them: it has the
-    store through which they find each other, and ends the one where the other has failed."""
+    """Run a command in two children that are the processes of one run, as torchrun does: it has the store
+    through which they find each other, and ends one if the other has failed."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {
         "WORLD_SIZE": "2",
@@ -148,21 +147,11 @@ def run_two(*command, **options):
         for rank in ("0", "1"):
             environ = os.environ | world | {"RANK": rank, "LOCAL_RANK": rank}
             pair.append(stack.enter_context(Child(*command, env=environ, output=output, **options)))
-        finish_together(pair)
+        connection.wait([child.process.sentinel for child in pair], HANGS)  # for the end of one
+        if any(child.returncode for child in pair):
+            for child in pair:
+                child.process.terminate()  # which leaves an ended one alone
+        pair[1].wait()
         stdout, stderr = pair[0].communicate()
     failed = any(child.returncode for child in pair)
     return subprocess.CompletedProcess(pair[0].args, int(failed), stdout, stderr)
-
-
-def finish_together(pair):
-    """Wait for the end of both children. Where one fails, the other gets SIGTERM."""
-    deadline = time.monotonic() + HANGS
-    running = list(pair)
-    while running:
-        assert time.monotonic() < deadline, "a child hangs"
-        time.sleep(0.01)
-        ended = [child for child in running if child.poll() is not None]
-        running = [child for child in running if child not in ended]
-        if any(child.returncode for child in ended):
-            for child in running:
-                child.send_signal(signal.SIGTERM)

@@ -1,6 +1,5 @@
 """Shared by the tests: marks, small data sets and networks, ways to run the programs and to stop them."""
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -447,15 +446,6 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def obey_permissions():
-    """In a child: permissions bind root too."""
-    if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        drop_from_bounding_set = 24  # which counts at the next exec
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            assert libc.prctl(drop_from_bounding_set, capability, 0, 0, 0) == 0
 
 
 # --- What a run leaves in its folder ------------------------------------------------------------------------

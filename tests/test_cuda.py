@@ -1,49 +1,18 @@
-"""What runs on a GPU alone, run here on a CPU, some of it through stand-ins. No test reaches NCCL or cuDNN.
-
-tests/test_processes.py has the BN of GPUs, with the kernels of tests/cuda_kernels.py.
-"""
+"""What only runs on a GPU, tested on a CPU. No test reaches NCCL or cuDNN; tests/drills/gpu.py does."""
 import json
-import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
 import augment
-import simsiam
-from harness.common import machine
 from harness.common.errors import Refused
-from harness.training import processes
-from harness.training.batchnorm import synchronize
+from harness.training import batchnorm, processes
 from tests.helpers import ROOT, TINY, tiny_model, torchrun
 
 pytest_plugins = ["tests.fixtures"]
 CUDA = torch.device("cuda", 0)
-
-
-def test_numbers_are_read_when_their_event_has_come(monkeypatch):
-    """Numbers on a GPU, whose copy has nothing in it until somebody waits for the event."""
-    numbers = torch.tensor([1.5, -2.0])
-    copy = torch.full_like(numbers, math.nan)
-
-    class OnAGpu:
-        is_cuda = True
-
-        def to(self, where, non_blocking):
-            return copy
-
-    class Event:
-        def record(self):
-            self.recorded = True
-
-        def synchronize(self):
-            assert self.recorded
-            copy.copy_(numbers)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    on_their_way = machine.OnTheirWay(OnAGpu())
-    assert copy.isnan().all()
-    assert on_their_way.read() == [1.5, -2.0]
 
 
 def test_views_do_not_depend_on_the_pieces_in_which_a_cpu_makes_them(monkeypatch):
@@ -61,16 +30,8 @@ def test_views_do_not_depend_on_the_pieces_in_which_a_cpu_makes_them(monkeypatch
     assert torch.equal(augment.photometric(images, changes, policy), by_pieces)
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch, is_there):
-    """--device by default."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
-    assert simsiam.parse([]).device == ("cuda" if is_there else "cpu")
-
-
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
-    """A machine with two GPUs, on paper: the second process the second, without TF32 where views are made. A
-    machine with one is refused."""
+    """The second process takes the second of two GPUs, without TF32. A machine with one GPU is refused."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -83,37 +44,39 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
         processes.own_gpu()
 
 
+def tensors_of(model):
+    """[(name, which object)] of its parameters and buffers."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, id(t)) for name, t in tensors]
+
+
 @pytest.mark.parametrize("device, compiled, bn", [
-    ("cuda", False, "FusedSyncBatchNorm"),
-    ("cuda", True, "SyncBatchNorm"),
-    ("cpu", False, "SyncBatchNorm"),
+    ("cuda", False, torch.nn.SyncBatchNorm),
+    ("cuda", True, batchnorm.SyncBatchNorm),
+    ("cpu", False, batchnorm.SyncBatchNorm),
 ])
-def test_a_network_gets_the_bn_that_its_device_needs(world_of_one, monkeypatch, device, compiled, bn):
-    """Torch's kernels on a GPU; where the network is compiled, plain operations."""
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    network = simsiam.distribute(tiny_model(), torch.device(device), compiled)
-    norms = [m for m in network.modules() if hasattr(m, "running_mean")]
-    assert {type(m).__name__ for m in norms} == {bn}
+def test_a_network_gets_the_bn_that_its_device_needs(device, compiled, bn):
+    """torch's on a GPU, ours elsewhere and to be compiled. Parameters and buffers stay what they were: the
+    same objects, under the same names, in the same order."""
+    model = tiny_model()
+    before = tensors_of(model)
+    assert batchnorm.synchronize(model, torch.device(device), compiled) is model
+    assert tensors_of(model) == before
+    norms = [m for m in model.modules() if hasattr(m, "running_mean")]
+    assert {type(m) for m in norms} == {bn}
 
 
 def test_compiled_the_synchronised_bn_is_part_of_one_graph(world_of_one):
     """Several GPUs with --compile: the network is one graph, and computes what it does uncompiled."""
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 4, 3)
-    layers = conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.BatchNorm2d(4)
-    network = synchronize(torch.nn.Sequential(*layers), CUDA, compiled=True).double()
+    network = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU()).double()
+    batchnorm.synchronize(network, CUDA, compiled=True)
     x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     plain = network(x)
-    compiled = torch.compile(network, backend=backend)
-    assert torch.allclose(compiled(x), plain)
-    compiled(x).sum().backward()
-    assert len(graphs) == 1
+    compiled = torch.compile(network, backend="eager", fullgraph=True)(x)
+    assert torch.allclose(compiled, plain)
+    compiled.sum().backward()
     assert conv.weight.grad is not None
     torch._dynamo.reset()
 
@@ -124,7 +87,8 @@ def test_nobody_leaves_before_the_checkpoint_is_written(tmp_path, small):
     arguments = [tmp_path, small, *TINY, "--workers", "0", "--batch", "10", "--knn-every", "0"]
     done = torchrun("-m", "tests.recorded", *arguments, "--out", tmp_path / "run", cwd=ROOT)
     assert "stopped by a signal after epoch 0, step 2" in done.stderr, done.stderr
-    told = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir() if path.is_file()}
+    files = filter(os.path.isfile, tmp_path.iterdir())
+    told = {path.name: json.loads(path.read_text()) for path in files}
     assert told["left-1"] > told["saved-0"]
     assert told["sums-0"] == told["sums-1"]
     assert len(told["sums-0"]) > 100

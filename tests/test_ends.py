@@ -1,4 +1,4 @@
-"""harness, ends.py: how a run ends before its end, by signals, dead processes and refusals."""
+"""harness/training/ends.py: how a run ends early, by signals, dead processes and refusals."""
 import contextlib
 import functools
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import simsiam
-from harness.common.errors import Refused
+from harness.common.errors import STOPPING, Refused
 from harness.data import loading
 from tests.children import HANGS
 from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here
@@ -239,10 +239,13 @@ def opened(pipe):
 
 REFUSALS = {  # id: (arguments, what the one line says)
     "no data there": ("nowhere", "nowhere: no such file or folder"),
-    "less than a batch": ("{small} --batch 64", "only 50 images"),
-    "a range upside down": ("{small} --area 0.5 0.2", "--area"),
+    "less than a batch": ("{small} --batch 64", "--batch 64 must be at most 50, the number of images"),
+    "beyond a limit": ("{small} --size 5000", "--size must be between 2 and 4096, not 5000"),
+    "one of two beyond": ("{small} --area 0.5 2", "--area must be between 0.0001 and 1, not 2"),
+    "below all": ("{small} --epochs 0", "--epochs must be at least 1, not 0"),
+    "a range upside down": ("{small} --area 0.5 0.2", "--area 0.5 0.2: the lower bound must come first"),
     "no step after the warm-up": ("{small} --warmup 3", "--warmup 3 must be less than --epochs 3"),
-    "no number": ("{small} --momentum x", "--momentum"),
+    "no number": ("{small} --momentum x", "--momentum: invalid number value: 'x'; see --help"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
@@ -253,16 +256,13 @@ REFUSALS = {  # id: (arguments, what the one line says)
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, small, finished):
+def places(small, finished):
     """Folders that the refusals are about: {name: path}"""
-    broken = tmp_path_factory.mktemp("broken")
-    for i in range(20):
-        (broken / f"{i}.jpg").write_bytes(b"no image")
-    return {"small": small, "whole": finished[0], "broken": broken}
+    return {"small": small, "whole": finished[0]}
 
 
 def refused(places, arguments, out):
-    """The arguments of a case after those of a tiny run, so that they win."""
+    """The arguments of a case, after those of a tiny run, which they override."""
     data, *options = [part.format(**places) for part in arguments.split()]
     return [data, *TINY, "--out", out, *options]
 
@@ -276,10 +276,12 @@ def test_input_that_cannot_be_used_is_refused_in_one_line(tmp_path, places, argu
     assert not (tmp_path / "new").exists()
 
 
-def test_data_without_a_good_image_is_refused_in_one_line(tmp_path, places):
+def test_data_without_a_good_image_is_refused_in_one_line(tmp_path):
     """20 files that are no images."""
+    for i in range(20):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
     message = "20 files in a row can't be read as images, the first: "
-    assert message in refusal("simsiam.py", *refused(places, "{broken}", tmp_path / "new"))
+    assert message in refusal("simsiam.py", tmp_path, *TINY, "--out", tmp_path / "new")
 
 
 def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
@@ -293,9 +295,8 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 
 
 TROUBLES = {  # id: (what is raised, what the one line says)
-    "Ctrl-C": (KeyboardInterrupt(), "interrupted; what has a checkpoint goes on"),
+    "Ctrl-C": (KeyboardInterrupt(), "interrupted; if there is a checkpoint, --resume goes on from it"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
-    "NCCL's network": (RuntimeError("NCCL error in: x.cpp:1, unhandled"), "NCCL_DEBUG=INFO says more"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
     "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
     "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a\\x1b[2J.png: no image"),
@@ -321,13 +322,13 @@ def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path, small):
 
 
 def test_after_a_run_signals_do_what_they_did(monkeypatch):
-    """The handlers that a run has put up are taken down, however it ends."""
+    """The handlers that a run puts up are taken down, however it ends, and those before it come back."""
     def fail(args):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    before = [signal.getsignal(number) for number in STOPPING]
     monkeypatch.setattr(simsiam, "pretrain", fail)
     assert "out of memory" in refusal("simsiam.py")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert [signal.getsignal(number) for number in STOPPING] == before

@@ -8,7 +8,7 @@ import lineval
 from harness.common.errors import Refused
 from harness.data.source import Source
 from harness.evaluation import features
-from harness.training.job import Job
+from harness.training.run import Job
 from tests.helpers import CPU, close, equal, untrained
 
 pytest_plugins = ["tests.fixtures"]

@@ -293,7 +293,7 @@ REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-1
     "no data": ("--ckpt {files}/good.pth", "doesn't say what it was trained on; name the DATA"),
     "no labels": ("{ten}/train {untrained}", "needs labels: train/<class>/... and val/<class>/..."),
     "batch larger than the data": (
-        "{ten} {untrained} --lars", "--batch 4096: the data has only 80 images"),
+        "{ten} {untrained} --lars", "--batch 4096 must be at most 80, the number of images"),
     "epochs of knn": ("{ten} {untrained} --knn --epochs 3", "--epochs: --knn trains nothing"),
     "folder with a result": ("{ten} {untrained} --cached --out {files}", "another folder with --out"),
     "resuming the cached protocol": (

@@ -51,7 +51,7 @@ def test_the_start_block_tells_of_a_precision_that_does_not_pay(cpu):
 def test_processes_of_different_precisions_are_refused(monkeypatch):
     """Two kinds of machines, of which only one would choose bf16."""
     monkeypatch.setattr(processes, "same_everywhere", lambda number, device: False)
-    with pytest.raises(Refused, match="give --amp or --no-amp to all"):
+    with pytest.raises(Refused, match="give all of them --amp, or --no-amp"):
         processes.check_same_precision(True, CPU)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from harness.training import batchnorm, processes
-from tests import cuda_kernels, world
+from tests import world
 from tests.helpers import CPU, ROOT, TINY, free_port, here, log_of, real_torchrun, refusal, slow, torchrun
 from tests.helpers import write_folder
 
@@ -36,11 +36,10 @@ def one(tmp_path_factory):
     return torch.load(result)
 
 
-@pytest.mark.parametrize("variant", ["right", "fused"])
-def test_two_processes_equal_one_in_float64(one, two, variant):
+def test_two_processes_equal_one_in_float64(one, two):
     """Weights, statistics, loss and std after three steps, to rounding errors that the steps enlarge."""
     state, numbers = one["right"]
-    their_state, their_numbers = two[variant]
+    their_state, their_numbers = two["right"]
     assert state.keys() == their_state.keys()
     for name, t in state.items():
         assert torch.allclose(their_state[name], t, rtol=1e-7, atol=1e-9), name
@@ -73,41 +72,37 @@ def test_eta_is_spread_over_the_processes_without_a_difference(one, two):
 
 # --- BN over the processes, in a world of one ---------------------------------------------------------------
 
-def synchronized(kind, **options):
-    """A BN of five channels as it is on a CPU, or on a GPU with the kernels of tests/cuda_kernels.py."""
-    cuda_kernels.make_known()
-    return batchnorm.synchronize(nn.BatchNorm2d(5, **options), torch.device(kind))
+def synchronized(**options):
+    """A BN of five channels as it is on a CPU."""
+    return batchnorm.synchronize(nn.BatchNorm2d(5, **options), CPU)
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_synchronised_bn_of_one_process_is_torchs(world_of_one, kind, affine, momentum):
+@pytest.mark.parametrize("affine, momentum", [(True, 0.1), (False, None)])
+def test_synchronised_bn_of_one_process_is_torchs(world_of_one, affine, momentum):
     """Values, gradients and running statistics in float64, in train and in eval mode."""
     options = {"affine": affine, "momentum": momentum}
     torch.manual_seed(0)
     x = torch.randn(8, 5, 3, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
     found = []
-    for layer in (nn.BatchNorm2d(5, **options).double(), synchronized(kind, **options).double()):
+    for layer in (nn.BatchNorm2d(5, **options).double(), synchronized(**options).double()):
         inner = x.clone().requires_grad_()
-        trained = layer(inner)
-        trained.sin().sum().backward()
+        trained = [layer(inner), layer(2 * inner)]
+        sum(trained).sin().sum().backward()
         layer.eval()
         evaluated = layer(inner)
         evaluated.cos().sum().backward()
         gradients = [inner.grad, *(w.grad for w in layer.parameters())]
-        found.append([trained, evaluated, *gradients, layer.running_mean, layer.running_var])
+        found.append([*trained, evaluated, *gradients, layer.running_mean, layer.running_var])
     for expected, ours in zip(*found, strict=True):
         assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_synchronised_bn_counts_in_float32_and_returns_its_inputs_type(world_of_one, dtype, kind):
-    """Against the formula in float64. Beside a std of 1, a mean of 30 would lose all digits in bf16 sums."""
+def test_synchronised_bn_counts_in_float32_and_returns_its_inputs_type(world_of_one, dtype):
+    """Against the formula in float64. At a mean of 30 and a std of 1, sums in bf16 would lose all digits."""
     torch.manual_seed(0)
     x = (30 + torch.randn(64, 5, 5, 5)).to(dtype)
-    layer = synchronized(kind)
+    layer = synchronized()
     out = layer(x)
     exact = x.double()
     mean = exact.mean((0, 2, 3), keepdim=True)
@@ -116,9 +111,6 @@ def test_synchronised_bn_counts_in_float32_and_returns_its_inputs_type(world_of_
     rounding = 30 * 2 ** -24  # of a number of the mean's size in float32
     assert out.dtype == dtype
     assert torch.allclose(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=32 * rounding)
-    assert layer.running_mean.dtype == torch.float32
-    assert torch.allclose(layer.running_mean.double(), 0.1 * mean.flatten(), rtol=1e-5)
-    assert torch.allclose(layer.running_var.double(), 0.9 + 0.1 * exact.var((0, 2, 3)), rtol=1e-4)
 
 
 # --- Joining ------------------------------------------------------------------------------------------------
@@ -143,28 +135,23 @@ def test_a_restart_forgets_that_nccl_had_failed():
 
 
 SRUN = {"SLURM_NTASKS": "2"}
-HALF = {"RANK": "0", "WORLD_SIZE": "1"}
 
 
-@pytest.mark.parametrize("environ, said", [
-    pytest.param(SRUN, "SLURM has 2 tasks for this, and none", id="srun without torchrun"),
-    pytest.param(HALF, "MASTER_ADDR, MASTER_PORT not set, but RANK is", id="half an environment"),
-])
-def test_a_scheduler_that_starts_copies_by_mistake_is_told(tmp_path, small, monkeypatch, environ, said):
-    """What is missing is named, and nothing is trained."""
-    for name, value in environ.items():
+def test_a_scheduler_that_starts_copies_by_mistake_is_told(tmp_path, small, monkeypatch):
+    """srun without torchrun: nothing is trained."""
+    for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
-    assert said in refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
+    assert "start torchrun: srun" in refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("environ", [
     pytest.param(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, id="a step of one in a job of two"),
-    pytest.param(SRUN | HALF | {"MASTER_ADDR": "::1", "MASTER_PORT": "29500"}, id="torchrun within srun"),
+    pytest.param(SRUN | {"RANK": "0"}, id="torchrun within srun"),
 ])
-def test_an_environment_that_is_meant_is_none_of_our_business(environ):
+def test_a_scheduler_that_is_used_as_it_should_be_is_left_alone(environ):
     """Nothing is raised."""
-    processes.check_environment(environ)
+    processes.check_scheduler(environ)
 
 
 # --- Whole runs ---------------------------------------------------------------------------------------------
@@ -182,9 +169,9 @@ def test_torchruns_two_processes_run_the_same_command(tmp_path, small, launch):
     one = log_of(tmp_path / "one")
     two = log_of(tmp_path / "two")
     assert two[0]["settings"]["world"] == 2
+    assert [r["event"] for r in two] == ["start", "epoch", "epoch", "end"]
     assert two[0]["knn_pixels"] == one[0]["knn_pixels"]
     assert two[1]["knn"] == one[1]["knn"]
-    assert [r["event"] for r in one] == [r["event"] for r in two] == ["start", "epoch", "epoch", "end"]
     for name in ("loss", "std"):
         # Numbers of size 1 in float32, whose last bits two steps enlarge.
         assert two[2][name] == pytest.approx(one[2][name], abs=1e-3)
@@ -195,7 +182,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(small, tmp_path):
     """By two processes, and one of them says it."""
     out = torchrun(ROOT / "simsiam.py", small, *TINY, "--batch", "15", "--out", tmp_path / "run")
     assert out.returncode != 0
-    assert out.stderr.count("--batch 15: 2 processes don't divide it") == 1
+    assert out.stderr.count("--batch 15 must be a multiple of the 2 processes") == 1
 
 
 def test_processes_that_see_different_images_are_found_out(tmp_path, small):

@@ -1023,7 +1023,7 @@ def test_resume_with_other_captions_is_refused(trained, small):
     ("--method byol --experiment sec62-swav", "argument --experiment: invalid choice: 'sec62-swav'"),
     ("--method swav --batch 16 --affine --bn 1 0 1 0", "--affine needs the projection's output BN"),
     ("--method byol --queue 10", "unrecognized arguments: --queue 10; see"),
-    ("--method mocov2 --tau 2", "--tau 2.0: from 0 to 1"),
+    ("--method mocov2 --tau 2", "--tau must be between 0 and 1, not 2"),
     ("--method mocov2 --queue 100 --batch 16", "--queue 100 must be a multiple of 32")])
 def test_bad_options_are_refused_in_one_line(small, options, said):
     """The beginning of the line."""

@@ -178,7 +178,7 @@ def test_versions_that_are_too_old_are_refused_in_one_line(python_version, torch
 
 @pytest.mark.parametrize("device, said", [
     ("cuda:1", "choose which with CUDA_VISIBLE_DEVICES=1, and --device cuda"),
-    ("mps", "mps: only cuda and cpu; on a Mac, cpu"),
+    ("mps", "mps: must be cuda or cpu; on a Mac, cpu"),
 ])
 def test_another_device_is_refused_with_what_works(device, said):
     """One line."""

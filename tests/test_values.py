@@ -16,7 +16,7 @@ import lineval
 import simsiam
 from harness.common.errors import BadImage, Refused
 from harness.data import images, loading, opening
-from harness.training.job import Job
+from harness.training.run import Job
 from tests.helpers import CPU, TINY, decompression_bomb, here, log_of, png_chunk, result_of
 from tests.helpers import save_image, slow
 

@@ -14,13 +14,12 @@ import augment
 import resnet
 import simsiam
 from harness.data import loading, shapes
-from harness.training import batchnorm, ends, processes
+from harness.training import ends, processes
 from harness.training.per_image import PerImageVectors
-from tests import cuda_kernels
 from tests.helpers import CPU, tiny_model
 
 # How many steps of each variant. A wrong lr shows in the second step's loss, other faults in the first's.
-STEPS = {"right": 3, "fused": 3, "local-bn": 1, "local-lr": 2, "wrong-sampler": 1}
+STEPS = {"right": 3, "local-bn": 1, "local-lr": 2, "wrong-sampler": 1}
 
 
 def my_batches(variant):
@@ -28,8 +27,10 @@ def my_batches(variant):
     batch."""
     rank = 0 if variant == "wrong-sampler" else dist.get_rank()
     source = shapes.draw_shapes(0, 0, 32, 16)
-    batches = loading.index_batches(0, 32, 16, 2, rank=rank, world=dist.get_world_size())
-    for _, views in augment.load_views(source, augment.Policy(size=16), 0, batches, CPU, 0):
+    world = dist.get_world_size()
+    batches = loading.index_batches(0, 32, 16, 2, rank=rank, world=world)
+    policy = augment.Policy(size=16)
+    for _, views in augment.load_views(source, policy, 0, batches, CPU, 0):
         yield [x.double() for x in views]
 
 
@@ -41,8 +42,7 @@ def small_model():
 
 
 def train(variant):
-    """Steps in float64, as many as STEPS says -> the model's state_dict, and loss and std after
-    each step."""
+    """Steps in float64, as many as STEPS says -> the model's state_dict; loss and std after each step."""
     torch.manual_seed(0)
     model = small_model()
     network = distribute(model, variant)
@@ -59,14 +59,9 @@ def train(variant):
 
 
 def distribute(model, variant):
-    """As simsiam.distribute does. "fused": with the BN of GPUs and the kernels of
-    tests/cuda_kernels.py.
-    Wrong: each process with a BN of its own."""
-    if variant not in ("fused", "local-bn"):
+    """As simsiam.distribute does. Wrong: each process with a BN of its own."""
+    if variant != "local-bn":
         return simsiam.distribute(model, CPU)
-    if variant == "fused":
-        cuda_kernels.make_known()
-        batchnorm.synchronize(model, torch.device("cuda"))
     network = DistributedDataParallel(model)
     network.broadcast_buffers = False
     return network
@@ -76,14 +71,13 @@ def keep_vectors(file):
     """Write and read vectors of 11 images -> sums read, all of them, whether a file brings them back."""
     store = PerImageVectors(11, 3, CPU)
     rng = np.random.default_rng(0)
+    mine = processes.my_share(4)
     seen = []
     for _ in range(6):
-        index = rng.permutation(11)[:4]
-        vectors = torch.from_numpy(rng.normal(size=(4, 3))).float()
-        mine = processes.my_share(4)
-        read = store.get(index[mine]).sum(dim=0)
-        seen.append(processes.all_sum(read))
-        store.put(index[mine], vectors[mine])
+        index = rng.permutation(11)[:4][mine]
+        vectors = torch.from_numpy(rng.normal(size=(4, 3))).float()[mine]
+        seen.append(processes.all_sum(store.get(index).sum(dim=0)))
+        store.put(index, vectors)
     whole = store.state_dict()
     if dist.get_rank() == 0:
         torch.save(whole, file)
@@ -91,7 +85,8 @@ def keep_vectors(file):
     again = PerImageVectors(11, 3, CPU)
     again.load_state_dict(torch.load(file))
     equal = torch.tensor(float(torch.equal(again.mine, store.mine)))
-    return {"seen": torch.stack(seen), "equal": processes.mean_over_processes(equal).item(), **whole}
+    equal = processes.mean_over_processes(equal).item()
+    return {"seen": torch.stack(seen), "equal": equal, **whole}
 
 
 def everything(folder, variants):

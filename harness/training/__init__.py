@@ -3,10 +3,11 @@
     processes   joining the processes of a run, sums over them
     batchnorm   batch normalisation over the batches of all processes
     per_image   a vector for each image, kept by the processes together
-    job         what a program knows before it computes anything
-    run         how far a run is, when it saves, and what ends it
-    folder      which folder a run has, that nobody else writes there, and its checkpoints
+    run         a task, and a run that does it: how far it is, when it saves, and what ends it
+    folder      the folder of a run: its name, who may write there, and its checkpoints
     log         log.jsonl: a record a line
+    method      what a run asks of a method of pre-training
+    recipes     from a method's tables and the command line to the settings of a run
     options     the command line that the scripts share, and its limits
     ends        how a program ends, and hints at why
 """

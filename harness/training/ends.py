@@ -3,9 +3,9 @@
     from .ends import run_and_leave
     run_and_leave("simsiam.py", pretrain, parse())
 
-Exit status: 0 at the end; 1 with one line of text where the input can't be used or the machine failed; 128
-+ the signal's number where a signal has ended the run, everything saved. Other exceptions are bugs, and
-leave with their traceback.
+Exit status: 0 at the end; 1 with one line of text if the input can't be used or the machine failed; 128 + the
+signal's number if a signal has ended the run, with everything saved. Other exceptions are bugs, and leave
+with their traceback.
 """
 import contextlib
 import multiprocessing
@@ -45,11 +45,12 @@ def run_and_leave(script, run, args):
 
 
 def launch(script, run, args):
-    """Run a program, run(args), to its end.
+    """Run a program, run(args), to its end, and give signals and folder back.
 
-    Returns None where it ends well, else what sys.exit would take: a line of text, or a number.
+    Returns None if it ends well, else what sys.exit would take: a line of text, or a number.
     """
     show_any_name()
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
         run(args)
         dist.destroy_process_group()  # only now: after a failure it would wait for the other processes
@@ -62,18 +63,19 @@ def launch(script, run, args):
     except (Refused, OSError) as error:
         message = error
     except RuntimeError as error:
-        hint = hint_for(error)
-        if hint is None:
+        hints = [hint for words, hint in HINTS.items() if re.search(words, str(error))]
+        if not hints:
             raise
         first_line = str(error).splitlines()[0]
-        message = f"{first_line}: {hint}"
+        message = f"{first_line}: {hints[0]}"
     except KeyboardInterrupt:
-        message = "interrupted; what has a checkpoint goes on from it with --resume"
+        message = "interrupted; if there is a checkpoint, --resume goes on from it"
     finally:
-        restore_signals()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         folder.unlock()
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        # The first process of a machine mostly meets the same trouble and says it. torchrun then ends this
+        # The first process of a machine usually has the same trouble, and says so. Then torchrun ends this
         # one.
         time.sleep(3)
     start = "\n" if sys.stdout.isatty() else ""  # below the progress line
@@ -81,39 +83,23 @@ def launch(script, run, args):
 
 
 def show_any_name():
-    """Print what the terminal can't show as escapes, such as \\xe9 for an e with an accent: a name must not
-    end a run. Where there is no stdout or stderr at all, print nowhere."""
+    """Print characters that the terminal lacks as escapes, such as \\xe9 for an e with an accent: a name must
+    not end a run. If stdout or stderr is closed, print nowhere."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whatever has started us
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):  # a test may have put another thing there
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")
 
 
-def hint_for(error):
-    """What to do about an error of torch's, or None where nothing is known."""
-    for words, hint in HINTS.items():
-        if re.search(words, str(error)):
-            return hint
-    return None
-
-
-def restore_signals():
-    """Give the signals that end a run their usual meaning again: the run is over, and nobody looks for
-    them."""
-    for number in STOPPING:
-        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, usual)
-
-
 def leave(status):
-    """End the process with what launch returned, at once: threads and workers may be stuck, and are not
-    waited for."""
+    """End the process at once with what launch returned. Threads and workers may be stuck, so nobody waits
+    for them."""
     for worker in multiprocessing.active_children():
         worker.kill()
     if isinstance(status, str):
-        with contextlib.suppress(OSError):  # warn() would write out the line break before it
+        with contextlib.suppress(OSError):  # warn() would escape the line break before it
             print(status, file=sys.stderr)
         status = 1
     for stream in (sys.stdout, sys.stderr):

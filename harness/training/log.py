@@ -7,12 +7,11 @@
 
 An epoch's "std" is std x sqrt(d): 1 is scattered, 0 collapsed.
 
-Lines are only added, so that a kill can cut nothing but the last one. When a run goes on from a checkpoint,
-the records after that checkpoint are dropped: those epochs are done again.
+Lines are only added, so a kill can cut nothing but the last one. When a run goes on from a checkpoint, the
+records after that checkpoint are dropped: those epochs are done again.
 """
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -22,39 +21,34 @@ import PIL
 import torch
 import torch.distributed as dist
 
-from ..common.machine import device_name
 from ..common.files import refusing, replacing
+from ..common.machine import device_name
 
 
 class Log:
-    """The records of a run, in memory on every process, in the file by the process that writes."""
+    """The records of a run: in memory on every process, since what a run does next can depend on them; in the
+    file by the process that `writes`."""
 
     def __init__(self, path, writes):
         self.path = path
-        self.writes = writes  # only one process does
-        self.records = []     # all processes have them: what a run does next can depend on them
+        self.writes = writes
+        self.records = []
 
     def read(self, last_epoch):
         """Keep the records that were written before the checkpoint: no epoch after last_epoch, and no end.
 
-        Raises Refused where the file holds no log of a run.
+        Raises Refused if the file holds no log of a run.
         """
-        with refusing(self.path, "no log of this run; restore it, or give another --out"):
+        with refusing(self.path, "not a log of this run; restore it, or give another --out"):
             with open(self.path) as f:
                 # A kill may have cut the last line.
                 records = [json.loads(line) for line in f if line.endswith("}\n")]
-            self.records = [r for r in records if self.belongs(r, last_epoch)]
+            for record in records:
+                is_early = record["event"] == "epoch" and record["epoch"] <= last_epoch
+                if is_early or record["event"] in ("start", "resume"):
+                    self.records.append(record)
             if self.records[0]["event"] != "start":
                 raise ValueError("no start")
-            for value in (v for record in self.epochs() for v in record.values()):
-                if not isinstance(value, (int, float, str, type(None))):
-                    raise ValueError(value)
-
-    @staticmethod
-    def belongs(record, last_epoch):
-        """Whether a record lies before the checkpoint."""
-        event = record["event"]
-        return event in ("start", "resume") or (event == "epoch" and record["epoch"] <= last_epoch)
 
     def start(self, event, settings, device, **more):
         """Add a record that a run starts or goes on, and write the file with all records that are kept."""
@@ -72,7 +66,6 @@ class Log:
             "settings": settings,
         })
         if self.writes:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with replacing(self.path, "w") as f:
                 f.writelines(json.dumps(record) + "\n" for record in self.records)
 
@@ -80,8 +73,8 @@ class Log:
         """Add a record and return it. JSON knows no NaN: null stands for it."""
         record = {"event": event}
         for name, value in values.items():
-            odd = isinstance(value, float) and not math.isfinite(value)
-            record[name] = None if odd else value
+            is_odd = isinstance(value, float) and not math.isfinite(value)
+            record[name] = None if is_odd else value
         self.records.append(record)
         if self.writes:
             with open(self.path, "a") as f:

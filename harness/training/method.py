@@ -3,10 +3,10 @@ import torch
 
 
 class Method:
-    """A method of pre-training: its tables, its model, its algorithm. By default it does nothing more.
+    """A method of pre-training: its tables, its model, its algorithm.
 
-    An object belongs to one run, which asks, in this order: build, then (the model on its device, its BN
-    synchronised) parts and optimizer; set_lr and train_step for each step; measure now and then. What a
+    An object belongs to one run, which calls build first; then, with the model on its device and its BN
+    synchronised, optimizer and parts; set_lr and train_step for each step; measure now and then. What a
     method remembers from step to step must be among its parts, or a resumed run would lack it.
 
     NAME            of the method, and of the experiment that changes nothing
@@ -15,12 +15,12 @@ class Method:
     CHOICES         {setting: what it can be}
     ABLATIONS       the settings that only experiments need
     EXPERIMENTS     {name: (the paper's result, what changes)}
-    ON_IMAGENET     {experiment: {setting: value}}: what it changes besides, in ImageNet's recipe
+    ON_IMAGENET     {experiment: {setting: value}}: what else it changes, in ImageNet's recipe
     REMEDY          what to try against a collapse, after a smaller lr and more warm-up
     MEASURED        names of what `measure` finds, in percent
-    views           of an image, that a step takes
-    minimum         of the loss, or a bound below it
-    lr              after the warm-up, at its highest
+    views           how many views of an image a step takes
+    minimum         of the loss, or a lower bound
+    lr              the highest, after the warm-up
     """
     NAME = ""
     SETTINGS = {}
@@ -36,7 +36,7 @@ class Method:
     lr = None
 
     def __init__(self, s, data, device):
-        """s: the settings of the run. data: what it trains on, with sources train and val"""
+        """s: the settings of the run. data: the data set, with sources train and val"""
         self.s = s
         self.data = data
         self.device = device
@@ -47,12 +47,12 @@ class Method:
 
     @property
     def autocast(self):
-        """The precision of the forward passes. A run that goes on may have changed it: it keeps its own."""
+        """The precision of the forward passes: s is read late, because a resumed run keeps its precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.s["amp"])
 
     @staticmethod
     def open(data, value_range):
-        """DATA -> what the method trains on."""
+        """DATA -> the data set that the method trains on."""
         raise NotImplementedError
 
     @staticmethod
@@ -76,17 +76,14 @@ class Method:
         raise NotImplementedError
 
     def train_step(self, network, optimizer, step, index, views):
-        """One step, on the views of the images `index` -> the loss, and what the std is watched of.
+        """One step, on the views of the images `index` -> the loss, and the outputs whose std is monitored.
 
         network: the model, or its DistributedDataParallel
         """
         raise NotImplementedError
 
     def measure(self, encoder, job):
-        """What is measured besides kNN and rank, as often: {name in MEASURED: percent}
-
-        encoder: in eval mode
-        """
+        """What to measure along with kNN and rank, of an encoder in eval mode: {name in MEASURED: percent}"""
         return {}
 
     def collapsed(self, loss, std_sqrt_d):
@@ -94,9 +91,9 @@ class Method:
         raise NotImplementedError
 
     def numbers(self):
-        """Numbers that must be the same on all processes, besides those of the images."""
+        """Numbers that must be the same on all processes, apart from those of the images."""
         return []
 
     def rows(self):
-        """What the start block says of the method alone: {heading: text}"""
+        """Rows of the start block about the method: {heading: text}"""
         return {}

@@ -2,26 +2,24 @@
 
     parser = new_parser("simsiam.py", ...)      the options that every script has
     add_setting(parser, "area", ...)            an option for a row of a script's own table of settings
-    check_limits({"area": (0.2, 1.0)})          raises Refused for what no run could do
+    named(args, ["area"])                       {"area": (0.2, 1.0)} if the command line has it, else {}
+    check_limits({"area": (0.2, 1.0)})          raises Refused for values that no run could use
 
 A recipe's settings have no defaults here. Each script has a table of them, and takes from there whatever the
-command line does not name: so a value given can be told from a default. The limits are those that a
-user meets; combinations of settings are checked by the script that knows what they mean.
+command line does not name.
 """
 import argparse
 import math
-import re
 import sys
 
 import numpy as np
 import torch
 
-from ..common.machine import cores
 from ..common.errors import Refused
+from ..common.machine import cores
 
-# What the command lines take, from and to. Both scripts check whichever of these they have. An upper limit is
-# either a matter of meaning (a probability) or far beyond what anybody needs; it catches a slip of the finger
-# before a run has started.
+# The lowest and the highest value that an option takes. An upper limit is either a matter of meaning (a
+# probability) or far beyond what anybody needs; it catches a typing error before a run has started.
 LIMITS = {
     "batch": (1, math.inf),
     "epochs": (1, math.inf),
@@ -39,7 +37,7 @@ LIMITS = {
     "fc_std": (0, 10),
     "k": (0, math.inf),
     "m": (0, 0.9999),
-    # Of SimSiam's neighbours. A temperature or an eps near 0 divides by nothing; 100 is CLIP's own limit.
+    # Of SimSiam's neighbours. A temperature or an eps near 0 would overflow; 100 is CLIP's own limit.
     "temperature": (1e-3, 1e3),
     "queue": (1, 10 ** 8),
     "tau": (0, 1),
@@ -76,54 +74,63 @@ LIMITS = {
 
 
 def check_limits(values):
-    """Raise Refused for a number, or a tuple of numbers, beyond its limits. values: {name: value}, None:
-    not given."""
+    """Raise Refused for a number, or one in a tuple, that is beyond its limits. values: {name: value}; None
+    is not given."""
     for name, (low, high) in LIMITS.items():
-        given = values.get(name)
-        if given is not None and not all(low <= v <= high for v in np.ravel(given)):
-            option = name.replace("_", "-")
-            raise Refused(f"--{option} {given}: from {low:g} to {high:g}")
+        if values.get(name) is None:
+            continue
+        for value in np.ravel(values[name]):
+            if not low <= value <= high:
+                allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise Refused(f"--{name.replace('_', '-')} must be {allowed}, not {value:.12g}")
 
 
 def check_batch(settings):
     """Raise Refused for a batch that the processes don't divide, or that has more images than the data.
 
-    An epoch of less than one batch would have no step; index_batches needs the rest.
+    An epoch of less than one batch would have no step.
     """
     batch = settings["batch"]
     if batch % settings["world"] != 0:
-        world = settings["world"]
-        raise Refused(f"--batch {batch}: {world} processes don't divide it; the batch is the global one")
+        raise Refused(f"--batch {batch} must be a multiple of the {settings['world']} processes; it is the "
+                      "global batch")
     if settings["images"] < batch:
-        raise Refused(f"--batch {batch}: the data has only {settings['images']} images, less than one batch")
+        raise Refused(f"--batch {batch} must be at most {settings['images']}, the number of images")
+
+
+def named(args, names):
+    """Those of these options that the command line has: {name: value}"""
+    given = {}
+    for name in names:
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def number(text):
-    """A number of the command line: 0.125 and 1/8 alike. Raises ValueError for other text."""
+    """A number on the command line: 0.125 or 1/8. Raises ValueError for other text."""
     numerator, _, denominator = text.partition("/")
     with np.errstate(all="ignore"):  # 1/0 is infinite, and beyond every limit
         return float(np.float64(numerator) / np.float64(denominator or 1))
 
 
 def new_parser(script, description, data, out, amp):
-    """A parser with the options that both scripts have.
-
-    data, out, amp: the help's words for their defaults. Options have to be written out.
-    """
+    """A parser with the options that both scripts have. data, out, amp: their defaults, in words."""
     parser = argparse.ArgumentParser(
         prog=script, description=description,
-        allow_abbrev=False,  # --k 20 must not be --knn-every 20, nor what a later option begins with
+        allow_abbrev=False,  # --knn 20 must not mean --knn-every 20
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
-    # argparse would print the usage, which is two screens long here. One line says what is wrong.
+    # argparse would print the usage too, which is two screens long here.
     parser.error = lambda message: sys.exit(f"{script}: {message}; see --help")
     parser.add_argument("data", nargs="?", metavar="DATA",
                         help="an image folder (train/<class>/..., val/<class>/..., or any folder of "
-                             "images), a text file with a path per line, or a CIFAR-10 folder (default: "
+                             "images), a text file with one path per line, or a CIFAR-10 folder (default: "
                              f"{data})")
     parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
-                        help="after DATA: continue the run in --out; with auto: if there is one, and start "
-                             "otherwise")
+                        help="after DATA: continue the run in --out; auto: continue it if there is one, "
+                             "else start")
     add_range(parser)
     parser.add_argument("--override", nargs="+", default=[], metavar="SETTING",
                         help="with --resume: settings that may differ from the checkpoint's")
@@ -131,50 +138,49 @@ def new_parser(script, description, data, out, amp):
                         help="seed of weights, views and order (default: %(default)s)")
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_name, default=fastest, metavar="cuda|cpu",
-                        help="what computes (default: cuda where there is one)")
+                        help="where to compute (default: cuda if there is one)")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         help=f"bf16 autocast (default: {amp})")
     parser.add_argument("--workers", type=int, default=min(16, cores()),
                         help="processes that decode images, per GPU (default: its share of the cores, up "
                              "to 16)")
     parser.add_argument("--keep-every", type=int, default=0, metavar="EPOCHS",
-                        help="keep the checkpoint of every so many epochs, as checkpoint-NNNN.pth (default: "
-                             "none)")
+                        help="keep a checkpoint every so many epochs, as checkpoint-NNNN.pth (default: none)")
     parser.add_argument("--save-minutes", type=float, default=10,
-                        help="a checkpoint this often within an epoch (default: %(default)s)")
+                        help="minutes between checkpoints within an epoch (default: %(default)s)")
     return parser
 
 
 def device_name(text):
-    """--device: cuda or cpu. Raises ArgumentTypeError, with what to do instead."""
+    """--device: cuda or cpu. Raises ArgumentTypeError, which says what to do instead."""
     if text in ("cuda", "cpu"):
         return text
-    if re.fullmatch(r"cuda:\d+", text):
-        raise argparse.ArgumentTypeError(f"{text}: a process takes the first GPU that it sees; choose which "
-                                         f"with CUDA_VISIBLE_DEVICES={text[5:]}, and --device cuda")
-    raise argparse.ArgumentTypeError(f"{text}: only cuda and cpu; on a Mac, cpu")
+    advice = "must be cuda or cpu; on a Mac, cpu"
+    if text.startswith("cuda:"):
+        advice = f"choose which with CUDA_VISIBLE_DEVICES={text[5:]}, and --device cuda"
+    raise argparse.ArgumentTypeError(f"{text}: {advice}")
 
 
 def add_range(parser):
-    """The option that overrides what harness/data/images.py finds."""
+    """The option that overrides the range of values that harness/data/images.py finds."""
     parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
-                        help="the values that become 0 to 255, in files of more than 8 bits (default: by a "
-                             "sample of the files)")
+                        help="the values that become 0 and 255, in files of more than 8 bits (default: from "
+                             "a sample of the files)")
 
 
 def add_prefix(parser, option):
-    """The option that chooses among several networks in a file of weights, which another option names."""
+    """The option that chooses among several networks in a file of weights. option: the one that names it"""
     parser.add_argument("--prefix",
-                        help=f"of several networks in the file of {option}, that whose tensors' names begin "
-                             "like this (default: the one that is trained)")
+                        help=f"if the file of {option} holds several networks: how the names of the tensors "
+                             "of the one to use begin (default: the one that is trained)")
 
 
 def add_setting(parser, name, kind, defaults, words, choices=None):
     """Add an option for a row of a table of settings.
 
-    words       what it is, for the help
-    kind        str, int, bool, number, or (int or number, how many): the option takes so many of them
+    kind        str, int, bool, number, or (int or number, how many of them)
     defaults    one per recipe, for the help
+    words       what it is, for the help
     """
     options = {"choices": choices}
     if kind is bool:  # --affine and --no-affine

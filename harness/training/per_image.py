@@ -1,7 +1,6 @@
 """A vector for each image of a data set, kept by the processes together: image i by process i mod world.
 
-Sec. 5.2's moving average needs it: 1.3 million vectors of 2048 numbers are 10 GB, which are spread over the
-GPUs.
+Sec. 5.2's moving average needs it: 1.3 million vectors of 2048 numbers are 10 GB, spread over the GPUs.
 """
 import torch
 import torch.distributed as dist
@@ -9,14 +8,14 @@ import torch.distributed as dist
 from ..common.machine import to_device
 from .processes import all_sum, everyones
 
-PIECE = 2 ** 16  # vectors that are brought together at a time for a checkpoint: all may not fit one GPU
+PIECE = 2 ** 16  # vectors that are gathered at a time for a checkpoint: one GPU may not hold them all
 
 
 class PerImageVectors:
     """n vectors of `dim` numbers, zero at first. All processes call each method together.
 
-    Behind the vectors that are kept here is a row of zeros. It stands for those that are kept elsewhere, so
-    that nobody has to pick out his own: a GPU would have to say how many they are, and the CPU wait for it.
+    The last row is zeros and stands for all vectors that are kept elsewhere. Picking out our own instead
+    would make the CPU wait until the GPU says how many they are.
     """
 
     def __init__(self, n, dim, device):
@@ -32,8 +31,7 @@ class PerImageVectors:
         return torch.where(here, index // self.world, len(self.mine) - 1)
 
     def rows_of_everyones(self, index):
-        """The same for the indices of all processes, the global batch of B images, of which this process has
-        `index` (N,)."""
+        """The same for the global batch of B images, of which this process has `index` (N,)."""
         index = to_device(index, self.mine.device)
         return self.rows_of(everyones(index, all_sum, self.rank, self.world))
 
@@ -60,5 +58,5 @@ class PerImageVectors:
         return {"vectors": torch.cat(pieces)} if self.rank == 0 else {}
 
     def load_state_dict(self, state):
-        """Take this process's vectors out of all of them."""
+        """Take this process's vectors from all of them."""
         self.mine[:-1].copy_(state["vectors"][self.rank::self.world])

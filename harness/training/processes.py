@@ -1,7 +1,7 @@
 """Joining the processes of a run, and sums over them.
 
 A single process is a world of one: it has a process group too. So nothing else asks whether there are
-several, but for simsiam.distribute, which leaves a single process without DistributedDataParallel.
+several, except simsiam.distribute, which leaves a single process without DistributedDataParallel.
 """
 import datetime
 import os
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..common.machine import cores
 from ..common.errors import Refused
+from ..common.machine import cores
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
 
@@ -23,9 +23,9 @@ PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each ot
 def join_world(device):
     """Join the processes that torchrun started, or make a world of this one. -> (device, rank, world size)
 
-    Raises Refused where there are too few GPUs, and where the processes don't find each other.
+    Raises Refused if there are too few GPUs, or if the processes don't find each other.
     """
-    check_environment(os.environ)
+    check_scheduler(os.environ)
     if device.type == "cuda":
         device = own_gpu()
         backend = "nccl"
@@ -40,43 +40,34 @@ def join_world(device):
         dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:  # the second: something is missing in the environment
         reason = str(error).partition(". ")[0]
-        raise Refused(f"the processes did not find each other within {PATIENCE} ({reason}): the same "
-                      "--nnodes and --rdzv-endpoint on all machines? Its port open? As many machines "
-                      "started as --nnodes says?") from None
+        raise Refused(f"the processes did not find each other within {PATIENCE} ({reason}); give all "
+                      "machines the same --nnodes and --rdzv-endpoint, open its port, and start as many "
+                      "machines as --nnodes says") from None
     return device, rank, world
 
 
-def check_environment(environ):
-    """Raise Refused where what torchrun sets is there in part, and where a scheduler has started several
-    tasks that would know nothing of each other."""
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in environ]
-    if "RANK" not in environ:
-        # Of the job step that this process is in, or else of the whole job.
-        tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-        if tasks.isdigit() and int(tasks) > 1:
-            raise Refused(f"SLURM has {tasks} tasks for this, and none knows of the others: torchrun is "
-                          "missing: srun --ntasks-per-node 1 torchrun --nproc-per-node GPUS ... (or unset "
-                          "SLURM_NTASKS for a run in one process)")
-        return
-    if missing:
-        raise Refused(f"{', '.join(missing)} not set, but RANK is: torchrun sets them all; unset RANK for a "
-                      "run in one process")
+def check_scheduler(environ):
+    """Raise Refused if SLURM has started several tasks that would know nothing of each other."""
+    # Of the job step that this process is in, or else of the whole job.
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    if "RANK" not in environ and tasks != "1":
+        raise Refused(f"SLURM has started {tasks} tasks that don't know of each other; start torchrun: "
+                      "srun --ntasks-per-node 1 torchrun --nproc-per-node GPUS ... (or unset SLURM_NTASKS "
+                      "for a run in one process)")
 
 
 def own_gpu():
-    """The GPU of this process, made the current one. Raises Refused where the machine has too few."""
+    """The GPU of this process, made the current one. Raises Refused if the machine has too few."""
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     there = torch.cuda.device_count()
     if wanted > there:
-        raise Refused(f"{wanted} processes on this machine, but {there} GPUs: start fewer processes, "
-                      "or give --device cpu")
+        raise Refused(f"{wanted} processes on this machine, but {there} GPUs; start fewer processes, or give "
+                      "--device cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    # As in the released code. The shapes stay the same, so that it pays to try out which kernels are the
-    # fastest.
+    # As in the released code. The shapes stay the same, so it pays to try which kernels are the fastest.
     torch.backends.cudnn.benchmark = True
-    # Some containers have switched TF32 on for all products; views and kNN need float32's digits.
+    # Some containers switch TF32 on for all products; views and kNN need float32's digits.
     torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
@@ -85,15 +76,14 @@ def new_store_for_this_start():
     """A store that only this start's processes share -> store, rank, world size.
 
     A workaround. The store that torchrun hands out outlives its restarts. It still has the addresses of
-    processes that have died since, and torch 2.13 connects to those. So each start takes a part of the
-    store that is new. Process 0 names the part, and has to tell the others of the same start:
+    processes that have died since, and torch 2.13 connects to them. So each start takes a new part of the
+    store. Process 0 names the part, and has to tell the others of the same start:
 
-        process k sets  "hello k"        to a name that only this process, in this start, has
+        process k sets  "hello k"        to a name that only this process has, and only in this start
         process 0 sets  "welcome NAME"   to the name of the part, for each name that it finds under "hello k"
         process k adds  1 to "joined PART"
 
-    Process 0 looks at the hellos again and again until all have joined: an old one may be overwritten by a
-    new one.
+    Process 0 looks at the hellos again and again until all have joined: a new one may replace an old one.
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     name = uuid.uuid4().hex
@@ -119,8 +109,8 @@ def new_store_for_this_start():
 
 
 def forget_failure(store):
-    """Take away the key by which NCCL's watchdogs tell each other that one has failed. It lies in the store
-    that outlives restarts, without any prefix, and would end the restarted processes minutes later."""
+    """Delete the key by which NCCL's watchdogs tell each other that one has failed. It is in the store that
+    outlives restarts, without any prefix, and would end the restarted processes minutes later."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     store.delete_key("exception_dump")
@@ -140,8 +130,9 @@ def mean_over_processes(t):
 
 
 def everyones(v, all_sum, rank, world):
-    """The rows of all processes, in their order: (N, ...) -> (world N, ...). With batchnorm.AllSum, gradients
-    flow back to all of them.
+    """The rows of all processes, in their order: (N, ...) -> (world N, ...)
+
+    With batchnorm.AllSum, gradients flow back to all of them.
 
     all_sum     adds a tensor up over the processes
     rank        the number of this process, of `world`
@@ -158,10 +149,10 @@ def my_share(n):
 
 
 def check_same_precision(amp, device):
-    """Raise Refused where the processes have chosen different precisions, by their CPUs."""
+    """Raise Refused if the processes have chosen different precisions, by their CPUs."""
     if not same_everywhere(int(amp), device):
-        raise Refused("some machines have CPUs with instructions for bf16, and some don't: give --amp or "
-                      "--no-amp to all")
+        raise Refused("some machines have CPUs with instructions for bf16 and some don't; give all of them "
+                      "--amp, or --no-amp")
 
 
 def same_everywhere(number, device):

@@ -1,7 +1,7 @@
-"""From a method's tables to the settings of a run, by way of the command line.
+"""From a method's tables and the command line to the settings of a run.
 
 A method has a row for each setting: its type, and its value in each recipe (harness/training/method.py). An
-experiment changes some of them, the command line others.
+experiment changes some of them, and the command line others.
 """
 import argparse
 import os
@@ -9,11 +9,11 @@ import os
 from ..common.errors import Refused
 from ..common.machine import bf16_pays
 from .folder import folder_name
-from .options import add_prefix, add_setting, check_batch, check_limits, new_parser
+from .options import add_prefix, add_setting, check_batch, check_limits, named, new_parser
 
 RECIPES = ("imagenet", "cifar10", "shapes")
-OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # of each recipe's own data
-# Where a recipe's value is smaller than ImageNet's, these settings of an experiment shrink in the same
+OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # in each recipe's own data
+# If a recipe's value is smaller than ImageNet's, these settings of an experiment shrink in the same
 # proportion. Warm-up shrinks with the epochs.
 SCALED_BY = {"batch": "batch", "dim": "dim", "pred_dim": "pred_dim", "epochs": "epochs", "warmup": "epochs"}
 
@@ -35,11 +35,11 @@ def options(script, description, method):
                         help="a row of the paper; list shows them all (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="fuse the operations of the network and of the colour changes with "
-                             "torch.compile, which takes a minute or more at the start and a C++ compiler "
-                             "on a CPU (default: no)")
+                             "torch.compile; it takes a minute or more at the start, and on a CPU it needs "
+                             "a C++ compiler (default: no)")
     parser.add_argument("--init", metavar="FILE",
-                        help="start from the weights in a file: of a whole model, or of a backbone alone, "
-                             "in any layout that lineval.py reads")
+                        help="start from the weights in a file, of a model or a backbone, in any layout "
+                             "that lineval.py reads")
     add_prefix(parser, "--init")
     recipe_group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
     ablations = parser.add_argument_group("for the paper's ablations (the same defaults)")
@@ -51,17 +51,16 @@ def options(script, description, method):
 
 def list_experiments(methods):
     """Print the table of these methods' experiments."""
-    rows = [(method, name, *row) for method in methods for name, row in method.EXPERIMENTS.items()]
-    longest = max(len(name) for _, name, *_ in rows)
-    print(f"{'experiment':{longest}}  {'the paper, on ImageNet':31}  what changes there")
-    for method, name, paper, changes in rows:
-        changes = changes | method.ON_IMAGENET.get(name, {})
-        shown = ", ".join(f"{key} {value}" for key, value in changes.items())
-        print(f"{name:{longest}}  {paper:31}  {shown}")
+    print(f"{'experiment':31}  {'the paper, on ImageNet':31}  what changes there")
+    for method in methods:
+        for name, (paper, changes) in method.EXPERIMENTS.items():
+            changes = changes | method.ON_IMAGENET.get(name, {})
+            shown = ", ".join(f"{setting} {value}" for setting, value in changes.items())
+            print(f"{name:31}  {paper:31}  {shown}")
 
 
 def default_folder(args):
-    """runs/ and the name of the data, and of the experiment."""
+    """runs/, the name of the data, and the experiment unless it is plain SimSiam."""
     name = folder_name(args.data)
     if args.experiment != "simsiam":
         name = f"{name}-{args.experiment}"
@@ -77,12 +76,12 @@ def recipe(name, table):
 
 
 def recipe_for(data, train, name, table):
-    """The settings of the recipe of this name, or else of the one that suits the data."""
+    """The settings of the recipe of this name; without a name, of the one that suits the data."""
     small = train.pixels is not None
-    if name is None and data is None:
-        name = "shapes"
-    elif name is None:
+    if name is None:
         name = "cifar10" if small else "imagenet"
+        if data is None:
+            name = "shapes"
     settings = {"recipe": name, **recipe(name, table)}
     if small and data is not None and name == "cifar10":
         settings["size"] = max(train.pixels.shape[2:])  # small images are trained on at their own size
@@ -90,20 +89,18 @@ def recipe_for(data, train, name, table):
 
 
 def experiment_settings(method, experiment, settings):
-    """What a row of a method's experiments changes, scaled to a recipe's settings: {setting: value}"""
+    """The changes of a row of a method's experiments, scaled to a recipe's settings: {setting: value}"""
     imagenet = recipe("imagenet", method.SETTINGS)
-    _, row = method.EXPERIMENTS[experiment]
+    _, changes = method.EXPERIMENTS[experiment]
     if settings["recipe"] == "imagenet":
-        row = row | method.ON_IMAGENET.get(experiment, {})
-    changes = {}
-    for name, value in row.items():
-        if name in SCALED_BY:
-            measure = SCALED_BY[name]
-            scale = settings[measure] / imagenet[measure]
-            if scale < 1:
-                value = max(1, round(scale * value))
-        changes[name] = value
-    return changes
+        return changes | method.ON_IMAGENET.get(experiment, {})
+    scaled = {}
+    for name, value in changes.items():
+        measure = SCALED_BY.get(name)
+        if measure and settings[measure] < imagenet[measure]:
+            value = max(1, round(settings[measure] / imagenet[measure] * value))
+        scaled[name] = value
+    return scaled
 
 
 def settings_for(args, train, world):
@@ -111,36 +108,20 @@ def settings_for(args, train, world):
     method = args.method
     settings = recipe_for(args.data, train, args.recipe, method.SETTINGS)
     settings |= experiment_settings(method, args.experiment, settings)
-    settings |= given_settings(args)
-    if args.warmup is None:  # a run that is shorter than its warm-up would be nothing else
+    settings |= named(args, method.SETTINGS)
+    if args.warmup is None:  # a short run must not end before its warm-up does
         settings["warmup"] = min(settings["warmup"], settings["epochs"] - 1)
-    settings["experiment"] = args.experiment
-    settings["init"] = args.init
-    settings["seed"] = args.seed
-    settings["data"] = args.data
+    for name in ("experiment", "init", "seed", "data", "device", "compile", "workers", "save_minutes",
+                 "keep_every"):
+        settings[name] = getattr(args, name)
     settings["images"] = len(train)
     settings["range"] = train.value_range
-    settings["device"] = args.device
     settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
-    settings["compile"] = args.compile
     settings["world"] = world
-    settings["workers"] = args.workers
-    settings["save_minutes"] = args.save_minutes
-    settings["keep_every"] = args.keep_every
     check_limits(settings)
     check_together(settings)
     method.check(settings)
     return settings
-
-
-def given_settings(args):
-    """The settings that the command line names: {setting: value}"""
-    given = {}
-    for name in args.method.SETTINGS:
-        value = getattr(args, name)
-        if value is not None:
-            given[name] = tuple(value) if isinstance(value, list) else value
-    return given
 
 
 def check_together(s):
@@ -152,9 +133,9 @@ def check_together(s):
         low, high = s[name]
         if low > high:
             raise Refused(f"--{name} {low:g} {high:g}: the lower bound must come first")
-    if s["strength"][3] > 0.5:
-        hue = s["strength"][3]
-        raise Refused(f"--strength: the last number, hue, must be at most 0.5, not {hue:g}: half a turn "
+    hue = s["strength"][3]
+    if hue > 0.5:
+        raise Refused(f"--strength: hue, the last number, must be at most 0.5, not {hue:g}: half a turn "
                       "either way is every hue")
     if s.get("affine") and not s["bn"][1]:
         bn = " ".join(map(str, s["bn"]))
