@@ -8,7 +8,7 @@ import re
 import torch
 
 from tests.helpers import CPU, equal, here, interrupted_before, log_of, losses_of
-from tests.helpers import settings_of_row
+from tests.helpers import settings_of_row, weights_of
 
 
 def check_rows(program, methods, table):
@@ -48,22 +48,6 @@ def check_run(folder, method, fixed=()):
     return start["settings"]["experiment"]
 
 
-def tensors_in(value, path=""):
-    """{path: tensor} of nested dictionaries"""
-    if torch.is_tensor(value):
-        return {path: value}
-    found = {}
-    if isinstance(value, dict):
-        for key, part in value.items():
-            found |= tensors_in(part, f"{path}.{key}")
-    return found
-
-
-def read_tensors(folder):
-    """All tensors of a run's checkpoint: the model's, the optimiser's, those of a method's other parts."""
-    return tensors_in(torch.load(folder / "checkpoint.pth", weights_only=True))
-
-
 def check_resumed(folder, script, options, at, steps_per_epoch):
     """A run that is interrupted before a step and resumed, against an uninterrupted one: all tensors and
     losses -> the names of the checkpoint's parts"""
@@ -75,6 +59,6 @@ def check_resumed(folder, script, options, at, steps_per_epoch):
     checkpoint = torch.load(parts / "checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] * steps_per_epoch + checkpoint["step"] == at
     assert here(script, *options, "--resume") is None
-    assert equal(read_tensors(whole), read_tensors(parts))
+    assert equal(weights_of(whole), weights_of(parts))
     assert losses_of(whole) == losses_of(parts)
     return checkpoint.keys()

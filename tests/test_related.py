@@ -36,9 +36,9 @@ from results.pages import write_tables
 from tests import world_related
 from tests.claims import arguments_for, check_claims, check_departures, check_it_dies, claims
 from tests.claims import equation_table, module_with, mutant_of
-from tests.experiments import check_resumed, check_rows, check_run, read_tensors
+from tests.experiments import check_resumed, check_rows, check_run
 from tests.helpers import CPU, ROOT, close, equal, here, kill_when
-from tests.helpers import losses_of, refusal, save_image, slow, torchrun, vectors
+from tests.helpers import losses_of, refusal, save_image, slow, torchrun, vectors, weights_of
 
 pytest_plugins = ["tests.fixtures"]
 METHODS = ["simclr", "mocov2", "byol", "swav"]
@@ -946,7 +946,7 @@ def test_killed_method_ends_with_the_uninterrupted_weights(tmp_path, small, name
     position = kill_when([str(part) for part in command], killed, epoch=2)
     assert position["epoch"] < 9, "the kill came at a moment that shows nothing"
     assert run(name, small, killed, *more, "--resume") is None
-    assert equal(read_tensors(tmp_path / "whole"), read_tensors(killed))
+    assert equal(weights_of(tmp_path / "whole"), weights_of(killed))
 
 
 @slow

@@ -86,7 +86,7 @@ def test_backbone_is_the_checkpoints(finished):
     """backbone.pth against the encoder in checkpoint.pth, name by name."""
     trained = weights_of(finished[0])
     for name, t in saved_network(finished[0]).state_dict().items():
-        assert torch.equal(t, trained[f"encoder.{name}"]), name
+        assert torch.equal(t, trained[f".model.encoder.{name}"]), name
 
 
 def test_the_monitored_knn_is_the_knn_of_the_saved_backbone(finished, small):
