@@ -48,9 +48,9 @@ def equal(a, b):
 
 
 def close(a, b, share=1e-9):
-    """Whether two numbers, arrays or tensors differ only by rounding: at most by a share of b's largest number.
+    """Whether numbers, arrays or tensors differ by no more than a share of the largest one in b.
 
-    The default share suits sums in float64, which has 16 digits.
+    The default share is for rounding in float64, which has 16 digits.
     """
     a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (a, b))
     return a.shape == b.shape and bool((a - b).abs().max() <= share * b.abs().max())
@@ -137,8 +137,11 @@ def untrained(*shape):
 
 def filled(names, seed=0):
     """{name: shape} -> {name: tensor} with reproducible values; counters are integers."""
-    g = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(shape, generator=g) if shape else torch.tensor(7) for name, shape in names.items()}
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in names.items():
+        state[name] = torch.rand(shape, generator=generator) if shape else torch.tensor(7)
+    return state
 
 
 def prefixed(prefix, state):
@@ -309,7 +312,7 @@ def program(*arguments, **options):
 
 
 def here(name, *arguments):
-    """Run simsiam.py, lineval.py or related.py in this process -> its message if it gives up, or its result"""
+    """Run simsiam.py, lineval.py or related.py in this process -> its result, or why it gave up"""
     module = {"simsiam.py": simsiam, "lineval.py": lineval, "related.py": related}[name]
     run = lineval.evaluate if name == "lineval.py" else simsiam.pretrain
     try:
@@ -465,7 +468,7 @@ def children_of(pid):
 
 
 def kill_all(folder):
-    """kill -9 every process that names the run folder: torchrun starts its processes in their own sessions."""
+    """kill -9 every process that names the run folder; torchrun starts its own in sessions of their own."""
     for pid in processes_of(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -45,7 +45,8 @@ def test_views_of_files_are_those_of_one_view(photos, tmp_path):
 
 def test_views_have_the_memory_layout_that_is_asked_for():
     """channels_last has other strides and the same bits."""
-    arguments = shapes.draw_shapes(0, 0, 6, 32), CIFAR10, 5, [(0, np.arange(6))], CPU, 0
+    source = shapes.draw_shapes(0, 0, 6, 32)
+    arguments = source, CIFAR10, 5, [(0, np.arange(6))], CPU, 0
     (_, usual), = augment.load_views(*arguments)
     (_, asked), = augment.load_views(*arguments, layout=torch.channels_last)
     for x, y in zip(usual, asked, strict=True):
@@ -56,12 +57,13 @@ def test_views_have_the_memory_layout_that_is_asked_for():
 def test_crop_resize_and_flip_agree_with_pillow(photos):
     """Six views of each photograph, with nothing else done to them but ImageNet's normalisation."""
     policy = augment.Policy(jitter=0, gray=0, blur=0, vflip=0.5)
-    mean, std = (np.reshape(v, (3, 1, 1)) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean = np.reshape([0.485, 0.456, 0.406], (3, 1, 1))
+    std = np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
     for i, image in enumerate(photos):
         for v in range(6):
-            x = augment.one_view(torch.from_numpy(image), policy, 5, 0, i, v).double().numpy()
+            x = augment.one_view(torch.from_numpy(image), policy, 5, 0, i, v)
             crop = augment.draw_crop(policy, 5, 0, i, v, *image.shape[:2])
-            ours = 255 * (x * std + mean)
+            ours = 255 * (x.double().numpy() * std + mean)
             assert_close(ours, pil_crop_resize(image, crop, 0, 224), worst=1.001, mean=0.35)
 
 

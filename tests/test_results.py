@@ -122,7 +122,7 @@ def test_kept_evaluations_are_of_the_kept_backbone(name, trained):
 def test_a_run_without_its_line_or_an_evaluation_is_missing(tmp_path):
     """A new line replaces the old one of its seed; a line that a kill cut short doesn't count."""
     kept = Kept(tmp_path, None)
-    row = Runs("row", "", (0, 1, 2), {"cached": "", "sgd": ""})
+    row = Runs("row", "", range(3), {"cached": "", "sgd": ""})
     kept.add("row", {"seed": 0, "evaluations": {"cached": {}}})
     kept.add("row", {"seed": 1, "evaluations": {}})
     kept.add("row", {"seed": 1, "evaluations": row.evaluations})
