@@ -3,7 +3,7 @@
     python tests/drills/gpu.py                      some minutes on one GPU
     python tests/drills/gpu.py --device cpu --only views gradients      to try the script itself, anywhere
 
-Start it from the repository's root. Outcomes on a GPU are kept in results/drills/gpu.json; a check that is run
+Start it from the repository's root. A GPU's outcomes are kept in results/drills/gpu.json; a check that is run
 again replaces its last outcome.
 
 waits       eleven steps of each method in which a hidden wait of the CPU for the GPU is an error; what the
