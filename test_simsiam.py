@@ -31,12 +31,12 @@ from harness.evaluation import report
 from harness.training.per_image import PerImageVectors
 from results.pages import write_tables
 from tests import shape_comments
-from tests.claims import arguments_for, check_claims, check_departures, check_it_dies, claims
-from tests.claims import equation_table, mutant_of, trailing_comments
+from tests.claims import check_claims, check_departures, check_it_dies, claims, equation_table
+from tests.claims import mutant_of, trailing_comments
 from tests.experiments import check_resumed, check_rows, check_run
 from tests.helpers import CPU, RELEASED_HEADS, ROOT, TINY, TINY_BACKBONE, TINY_HEADS, close, equal, here
 from tests.helpers import interrupted_before, losses_of, numpy_D, settings_of, slow, start, tiny_model
-from tests.helpers import torchrun, torchvision_names, vectors
+from tests.helpers import torchrun, torchvision_names, unit, vectors
 
 pytest_plugins = ["tests.fixtures"]
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -114,11 +114,6 @@ PAPERS_RESULTS = {  # what a row changes on ImageNet, and the top-1 that its tab
 # ------------------------------------------------------------------------------------------------------------
 # 1. The equations, in the paper's order
 # ------------------------------------------------------------------------------------------------------------
-
-def unit(v):
-    """Each row divided by its norm."""
-    return v / v.norm(dim=1, keepdim=True)
-
 
 def gradients_of(L, *inputs):
     """The gradient with respect to each input; None where there is none."""
@@ -1123,12 +1118,11 @@ def test_readme_has_the_map_of_the_sources(made):
 
 
 @pytest.mark.parametrize("tag", [tag for tag, (_, _, wrong) in MAP.items() if wrong is not None])
-def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, monkeypatch, request):
-    """The equation's test fails with the mutant in the module's place."""
+def test_a_mutant_of_every_claimed_line_dies_in_its_test(tag, request):
+    """The equation's test fails with the mutant instead of the module."""
     claim, = (claim for claim in claims_of_the_paper() if claim.tag == tag)
-    test = globals()[claim.test]
     rooms = globals(), vars(tests.helpers)
-    check_it_dies(mutant_of(claim, MAP), rooms, monkeypatch, test, **arguments_for(test, request))
+    check_it_dies(mutant_of(claim, MAP), rooms, globals()[claim.test], request)
 
 
 # --- Shape comments, `name = ...  # (N, d)`. tests/shape_comments.py makes them checks ----------------------

@@ -69,11 +69,15 @@ def vectors(n=6, d=5, seed=0):
     return [v.clone().requires_grad_() for v in drawn]
 
 
+def unit(v):
+    """Each row of a tensor or an array divided by its norm."""
+    return v / (v * v).sum(axis=1, keepdims=True) ** 0.5
+
+
 def numpy_D(p, z):
     """Eq. (1) in numpy."""
-    a, b = (v.detach().numpy() for v in (p, z))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return -np.mean(np.sum(a * b, axis=1) / lengths)
+    a, b = (unit(v.detach().numpy()) for v in (p, z))
+    return -np.mean(np.sum(a * b, axis=1))
 
 
 def bn_names(name, c, is_affine=True):
