@@ -5,8 +5,8 @@
     python results/paper_rows.py --data CIFAR --epochs 20 --seeds 0 1 2    on a GPU. Not run there yet
 
 Start it from the repository's root, on Linux. It runs the candidates among which the setting was chosen
-(CANDIDATES, seeds 7 to 9), the rows (ROWS, seeds 0 to 4), and a closer look at Table 3 (seeds 0 to 2). rows.py
-describes how the runs are made and kept.
+(CANDIDATES, seeds 7 to 9), the rows (ROWS, seeds 0 to 4), and a closer look at Table 3 (seeds 0 to 2).
+rows.py describes how the runs are made and kept.
 
 A row is compared with another in pairs of runs of one seed, which have the same views in the same order and
 the same initial weights of the backbone. The images are the same for all runs. The results become tables in
