@@ -63,7 +63,7 @@ class Policy(NamedTuple):
 
 
 # --- One view of one image, from beginning to end: the specification ------------------------------------
-# tests/test_one_view.py compares it with Pillow, and the fast code below with it.
+# tests/test_one_view.py compares its crop with Pillow's, and the fast code below with all of it.
 
 def one_view(image, policy, seed, epoch, index, view):
     """View number `view` of image number `index` in an epoch, as the network sees it.

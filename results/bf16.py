@@ -1,11 +1,11 @@
 """bf16 against float32 on a CPU: the accuracy of the same CIFAR-10 runs, at a quarter of the width.
 
-    python results/bf16.py CIFAR [--minutes 60]      again until it says that all is done
-    python results/bf16.py --speed                   seconds of a step, networks of several widths
-    python results/bf16.py --show                    only make the page anew
+    python results/bf16.py CIFAR [--minutes 60]      repeat until everything is done
+    python results/bf16.py --speed                   seconds a step, for networks of several widths
+    python results/bf16.py --show                    only write the page
 
-Start it from the repository's root, on Linux, on a CPU with instructions for bf16: on another the runs take
-much longer. rows.py says how they are made and kept. What they gave becomes the tables in results/bf16.md.
+Start it from the repository's root, on Linux, on a CPU with bf16 instructions; on others the runs take much
+longer. rows.py describes how they are made and kept. It makes the tables in results/bf16.md.
 """
 import os
 import shlex
@@ -56,8 +56,7 @@ def make_runs(args, deadline):
 
 
 def measure_speed(rounds=7):
-    """The median seconds of a step in both precisions, in turn, to SPEED. The heads have the backbone's share
-    of their width."""
+    """Write the median seconds of a step in both precisions to SPEED. Heads are scaled like the backbone."""
     seconds = {}
     for words, (settings, share, batch) in NETWORKS.items():
         heads = {name: int(share * settings[name]) for name in ("dim", "pred_dim", "proj_hidden")}
@@ -97,7 +96,7 @@ def pages():
 def main():
     parser = parser_for(__doc__)
     parser.add_argument("data", metavar="CIFAR", nargs="?", help="a CIFAR-10 folder")
-    parser.add_argument("--speed", action="store_true", help="measure seconds of a step, and nothing else")
+    parser.add_argument("--speed", action="store_true", help="only measure seconds a step")
     run_script(parser, make_runs, pages)
 
 

@@ -1,15 +1,15 @@
 """CIFAR-10 as in supplement D of the paper: runs, linear evaluations, seeds, ablations.
 
-    python results/cifar10.py CIFAR --minutes 9    on a GPU, until it says that all is done
+    python results/cifar10.py CIFAR --minutes 9    on a GPU; repeat until everything is done
     python results/cifar10.py CIFAR                on a CPU: 10,000 of the images, a network an eighth as wide
-    python results/cifar10.py --show               only make the pages anew
+    python results/cifar10.py --show               only write the pages
 
-Start it from the repository's root, on Linux. rows.py says how the runs are made and kept. It makes the
-tables of results/cifar10.md, and that of the README.
+Start it from the repository's root, on Linux. rows.py describes how the runs are made and kept. It makes the
+tables in results/cifar10.md, and one in the README.
 
-We choose nothing by looking at test images. Every figure is the last epoch's, on all 10,000 of them. The base
-lr of the linear evaluations by sgd and lars is chosen on a tenth of the training images, held out, of the
-first run of seed 0: MoCo's 30 is made for the 2048 features of ImageNet, and lars for 28,000 steps.
+Nothing is chosen on test images. Every figure is the last epoch's, on all 10,000 of them. The base lr of the
+linear evaluations by sgd and lars is chosen with the first run's seed 0 on a tenth of the training images,
+held out: MoCo's 30 is for the 2048 features of ImageNet, and lars for 28,000 steps.
 """
 import os
 import shlex
@@ -33,13 +33,13 @@ README = "README.md"
 
 
 class Plan(NamedTuple):
-    """Runs that differ in nothing but the seed."""
-    options: str    # beside the recipe's
-    seeds: int      # how many, from 0 on
+    """Runs that differ only in the seed."""
+    options: str    # besides the recipe's
+    seeds: int      # how many, from 0
     protocols: str  # of the linear evaluations
 
 
-# In the order in which they are run: what takes minutes first
+# In the order in which they are run: what takes only minutes comes first
 ON_A_GPU = {
     "50-epochs": Plan("--epochs 50", 3, "sgd cached"),
     "200-epochs": Plan("--epochs 200", 3, "sgd cached"),
@@ -50,7 +50,7 @@ ON_A_GPU = {
     "50-epochs-affine": Plan("--epochs 50 --affine", 1, "cached"),
     "50-epochs-released-projection": Plan("--epochs 50 --proj-hidden 512", 1, "cached"),
 }
-# Backbone and heads have 1/8 of the width. Batch and lr are those of an earlier run at 1/4 of the width
+# Backbone and heads at 1/8 of the width. Batch and lr are those of an earlier run at 1/4 of the width
 # (results/README.md); nothing was tuned here.
 SMALL = ("--width 1/8 --proj-hidden 256 --dim 256 --pred-dim 64 --batch 64 --base-lr 0.4 --epochs 40 "
          "--knn-every 5")
@@ -76,7 +76,7 @@ SIZES = (50_000, 10_000, 10)  # training and test images, classes
 # --- The data -------------------------------------------------------------------------------------
 
 def open_cifar10(path):
-    """-> train, val. Raises Refused where it is anything but CIFAR-10."""
+    """-> train, val. Raises Refused if it isn't CIFAR-10."""
     train, val, _ = open_data(path)
     if val is not None and train.labels is not None:
         if (len(train), len(val), len(train.classes)) == SIZES:
@@ -85,8 +85,7 @@ def open_cifar10(path):
 
 
 def subset(train, val, n, folder, n_val=None):
-    """A folder in the binary layout: the first of each class, n training images, and n_val test images or
-    all."""
+    """A folder in the binary layout: n training and n_val (or all) test images, the first of each class"""
     return write_folder(folder, train, first_of_each_class(train, n),
                         val, first_of_each_class(val, n_val or len(val)))
 
@@ -98,8 +97,7 @@ def first_of_each_class(source, n):
 
 
 def hold_out(folder):
-    """Of a folder of CIFAR-10 one in which every tenth training image stands in the place of the test
-    images, and is no longer trained on."""
+    """A CIFAR-10 folder -> one where every tenth training image is a test image instead"""
     train, *_ = open_data(folder)
     tenth = np.arange(0, len(train), 10)
     rest = np.setdiff1d(np.arange(len(train)), tenth)
@@ -107,7 +105,7 @@ def hold_out(folder):
 
 
 def write_folder(folder, train, train_index, val, val_index):
-    """These images of two sources as a folder in the binary layout -> the folder"""
+    """Write these images of two sources in the binary layout -> the folder"""
     if os.path.exists(folder):
         return folder
     unfinished = f"{folder}.tmp"
@@ -120,7 +118,7 @@ def write_folder(folder, train, train_index, val, val_index):
 
 
 def write_batches(folder, names, source, index):
-    """These images of a source, spread over files of these names. An image is its label, then its pixels."""
+    """Spread these images of a source over files of these names: of each the label, then the pixels."""
     for name, part in zip(names, np.array_split(index, len(names))):
         labels = source.labels[part, None].astype(np.uint8)
         pixels = source.pixels[part].flatten(1).numpy()
@@ -130,7 +128,7 @@ def write_batches(folder, names, source, index):
 # --- The runs -------------------------------------------------------------------------------------
 
 def make_runs(args, deadline):
-    """All pre-trainings; the evaluations of the first on held-out images; all other evaluations."""
+    """All pre-trainings; evaluations of the first on held-out images; all other evaluations."""
     if args.data is None:
         raise Refused("name a CIFAR-10 folder, or --show")
     train, val = open_cifar10(args.data)
@@ -170,14 +168,14 @@ def choose(first, held_out, deadline):
 
 
 def held_out_top1(name, protocol):
-    """{base lr: top-1 on the held-out training images} of a row's first run, as far as there is one."""
+    """{base lr: top-1 on the held-out training images} of a row's first run"""
     found = {line["base_lr"]: line["top1"] for line in records(KEPT.path("held-out"))
              if line["protocol"] == protocol and f"/{name}-0/" in line["backbone"]}
     return dict(sorted(found.items()))
 
 
 def base_lrs(name):
-    """{protocol: the base lr that is the best on the held-out images}"""
+    """{protocol: the best base lr on the held-out images}"""
     best = {}
     for protocol in BASE_LRS:
         found = held_out_top1(name, protocol)
@@ -188,7 +186,7 @@ def base_lrs(name):
 # --- The pages ------------------------------------------------------------------------------------
 
 def rows_table(title, programme):
-    """A programme's rows, of each what its last epochs have, and its evaluations."""
+    """A programme's rows: figures of the last epochs, and evaluations."""
     lines = []
     for name in programme:
         runs = list(KEPT.of(name).values())

@@ -1,15 +1,15 @@
-"""SimSiam and its neighbours under one roof: the same network, views and batch; see related.py.
+"""SimSiam and its neighbours compared with the same network, views and batch; see related.py.
 
-    python results/neighbours.py [--data CIFAR] [--minutes 60]      again until it says that all is done
-    python results/neighbours.py --show                             only make the pages anew
+    python results/neighbours.py [--data CIFAR] [--minutes 60]      repeat until everything is done
+    python results/neighbours.py --show                             only write the pages
     python results/neighbours.py [--data CIFAR] --speed             seconds a step, the rows in turn
 
-Start it from the repository's root, on Linux. Without CIFAR it makes the runs on drawn shapes alone. rows.py
-says how they are made and kept. What they gave becomes two tables and a picture in results/related.md, and a
-table in the README.
+Start it from the repository's root, on Linux. Without CIFAR it makes only the runs on drawn shapes. rows.py
+describes how they are made and kept. They become two tables and a picture in results/related.md, and a table
+in the README.
 
-What a method needs beside SimSiam's settings (temperature, tau, queue, prototypes) was chosen for shapes on
-seeds 7 and 8; nothing was chosen on CIFAR-10, nor on seeds 0 to 4.
+Whatever a method needs besides SimSiam's settings (temperature, tau, queue, prototypes) was chosen for shapes
+on seeds 7 and 8; nothing was chosen on CIFAR-10 or on seeds 0 to 4.
 """
 import os
 import shlex
@@ -46,7 +46,7 @@ METHODS = {  # row: the command
     "byol": "related.py --method byol",
     "swav": "related.py --method swav",
 }
-ON_SHAPES = {  # beside these: CLIP, whose captions only the shapes have; Sec. 6.2
+ON_SHAPES = {  # also: CLIP, because only the shapes have captions; Sec. 6.2
     "clip": "related.py --method clip",
     "simclr, predictor": "related.py --experiment sec62-simclr-predictor",
     "simclr, predictor, stop-gradient": "related.py --experiment sec62-simclr-predictor-stopgrad",
@@ -60,8 +60,8 @@ PAPER = {  # ImageNet, 100 epochs: Table 4, Sec. 6.2
     "swav, predictor": "65.2", "swav, no stop-gradient": "NaN: diverges",
 }
 SEEDS = {"shapes": 5, "cifar10": 2}
-EPOCHS_OF_SHAPES = 6  # for all; by themselves MoCo v2 and BYOL have 4, because their steps take longer
-AS_ON_SHAPES = {  # on CIFAR-10: what was chosen for shapes, where BYOL and SwAV have half of SimSiam's lr
+EPOCHS_OF_SHAPES = 6  # for all; the recipes of MoCo v2 and BYOL have 4, because their steps take longer
+AS_ON_SHAPES = {  # for CIFAR-10: what was chosen for shapes, where BYOL and SwAV have half of SimSiam's lr
     "simsiam": "",
     "simclr": "--temperature 0.2",
     "mocov2": "--temperature 0.2 --queue 2048 --tau 0.99",
@@ -73,14 +73,14 @@ CHANGES = {  # for the README: what a method changes in SimSiam
     "mocov2": "+ negatives, from a queue, + momentum encoder; - predictor",
     "byol": "+ momentum encoder",
     "swav": "+ prototypes, + Sinkhorn-Knopp on the target; - predictor",
-    "clip": "captions in the place of second views",
+    "clip": "captions instead of second views",
 }
 
 
 # --- The runs -------------------------------------------------------------------------------------
 
 def command_of(data, row, folder):
-    """The command of a row, but for its seed and its folder."""
+    """A row's command, without its seed and its folder."""
     script, *options = ROWS[data][row].split(maxsplit=1)
     if data == "shapes":
         return " ".join([script, *options, f"--epochs {EPOCHS_OF_SHAPES} --workers 0"])
@@ -94,7 +94,7 @@ def name_of(data, row):
 
 
 def commands(folder):
-    """{(data, row): its command}; those on CIFAR-10 only where there is a folder."""
+    """{(data, row): its command}; those on CIFAR-10 only if there is a folder."""
     found = {}
     for data, rows in ROWS.items():
         if data == "shapes" or folder:
@@ -103,7 +103,7 @@ def commands(folder):
 
 
 def folder_of(args):
-    """The images of CIFAR-10 that we use; None without --data."""
+    """A folder with the part of CIFAR-10 that we use; None without --data."""
     return subset(*open_cifar10(args.data), 10_000, SUBSET) if args.data else None
 
 
@@ -120,7 +120,7 @@ def make_runs(args, deadline):
 # --- The pages ------------------------------------------------------------------------------------
 
 def measured():
-    """Yield data, row, runs of all rows that have some."""
+    """Yield data, row and runs of all rows that have runs."""
     for data, rows in ROWS.items():
         for row in rows:
             runs = list(KEPT.of(name_of(data, row)).values())
@@ -129,7 +129,7 @@ def measured():
 
 
 def rows_table():
-    """What was measured, a line for each row of each data set."""
+    """The measurements: a line for each row of each data set."""
     seconds = read_json(SPEED)["seconds"]
     lines = []
     for data, row, runs in measured():
@@ -142,7 +142,7 @@ def rows_table():
 
 
 def readme_table():
-    """kNN of each method; of CLIP, zero-shot accuracy too."""
+    """kNN of each method; for CLIP also zero-shot accuracy."""
     lines = []
     for method, changes in CHANGES.items():
         runs = KEPT.of(name_of("shapes", method)).values()
@@ -159,7 +159,7 @@ def pages():
 
 
 def picture():
-    """The accuracies of all rows with their spread, a panel for each data set."""
+    """All rows' accuracies with their spread, a panel for each data set."""
     panels = {data: Panel(title, []) for data, title in TITLES.items()}
     for data, row, runs in measured():
         knn = [last(run, "knn") for run in runs]
@@ -170,7 +170,7 @@ def picture():
 
 # --- Sec. 6.2 -------------------------------------------------------------------------------------
 
-CLAIMS = {  # row: the row that it is compared with, and what the paper's figures say of it
+CLAIMS = {  # row: the row that it is compared with, and what the paper's figures say
     "simclr, predictor": ("simclr", "no better"),
     "simclr, predictor, stop-gradient": ("simclr", "no better"),
     "swav, predictor": ("swav", "no better"),
@@ -180,7 +180,7 @@ POINT = 1.0  # a gain below this counts as none
 
 
 def comparison():
-    """Sec. 6.2's rows beside the rows without, on shapes, by pairs of one seed."""
+    """Sec. 6.2's rows against the rows without, on shapes, in pairs of one seed."""
     lines = []
     for row, (without, claim) in CLAIMS.items():
         between = difference(linear_of(row), linear_of(without))
@@ -199,7 +199,7 @@ def linear_of(row):
 
 
 def verdict(claim, low, high):
-    """Whether an interval of differences, in points, bears a claim out."""
+    """Whether an interval of differences, in points, supports a claim."""
     if claim.startswith("worse"):
         return "holds" if high < 0 else "does not hold" if low > -POINT else "can't be told here"
     return "holds" if high < POINT else "does not hold" if low > 0 else "can't be told here"
@@ -208,7 +208,7 @@ def verdict(claim, low, high):
 # --- Seconds a step -------------------------------------------------------------------------------
 
 def measure_speed(folder, rounds=10):
-    """The median seconds of a step of each row, the rows in turn, one thread; views and all. To SPEED."""
+    """Write each row's median seconds a step, views included, to SPEED: rows in turn, on one thread."""
     device, *_ = join_world(torch.device("cpu"))
     torch.set_num_threads(1)
     variants = {}
@@ -224,7 +224,7 @@ def measure_speed(folder, rounds=10):
 
 
 def steps_of(command, device):
-    """A generator that makes a training step of a command each time it is asked."""
+    """A generator that makes one training step of a command each time."""
     script, *options = command
     args = {"simsiam.py": simsiam, "related.py": related}[script].parse(options)
     data = args.method.open(args.data, None)
@@ -251,7 +251,7 @@ def main():
     parser = parser_for(__doc__)
     parser.add_argument("--data", metavar="CIFAR", help="a CIFAR-10 folder")
     parser.add_argument("--speed", action="store_true",
-                        help="measure seconds a step instead, on a machine that does nothing else")
+                        help="measure seconds a step instead, on an idle machine")
     run_script(parser, make_runs, pages, picture)
 
 

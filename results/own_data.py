@@ -1,15 +1,15 @@
-"""How long to train on a small data set, and with how many neighbours to judge it.
+"""How long to train on a small data set, and how many neighbours to judge it by.
 
-    python results/own_data.py CIFAR [--minutes 60]     again until it says that all is done
-    python results/own_data.py --show                   only make the page anew
+    python results/own_data.py CIFAR [--minutes 60]     repeat until everything is done
+    python results/own_data.py --show                   only write the page
 
-Start it from the repository's root, on Linux. CIFAR is a CIFAR-10 folder. It makes the tables of
+Start it from the repository's root, on Linux. CIFAR is a CIFAR-10 folder. It makes the tables in
 docs/own-data.md.
 
-Subsets of CIFAR-10, the first so many images of each class, stand for somebody's own data. On each, a
-ResNet-18 of a quarter of the width is trained in several ways, and judged by the cached protocol on the
-first 2,000 test images; beside it the untrained network. A run that has its line in own-data.jsonl is not
-run again. Each run has one core.
+Subsets of CIFAR-10, with the first images of each class, stand in for your own data. On each, a ResNet-18 at
+a quarter of the width is trained in several ways and judged by the cached protocol on the first 2,000 test
+images, as is the untrained network. A run with a line in own-data.jsonl is not run again. Each run has one
+core.
 """
 import json
 import os
@@ -34,7 +34,7 @@ SMALL = ("--recipe cifar10 --width 1/4 --proj-hidden 512 --dim 512 --pred-dim 12
          "--workers 0")
 TEST = 2000
 UNTRAINED = (0, 0, 0)  # batch, lr, steps
-# Images, batch, lr, steps. The order is that of their use: the first rows tell the most.
+# Images, batch, lr, steps, in the order in which they are run: the first tell the most.
 WAYS = [
     (1000, *UNTRAINED), (2000, *UNTRAINED), (5000, *UNTRAINED),
     (1000, 32, 0.1, 1500), (2000, 32, 0.1, 1500),
@@ -53,7 +53,7 @@ NEIGHBOURS = (1, 5, 10, 20, 40, 80, 200)
 # --- The runs -------------------------------------------------------------------------------------
 
 def make_runs(args, deadline):
-    """Those that have no line yet."""
+    """Make those that have no line yet."""
     if args.data is None:
         raise Refused("name a CIFAR-10 folder, or --show")
     train, val = open_cifar10(args.data)
@@ -121,7 +121,7 @@ def way_of(record):
 
 
 def gain(r, untrained):
-    """Points above the untrained network, judged with as many images."""
+    """Points above the untrained network on the same images."""
     return r["cached"] - untrained[r["images"]]["cached"]
 
 
@@ -134,7 +134,7 @@ def rows_table(trained, untrained):
 
 
 def neighbours_table(trained, untrained):
-    """Of the untrained network, and of the longest run on as many images."""
+    """The untrained network, and the longest run on the same images."""
     lines = []
     for n, r in sorted(untrained.items()):
         *_, longest = sorted((t for t in trained if t["images"] == n), key=steps_of)
@@ -144,7 +144,7 @@ def neighbours_table(trained, untrained):
 
 
 def gains_table(trained, untrained):
-    """By the steps alone, whatever the number of images."""
+    """By the number of steps, for all numbers of images."""
     lines = []
     for steps in sorted({r["asked"] for r in trained}):
         same = [r for r in trained if way_of(r) == (r["images"], 32, 0.1, steps)]

@@ -1,5 +1,7 @@
-"""What the scripts make of their logs: tables, each known in its page by its first line; differences between
-runs of one seed; pictures of rows of results with their spread."""
+"""What the scripts make of their logs: tables, differences between runs of one seed, pictures of rows.
+
+A table is found in its page by its first line.
+"""
 import math
 import pathlib
 import statistics
@@ -14,14 +16,14 @@ from harness.common.pictures import GREY
 # --- Tables -----------------------------------------------------------------------------------------------
 
 def table(heads, rows):
-    """The lines of a table, each with its line end. heads: names; rows: lists of as many cells"""
+    """A table in Markdown. heads: names; rows: lists of as many cells"""
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
     lines.insert(1, "|" + "---|" * len(heads))
     return "\n".join(lines) + "\n"
 
 
 def cell(values):
-    """Mean and, of several, the standard deviation; a stroke where there is none."""
+    """The mean and, for several values, the standard deviation; "-" for none."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
@@ -30,7 +32,7 @@ def cell(values):
 
 
 def with_tables(text, tables):
-    """A page's text, with these tables in the place of those that have the same first line."""
+    """A page's text with these tables, which replace those with the same first line."""
     for made in tables:
         header = made.splitlines()[0]
         before, found, after = text.partition(header)
@@ -63,7 +65,7 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 
 
 
 class Difference(NamedTuple):
-    """What pairs tell of a difference, in the unit of its values."""
+    """A difference estimated from pairs, in the unit of its values."""
     pairs: list    # the differences, by seed
     mean: float
     error: float   # the standard error of the mean
@@ -75,11 +77,10 @@ class Difference(NamedTuple):
 
 
 def difference(mine, theirs):
-    """Of {seed: value} and {seed: value}, over the seeds that both have -> Difference; None for fewer than
-    two pairs, which tell nothing of its error.
+    """{seed: value}, {seed: value} -> their Difference over the seeds that both have; None for fewer than two
 
-    Runs of one seed have the same images, views and first weights of the backbone: what the two have in
-    common by chance cancels.
+    Runs of one seed have the same images, views and initial weights of the backbone, so chance that they
+    share cancels.
     """
     seeds = sorted(mine.keys() & theirs.keys())
     pairs = [mine[seed] - theirs[seed] for seed in seeds]
@@ -91,14 +92,14 @@ def difference(mine, theirs):
 
 
 def half_interval(values):
-    """Half the width of Student's interval of 95% for the mean of some values, two at least."""
+    """Half the width of Student's 95% interval for the mean of two values or more."""
     return T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 # --- Rows of results, as a picture ----------------------------------------------------------------------
 
 class Panel(NamedTuple):
-    """A part of a picture, with a horizontal axis of its own."""
+    """A part of a picture, with its own horizontal axis."""
     title: str
     rows: list  # of (label, [values of the first measure, of the second, ...]), the values one a seed
 
@@ -109,10 +110,10 @@ AXIS = 520    # length of the axis
 
 
 def draw_rows(path, panels, measures, half_bar=statistics.stdev):
-    """One picture of panels below each other. measures: {what is measured: colour}
+    """A picture with one panel below the other. measures: {what is measured: colour}
 
-    In each row, for each measure: a small dot for each seed, a stroke at their mean, and a bar that reaches
-    half_bar(values) to either side of it, by default one standard deviation.
+    Each row has, for each measure, a dot for each seed, a stroke at their mean, and a bar that reaches
+    half_bar(values) to either side, by default one standard deviation, but not beyond the axis.
     """
     height = sum((len(panel.rows) + 3) * ROW for panel in panels)
     image = Image.new("RGB", (LABELS + AXIS + 40, height), "white")
@@ -125,7 +126,7 @@ def draw_rows(path, panels, measures, half_bar=statistics.stdev):
 
 
 def axis_of(rows):
-    """-> from, to, and how far its lines are apart"""
+    """The axis for all dots -> its start, its end, and the distance of its lines"""
     values = [value for _, measured in rows for its in measured for value in its]
     length = max(values) - min(values)
     every = 20 if length > 50 else 10 if length > 20 else 5
@@ -135,7 +136,7 @@ def axis_of(rows):
 
 
 def draw_panel(pen, top, panel, measures, half_bar):
-    """A panel's title, the names of the measures, the axis, and a row below the other."""
+    """Draw a panel's title, the names of the measures, the axis, and the rows."""
     low, high, every = axis_of(panel.rows)
     bold = ImageFont.load_default(16)
     font = ImageFont.load_default(13)
@@ -160,28 +161,10 @@ def draw_panel(pen, top, panel, measures, half_bar):
         for k, (colour, values) in enumerate(zip(measures.values(), measured)):
             line = y + 10 * k - 5 * (len(measures) - 1)
             if values:
-                draw_spread(pen, [at(value) for value in values], line, colour, half_bar)
-
-
-def draw_spread(pen, values, y, colour, half_bar):
-    """Values in pixels: dots, a bar, and a stroke at their mean. Where the axis ends before the bar does, an
-    arrowhead says so."""
-    mean = statistics.mean(values)
-    if len(values) > 1:
-        half = half_bar(values)
-        left, right = max(LABELS, mean - half), min(LABELS + AXIS, mean + half)
-        pen.line([left, y, right, y], colour, 2)
-        if left > mean - half:
-            arrowhead(pen, left, y, -1, colour)
-        if right < mean + half:
-            arrowhead(pen, right, y, 1, colour)
-    for value in values:
-        pen.ellipse([value - 2, y - 2, value + 2, y + 2], outline=colour)
-    pen.line([mean, y - 5, mean, y + 5], colour, 3)
-
-
-def arrowhead(pen, x, y, direction, colour):
-    """direction: 1 to the right, -1 to the left"""
-    behind = x - 2 * direction
-    tip = x + 5 * direction
-    pen.polygon([(tip, y), (behind, y - 4), (behind, y + 4)], colour)
+                mean = statistics.mean(values)
+                half = half_bar(values) if len(values) > 1 else 0
+                left, right = max(low, mean - half), min(high, mean + half)
+                pen.line([at(left), line, at(right), line], colour, 2)
+                pen.line([at(mean), line - 5, at(mean), line + 5], colour, 3)
+                for dot in map(at, values):
+                    pen.ellipse([dot - 2, line - 2, dot + 2, line + 2], outline=colour)

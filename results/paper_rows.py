@@ -1,17 +1,16 @@
-"""The paper's rows on a small setting: how much each differs from the row that the paper compares it with,
-and whether the paper's claim holds.
+"""The paper's rows on a small setting: does each differ from its counterpart as the paper says?
 
-    python results/paper_rows.py [--minutes 60]       on drawn shapes; again until it says that all is done
-    python results/paper_rows.py --show               only make the pages anew
+    python results/paper_rows.py [--minutes 60]       on drawn shapes; repeat until everything is done
+    python results/paper_rows.py --show               only write the pages
     python results/paper_rows.py --data CIFAR --epochs 20 --seeds 0 1 2    on a GPU. Not run there yet
 
-Start it from the repository's root, on Linux. Three things are run: the candidates among which the setting
-was chosen (CANDIDATES, seeds 7 to 9), the rows (ROWS, seeds 0 to 4), and a closer look at Table 3 (seeds 0 to
-2). rows.py says how the runs are made and kept.
+Start it from the repository's root, on Linux. It runs the candidates among which the setting was chosen
+(CANDIDATES, seeds 7 to 9), the rows (ROWS, seeds 0 to 4), and a closer look at Table 3 (seeds 0 to 2).
+rows.py describes how the runs are made and kept.
 
-A row is compared with another by pairs of runs of one seed, so of the same views, in the same order, and the
-same first weights of the backbone. The images are the same for all runs. What comes of that becomes the
-tables of results/paper_rows.md and results/README.md, and a picture.
+A row is compared with another in pairs of runs of one seed, which have the same views in the same order and
+the same initial weights of the backbone. The images are the same for all runs. The results become tables in
+results/paper_rows.md and results/README.md, and a picture.
 """
 import math
 import os
@@ -36,8 +35,8 @@ PAGE = "results/paper_rows.md"
 FRONT = "results/README.md"
 PICTURE = "results/paper_rows.png"
 
-# The setting: the candidate whose cached linear accuracy varies the least over seeds 7 to 9, at least 30
-# points above the untrained network's, in at most 4 minutes a run on one core.
+# The setting: the candidate whose cached linear accuracy varies least over seeds 7 to 9, among those at least
+# 30 points above the untrained network's and at most 4 minutes a run on one core.
 CANDIDATES = (
     "--size 16 --epochs 8",
     "--size 16 --epochs 12",
@@ -56,8 +55,8 @@ UNTRAINED = f"{KEPT.folder}/untrained.json"  # its cached accuracy at the settin
 class Row(NamedTuple):
     """A row of the paper: an experiment of simsiam.py."""
     beside: str  # the experiment that the paper compares it with
-    claim: str   # what the paper says of it, as `verdict` judges it
-    words: str   # what the paper says of it
+    claim: str   # what the paper says about it, as `verdict` judges it
+    words: str   # the same in words
 
 
 DECAYED = "fig2-with-stopgrad"  # Table 1's baseline is this same run
@@ -91,10 +90,9 @@ ROWS = {
         CONSTANT, "less stable", "Supp. B: without the bottleneck in h it can be less stable or fail"),
 }
 
-# Table 3, looked at again, because its rows (a), (b) and (d) did otherwise here than in the paper. Of what
-# differs from the paper's ImageNet, two things are tried: our base lr is 2 and its 0.05; our projection MLP
-# has two layers, as on CIFAR-10, and its three. So the rows are run with a quarter of the lr, with three
-# layers, and with both.
+# A closer look at Table 3, whose rows (a), (b) and (d) came out differently here. Two differences from the
+# paper's ImageNet are tested: our base lr is 2 instead of 0.05, and our projection MLP has two layers, as on
+# CIFAR-10, instead of three. So the rows are run with a quarter of the lr, with three layers, and with both.
 TABLE_3 = ("simsiam", "table3-a-no-bn", "table3-b-hidden-bn", "table3-d-all-bn")
 LRS = (0.5, 2)
 LAYERS = (2, 3)
@@ -104,7 +102,7 @@ LOOKING = (0, 1, 2)
 # --- What is to be run ------------------------------------------------------------------------------------
 
 def programme():
-    """All Runs on shapes: groups of them, in the order of their use."""
+    """All Runs on shapes, in groups, in the order in which they are run."""
     rows = [runs_of(name, name, "", SEEDS) for name in (DECAYED, *ROWS)]
     cells = [look(name, lr, layers) for lr in LRS for layers in LAYERS for name in TABLE_3]
     return [candidates(), rows, [runs for runs in cells if runs.name not in TABLE_3]]
@@ -124,7 +122,7 @@ def name_of_candidate(options):
 
 
 def look(name, lr, layers):
-    """The runs of a cell of the closer look; at the recipe's lr and layers those of the row itself."""
+    """The runs of a cell of the closer look; for the recipe's lr and layers, the row's own."""
     recipe = recipes.recipe("shapes", simsiam.SETTINGS)
     if (lr, layers) == (recipe["base_lr"], recipe["proj_layers"]):
         return runs_of(name, name, "", SEEDS)
@@ -133,8 +131,7 @@ def look(name, lr, layers):
 
 
 def rows_on_cifar10(folder, epochs, seeds):
-    """The rows on the full CIFAR-10. Warm-up, where there is one, is a tenth of the epochs, as in the
-    paper."""
+    """The rows on the full CIFAR-10. Warm-up, if any, is a tenth of the epochs, as in the paper."""
     group = []
     for name in (DECAYED, *ROWS):
         command = f"{PROGRAM} {shlex.quote(folder)} --experiment {name} --epochs {epochs}"
@@ -167,8 +164,8 @@ def on_cifar10(epochs):
 # --- What came of a run -----------------------------------------------------------------------------------
 
 CHANCE = 10.0   # of ten classes: the accuracy of a run that has diverged
-RISE = 0.05     # of the mean loss from an epoch to the next: those of `simsiam` are 0.01 at most
-LEARNED = 5.0   # points of kNN above its untrained network: a run with less has learned nothing
+RISE = 0.05     # of the mean loss from one epoch to the next; `simsiam` has 0.01 at most
+LEARNED = 5.0   # points of kNN above the untrained network: a run with less has learned nothing
 
 
 def top1(result):
@@ -180,12 +177,12 @@ def diverged(result):
 
 
 def collapsed(result):
-    """By the alarm of the run itself, in the last epoch."""
+    """According to the run's own alarm in the last epoch."""
     return not diverged(result) and last(result, "collapsed")
 
 
 def learned_nothing(result):
-    """It has neither diverged nor collapsed, and yet its kNN is hardly above the untrained network's."""
+    """It neither diverged nor collapsed, but its kNN is hardly above the untrained network's."""
     if diverged(result) or collapsed(result):
         return False
     untrained, *_ = epochs_of(result)
@@ -197,7 +194,7 @@ def failed(result):
 
 
 def did_not_converge(result, beside):
-    """The loss has fallen less than half as far as that of the run beside it, which has the same minimum."""
+    """The loss fell less than half as far as the other run's, which has the same minimum."""
     return diverged(result) or last(result, "loss") > last(beside, "loss") / 2
 
 
@@ -210,11 +207,11 @@ def unstable(result):
 # --- The verdict ------------------------------------------------------------------------------------------
 
 HOLDS, FAILS, OPEN = "holds", "does not", "can't be told here"
-POINT = 1.0  # a difference that would be too small to speak of
-NEAR = 1.5   # so far behind still counts as no worse: twice what the paper's Table 3 (b) is behind (c)
+POINT = 1.0  # smaller differences don't matter
+NEAR = 1.5   # this far behind is still no worse: twice the paper's gap from Table 3 (b) to (c)
 
 
-JUDGED_BY_RUN = {  # claim: whether a run bears it out, given the run beside it
+JUDGED_BY_RUN = {  # claim: whether a run supports it, given the run it is compared with
     "collapses": lambda run, beside: collapsed(run),
     "fails": lambda run, beside: failed(run),
     "does not converge": did_not_converge,
@@ -222,19 +219,19 @@ JUDGED_BY_RUN = {  # claim: whether a run bears it out, given the run beside it
 }
 BOUNDS = {  # claim about a difference: it holds above the first bound, and doesn't below the second
     "better": (0, POINT),
-    "worse": (0, POINT),  # of the row beside, less this one
+    "worse": (0, POINT),  # of the other row minus this one
     "no worse": (-NEAR, -NEAR),
 }
 
 
 def verdict(claim, mine, beside):
-    """Whether a claim about a row holds, by its runs and those of the row beside it, {seed: result} each.
+    """Whether a claim about a row holds, from its runs and those it is compared with, {seed: result} each.
 
-    those of JUDGED_BY_RUN    holds if all runs bear it out, does not if none does
-    less stable               by the seeds of which one of the two runs failed or was unstable and the other
+    those in JUDGED_BY_RUN    holds if all runs support it, does not if none does
+    less stable               by the seeds where one of the two runs failed or was unstable and the other
                               wasn't: holds if it was always this row's, does not if always the other's
-    worse, better, no worse   does not if a run has failed: in the paper all these rows work. Else by the
-                              interval of the difference, see BOUNDS
+    worse, better, no worse   does not if a run failed, because in the paper these rows work; otherwise by
+                              the interval of the difference, see BOUNDS
     """
     pairs = [(mine[seed], beside[seed]) for seed in sorted(mine.keys() & beside.keys())]
     if claim in JUDGED_BY_RUN:
@@ -252,7 +249,7 @@ def verdict(claim, mine, beside):
 
 
 def linear_difference(mine, beside):
-    """Of the linear accuracies -> Difference, or None."""
+    """The Difference of the linear accuracies, or None."""
     return difference(accuracies(mine), accuracies(beside))
 
 
@@ -261,14 +258,14 @@ def accuracies(runs):
 
 
 def paper_top1(name):
-    """What the paper measured; None where it gives no number."""
+    """The paper's accuracy; None if it gives no number."""
     paper, _ = simsiam.EXPERIMENTS[name]
     number = re.match(r"\d+\.\d+", paper)
     return float(number[0]) if number else None
 
 
 def paper_difference(name):
-    """The paper's difference to the row beside; None where it gives no number."""
+    """The paper's difference from the other row; None if it gives no number."""
     mine, beside = paper_top1(name), paper_top1(ROWS[name].beside)
     return None if mine is None else mine - beside
 
@@ -276,8 +273,7 @@ def paper_difference(name):
 # --- The tables -------------------------------------------------------------------------------------------
 
 def compared(kept):
-    """Yield the rows that can be compared: name, its runs, those beside it, both of the same seeds, and the
-    Difference."""
+    """Yield the rows that can be compared: name, its runs, the others of the same seeds, the Difference."""
     for name, row in ROWS.items():
         mine, beside = kept.of(name), kept.of(row.beside)
         between = linear_difference(mine, beside)
@@ -289,17 +285,17 @@ def compared(kept):
 
 
 def label(name):
-    """An experiment's name; what stands in for Table 1 (c) and Table 3 (c) is called by both."""
+    """An experiment's name, with (c) for the one that is (c) of Tables 1 and 3."""
     return "simsiam, (c)" if name == CONSTANT else name
 
 
 def linked(kept, name, words=None):
-    """The same, or other words, as a link to its runs."""
+    """Its label, or other words, as a link to its runs."""
     return f"[{words or label(name)}]({os.path.basename(kept.folder)}/{name}.jsonl)"
 
 
 def claims_table(kept):
-    """For results/README.md: the paper's claim, what was seen and what the paper saw, n, the verdict."""
+    """For results/README.md: the paper's claim, our difference and the paper's, n, the verdict."""
     lines = []
     for name, mine, beside, between in compared(kept):
         row = ROWS[name]
@@ -311,13 +307,13 @@ def claims_table(kept):
 
 
 def paper_cell(name):
-    """The paper's difference; a stroke where it gives no number."""
+    """The paper's difference; "-" if it gives no number."""
     paper = paper_difference(name)
     return "-" if paper is None else f"{paper:+.1f}"
 
 
 def outcomes(runs):
-    """What some runs came to beside their accuracy, in words: "; 3 of 5 collapsed"."""
+    """How some runs ended, in words: "; 3 of 5 collapsed"."""
     said = ""
     for word, happened in (("diverged", diverged), ("collapsed", collapsed),
                            ("learned nothing", learned_nothing), ("unstable", unstable)):
@@ -328,7 +324,7 @@ def outcomes(runs):
 
 
 def rows_table(kept):
-    """What was measured of each row."""
+    """The measurements of each row."""
     heads = ["row", "seeds", "loss", "std x sqrt(d)", "rank / untrained's", "linear +- standard deviation",
              "outcome", "minutes"]
     lines = []
@@ -349,12 +345,12 @@ def rows_table(kept):
 
 
 def span(values, digits):
-    """The smallest and the largest."""
+    """The smallest and the largest value."""
     return f"{min(values):.{digits}f}, {max(values):.{digits}f}" if values else "-"
 
 
 def rank_kept(result):
-    """The last epoch's rank, in units of the untrained network's."""
+    """The last epoch's rank, relative to the untrained network's."""
     untrained, *_ = epochs_of(result)
     return last(result, "rank") / untrained["rank"]
 
@@ -365,7 +361,7 @@ def minutes(runs):
 
 
 def differences_table(kept):
-    """Each row against the one beside it: the mean paired difference, and the paper's."""
+    """Each row against the other: the mean paired difference, and the paper's."""
     lines = []
     for name, mine, beside, between in compared(kept):
         row = ROWS[name]
@@ -410,11 +406,10 @@ def looks_table(kept):
 
 
 def factors_table(kept):
-    """What lr and depth change in the gap between a row of Table 3 and (c): means of runs of one seed, with
-    Student's interval."""
+    """How lr and depth change the gap from a row of Table 3 to (c): means over seeds, Student's interval."""
     low, high = LRS
     two, three = LAYERS
-    changes = {  # words: the cells of the closer look whose gaps are compared, and those with which
+    changes = {  # words: the cells whose gaps are compared, and the cells they are compared with
         f"lr {low}, not {high}": ([(low, two), (low, three)], [(high, two), (high, three)]),
         f"{three} layers, not {two}": ([(low, three), (high, three)], [(low, two), (high, two)]),
         f"{three} layers, not {two}, at lr {low}": ([(low, three)], [(low, two)]),
@@ -433,7 +428,7 @@ def factors_table(kept):
 
 
 def mean_gap(kept, name, cells):
-    """{seed: a row's accuracy less that of (c), the mean over some cells of the closer look}"""
+    """{seed: a row's accuracy minus that of (c), averaged over these cells}"""
     gaps = {seed: [] for seed in LOOKING}
     for lr, layers in cells:
         mine, default = (looked_at(kept, row, lr, layers) for row in (name, CONSTANT))
@@ -443,14 +438,13 @@ def mean_gap(kept, name, cells):
 
 
 def looked_at(kept, name, lr, layers):
-    """The runs of a cell, {seed: result}. The rows themselves have more seeds than the closer look."""
+    """A cell's runs, {seed: result}. The rows themselves have more seeds."""
     runs = kept.of(look(name, lr, layers).name)
     return {seed: runs[seed] for seed in LOOKING if seed in runs}
 
 
 def picture():
-    """The differences with their intervals, the paper's beside ours: a panel for the rows that failed in the
-    paper, and one for the others."""
+    """The differences: a panel for the rows that failed in the paper, and one for the others."""
     fail, work = [], []
     for name, *_, between in compared(KEPT):
         rows = fail if ROWS[name].claim in JUDGED_BY_RUN else work
@@ -463,7 +457,7 @@ def picture():
 
 
 def the_papers(name):
-    """The paper's difference as a list; empty where it gives no number."""
+    """The paper's difference as a list; empty if it gives no number."""
     paper = paper_difference(name)
     return [] if paper is None else [paper]
 
@@ -481,7 +475,7 @@ def pages():
 
 
 def cifar10_page(kept):
-    """A page of its own for the rows on the full CIFAR-10."""
+    """A page for the rows on the full CIFAR-10."""
     title = "The paper's rows on the full CIFAR-10, by `results/paper_rows.py`; paper_rows.md has the rules."
     return {f"{kept.folder}.md": f"{title}\n\n{rows_table(kept)}\n{differences_table(kept)}"}
 

@@ -1,18 +1,17 @@
-"""Views and steps beside other libraries', where these are installed: torchvision, lightly, kornia.
+"""Views and steps compared with torchvision, lightly and kornia, if these are installed.
 
     python results/peers.py --photos PHOTOS --cifar CIFAR
-    python results/peers.py --show                              only make the page anew
+    python results/peers.py --show                              only write the page
 
-Start it from the repository's root, on a CPU that does nothing else. None of the libraries is needed for
-anything else here: what is not installed is skipped, and said. Everything runs in one process with one torch,
-on one thread unless it says two, the variants in turn; figures are medians. It writes results/peers.json, and
-the tables in results/peers.md.
+Start it from the repository's root, on an idle CPU. Nothing else here needs these libraries; one that isn't
+installed is named and skipped. Everything runs in one process with one torch, on one thread unless stated
+otherwise, the variants in turn; figures are medians. It writes results/peers.json and the tables in
+results/peers.md.
 
-A "view" is one of the paper's: crop, flip, jitter, grayscale, blur at 224 pixels. Ours comes in two parts:
-what a worker process does (decode, crop, resize), which is to be compared with what a worker does elsewhere,
-and all of it on the CPU. Steps are SimSiam's on the same network: forward of two views, loss, backward, SGD.
+A "view" is the paper's: crop, flip, jitter, grayscale, blur at 224 pixels. Ours is measured twice: a worker
+process's part (decode, crop, resize), to be compared with a worker's elsewhere, and all of it on the CPU.
+Steps are SimSiam's on the same network: forward of two views, loss, backward, SGD.
 """
-import argparse
 import importlib
 import os
 import sys
@@ -29,13 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import augment
 import resnet
 import simsiam
+from harness.common.errors import Refused
 from harness.common.machine import cpu_has_bf16
 from harness.data.opening import open_data
 from harness.data.source import Source
 from harness.training import recipes
 from harness.training.processes import join_world
-from results.pages import page_with, table, write
-from results.rows import read_json, write_json
+from results.pages import page_with, table
+from results.rows import parser_for, read_json, run_script, write_json
 from results.speed import CPU, do_part, in_turn, make_step
 
 RESULT = "results/peers.json"
@@ -52,7 +52,7 @@ MEAN, STD = augment.Policy().mean, augment.Policy().std
 
 
 def imported(name):
-    """A library, or None where it is not installed."""
+    """A library, or None if it isn't installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -67,7 +67,7 @@ def rates(seconds, images):
 # --- Views ----------------------------------------------------------------------------------------
 
 def released_transforms(size, blur):
-    """The released code's, by torchvision, and its own blur."""
+    """The released code's, from torchvision, with its own blur."""
     from torchvision import transforms
     parts = [
         transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
@@ -88,13 +88,13 @@ def pillow_blur(image):
 
 
 def views_elsewhere(size, blur, images):
-    """The variants of other libraries. images: a function that gives PIL images"""
+    """Other libraries' variants. images: a function that returns PIL images"""
     variants = {}
     if imported("torchvision"):
         released = released_transforms(size, blur)
         variants["the released transforms, by torchvision"] = lambda: [
             [released(image), released(image)] for image in images()]
-    if imported("torchvision") and imported("lightly"):
+    if imported("lightly"):
         from lightly.transforms import SimSiamTransform
         lightlys = SimSiamTransform(input_size=size, gaussian_blur=0.5 if blur else 0.0)
         variants["lightly"] = lambda: [lightlys(image) for image in images()]
@@ -145,7 +145,7 @@ def views_of_small_images(cifar):
 # --- Steps ----------------------------------------------------------------------------------------
 
 def lightlys_step(arch, cifar_stem, batch, size):
-    """A function that makes a step of lightly's parts on our ResNet, as its example for SimSiam does."""
+    """A step of lightly's parts on our ResNet, as in its example for SimSiam."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def lightlys_step(arch, cifar_stem, batch, size):
 
 
 def steps():
-    """{case: {variant: seconds, and the share of what a large product reaches}}"""
+    """{case: {variant: seconds, and the share of a large product's rate}}"""
     torch.set_num_threads(THREADS)
     peak = {"float32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}
     out = {"a large product, GFLOP/s": {name: round(rate) for name, rate in peak.items()}}
@@ -183,7 +183,7 @@ def steps():
         variants = {"ours, float32": make_step(settings, batch)}
         if cpu_has_bf16():
             variants["ours, bf16"] = make_step(settings, batch, amp=True)
-        if imported("torchvision") and imported("lightly"):
+        if imported("lightly"):
             arch, cifar_stem, size = (settings[name] for name in ("arch", "cifar_stem", "size"))
             variants["lightly"] = lightlys_step(arch, cifar_stem, batch, size)
         with FlopCounterMode(display=False) as counter:
@@ -199,7 +199,7 @@ def steps():
 
 
 def matmul_rate(dtype):
-    """GFLOP/s of a product of two matrices of 2048 x 2048."""
+    """GFLOP/s of a product of two 2048 x 2048 matrices."""
     a = torch.randn(2048, 2048).to(dtype)
     b = torch.randn(2048, 2048).to(dtype)
     seconds = in_turn({"product": lambda: a @ b}, 5)["product"]
@@ -209,7 +209,7 @@ def matmul_rate(dtype):
 # --- The page -------------------------------------------------------------------------------------
 
 def table_of_views(title, found):
-    """Images a second, and how many times each of the others ours makes."""
+    """Images a second, and ours relative to each of the others."""
     ours = next(iter(found.values()))
     rows = [[name, f"{value:,.0f}", f"{ours / value:.2f}"] for name, value in found.items()]
     return table([title, "images/s", "ours is"], rows)
@@ -235,7 +235,9 @@ def pages():
     ])
 
 
-def measure(args):
+def measure(args, deadline):
+    if not args.photos or not args.cifar:
+        raise Refused("--photos and --cifar are needed, or --show")
     join_world(torch.device("cpu"))
     versions = {name: getattr(imported(name), "__version__", None) for name in LIBRARIES}
     for name, version in versions.items():
@@ -253,16 +255,10 @@ def measure(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__)
     parser.add_argument("--photos", help="a folder of photographs")
     parser.add_argument("--cifar", help="a CIFAR-10 folder")
-    parser.add_argument("--show", action="store_true", help="measure nothing: make the page anew")
-    args = parser.parse_args()
-    if not args.show:
-        if not args.photos or not args.cifar:
-            parser.error("name --photos and --cifar, or --show")
-        measure(args)
-    write(pages())
+    run_script(parser, measure, pages)
 
 
 if __name__ == "__main__":

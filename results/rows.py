@@ -1,11 +1,11 @@
-"""Runs of a row, seed by seed, and what is kept of them: a file for each row, in it a line for each seed.
+"""Runs of a row, seed by seed, and what is kept of them: a file for each row, with a line for each seed.
 
     {"seed", "command", "log": the records of the run's log,
-     "evaluations": {name: lineval.json's content, and the records of its log where it has one}}
+     "evaluations": {name: lineval.json's content, and the records of its log if it has one}}
 
-A run that has its line is not made again; one that was interrupted goes on from its folder below runs/. On a
-CPU each run has a core of its own: two jobs with a core each take less time than the same two one after the
-other on both cores. On a GPU one runs at a time.
+A run with a line is not made again; an interrupted one continues from its folder under runs/. On a CPU each
+run has its own core: two jobs on a core each take less time than one after the other on both. On a GPU one
+runs at a time.
 """
 import argparse
 import concurrent.futures
@@ -28,7 +28,7 @@ from results.pages import cell, write
 
 
 class Runs(NamedTuple):
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in the seed."""
     name: str     # of their file
     command: str  # the program and its options
     seeds: tuple
@@ -56,8 +56,7 @@ class Kept:
         return {line["seed"]: line for line in records(self.path(name))}
 
     def add(self, name, line, data=None):
-        """A run that was made again takes the place of its last line. data: where the data lay; a path from
-        the root is nobody's business"""
+        """Add a line, or replace that of its seed. data: an absolute path of the data is not kept"""
         lines = self.of(name) | {line["seed"]: line}
         text = "".join(json.dumps(lines[seed]) + "\n" for seed in sorted(lines))
         if data is not None and os.path.isabs(data):
@@ -67,8 +66,7 @@ class Kept:
             f.write(text)
 
     def missing(self, rows):
-        """[(Runs, seed)] of those that lack a line, or an evaluation in it; one seed of all rows, then the
-        next."""
+        """[(Runs, seed)] that lack a line or an evaluation in it; one seed of all rows, then the next"""
         jobs = [(runs, seed) for runs in rows for seed in runs.seeds if not self.has(runs, seed)]
         return sorted(jobs, key=lambda job: job[1])
 
@@ -78,7 +76,7 @@ class Kept:
 
 
 def records(path):
-    """A log's records; none where there is no log yet. A kill may have cut the last line short."""
+    """A log's records; none if there is no log yet. A kill may have cut the last line short."""
     if not os.path.exists(path):
         return []
     with open(path) as f:
@@ -92,7 +90,7 @@ def append(path, record):
 
 
 def read_json(path):
-    """A file's content; {} where there is no file."""
+    """A file's content; {} if there is no file."""
     if not os.path.exists(path):
         return {}
     with open(path) as f:
@@ -105,17 +103,17 @@ def write_json(path, content):
 
 
 def epochs_of(line):
-    """The log's records of the untrained network and of the epochs."""
+    """The log's records of the untrained network and the epochs."""
     return [record for record in line["log"] if record["event"] == "epoch"]
 
 
 def last(line, key):
-    """What the last epoch has."""
+    """A figure of the last epoch."""
     return epochs_of(line)[-1][key]
 
 
 def minutes_of(line):
-    """Of all epochs, with everything."""
+    """The time of all epochs, everything included."""
     return sum(epoch["wall_seconds"] for epoch in epochs_of(line)[1:]) / 60
 
 
@@ -125,7 +123,7 @@ def top1_of(line, evaluation="cached"):
 
 
 def columns(runs):
-    """Of a row's runs, as cells: how many; of their last epochs the mean loss and std, and kNN."""
+    """A row's cells: number of runs; mean loss and std, and kNN, of their last epochs."""
     loss = statistics.mean(last(run, "loss") for run in runs)
     std = statistics.mean(last(run, "std") for run in runs)
     knn = cell([last(run, "knn") for run in runs])
@@ -135,7 +133,7 @@ def columns(runs):
 # --- Making runs ------------------------------------------------------------------------------------------
 
 def make_missing(kept, rows, deadline, data=None):
-    """Make the runs that are missing, and keep them. data: as in Kept.add"""
+    """Make and keep the missing runs. data: as in Kept.add"""
     todo = kept.missing(rows)
     for runs, seed in todo:
         print(f"missing: {runs.name}, seed {seed}")
@@ -146,7 +144,7 @@ def make_missing(kept, rows, deadline, data=None):
 
 
 def make(kept, runs, seed, deadline):
-    """A run and its evaluations -> name, line. To diverge is a result, too: top1 is None then."""
+    """A run and its evaluations -> name, line. Diverging is a result too; its top1 is None."""
     out = f"{kept.scratch}/{runs.name}-{seed}"
     evaluations = {name: {"top1": None} for name in runs.evaluations}
     try:
@@ -163,7 +161,7 @@ def make(kept, runs, seed, deadline):
 
 
 def pretrain(kept, runs, seed, deadline):
-    """The run itself, where it hasn't ended yet."""
+    """The run itself, unless it has ended already."""
     out = f"{kept.scratch}/{runs.name}-{seed}"
     if not os.path.exists(f"{out}/backbone.pth"):
         options = ["--seed", f"{seed}", "--out", out, "--resume", "auto"]
@@ -171,7 +169,7 @@ def pretrain(kept, runs, seed, deadline):
 
 
 def evaluate(words, out, deadline):
-    """A linear evaluation, where it hasn't ended yet -> what is kept of it."""
+    """A linear evaluation, unless it has ended already -> what is kept of it"""
     if not os.path.exists(f"{out}/lineval.json"):
         do(["lineval.py", *words, "--out", out, "--resume", "auto"], deadline)
     found = read_json(f"{out}/lineval.json")
@@ -180,7 +178,7 @@ def evaluate(words, out, deadline):
 
 
 def do(command, deadline):
-    """One command, to its end or to the deadline. Raises Interrupted there, RuntimeError where it fails."""
+    """Run a command to its end. Raises Interrupted at the deadline, RuntimeError if it fails."""
     if time.monotonic() > deadline:
         raise Interrupted
     print(f"python {shlex.join(command)}", flush=True)
@@ -197,9 +195,9 @@ def do(command, deadline):
 
 
 def results_of(function, jobs):
-    """Yield function(*job) for each of the jobs, in the order in which they end.
+    """Yield function(*job) for each job, in the order in which they end.
 
-    If one raises, the pool drops those that have not started, waits for those that run, and raises it here.
+    If one raises, those that haven't started are dropped, and the error is raised once the others have ended.
     """
     pool = new_pool()
     try:
@@ -227,24 +225,24 @@ def new_pool():
 # --- A script that makes runs, and pages of them ----------------------------------------------------------
 
 def parser_for(doc):
-    """With the options that all these scripts have."""
+    """A parser with the options of all these scripts."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--show", action="store_true", help="run nothing: make the pages of what is kept")
+    parser.add_argument("--show", action="store_true", help="run nothing, only write the pages")
     parser.add_argument("--minutes", type=float, default=1e4,
-                        help="stop after so many, everything saved; the same command goes on")
+                        help="stop after this long and save everything; the same command continues")
     return parser
 
 
 def run_script(parser, make_runs, pages, draw=None):
-    """make_runs(args, deadline), until the time is up; then pages() -> {path: text}, and draw() a picture."""
+    """make_runs(args, deadline) until time is up; then write pages(), {path: text}, and draw() a picture."""
     args = parser.parse_args()
-    state = "the pages are made"
+    state = "the pages are written"
     try:
         if not args.show:
             make_runs(args, time.monotonic() + 60 * args.minutes)
-            state = "all is done"
+            state = "everything is done"
     except Interrupted:
-        state = "time is up; the same command goes on"
+        state = "time is up; the same command continues"
     except (Refused, OSError, RuntimeError) as error:
         sys.exit(f"{parser.prog}: {error}")
     write(pages())

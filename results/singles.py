@@ -1,8 +1,8 @@
-"""The tables of single runs and of the drills: in results/README.md and results/drills.md.
+"""The tables of single runs and of the drills, in results/README.md and results/drills.md.
 
     python results/singles.py
 
-Start it from the repository's root. README.md has the commands of the runs, tests/drills those of the drills.
+Start it from the repository's root. README.md has the runs' commands, tests/drills the drills'.
 """
 import os
 import sys
@@ -61,14 +61,14 @@ def gpu_table():
 
 
 def drill_table(name):
-    """What a drill has measured."""
+    """A drill's results."""
     found = read_json(f"results/drills/{name}.json")
     rows = [[key, shown(value)] for key, value in found.items()]
     return table([f"`tests/drills/{name}.py`", "what it found"], rows)
 
 
 def shown(value):
-    """Counts by name as words, anything else as it is."""
+    """Counts by name in words, anything else unchanged."""
     if isinstance(value, dict):
         return ", ".join(f"{name}: {count:,}" for name, count in value.items())
     return value

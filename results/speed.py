@@ -1,23 +1,22 @@
-"""How fast it is, beside the plain or conventional way.
+"""Speed, compared with the plain or conventional way.
 
     python results/speed.py DATA                               the input pipeline on this data; prints a table
     python results/speed.py --photos PHOTOS --cifar CIFAR      everything; 15 minutes on 2 cores
-    python results/speed.py --show                             only make the page anew
+    python results/speed.py --show                             only write the page
 
-Start it from the repository's root. DATA is whatever simsiam.py takes. PHOTOS is a folder of photographs
+Start it from the repository's root. DATA is anything that simsiam.py takes. PHOTOS is a folder of photographs
 (default: drawn JPEGs of 500 x 375), CIFAR a CIFAR-10 folder (default: the drawn shapes).
 
 The second writes each part into results/speed.json, or speed-cuda.json on a GPU, as soon as it is measured,
-and makes results/speed.md of both. Add --resume to continue after an interruption. On a GPU
-it has not come to its end yet: of an H200 there is one part.
+and makes results/speed.md from both. Add --resume to continue after an interruption. It has not finished on a
+GPU yet: there is one part from an H200.
 
-Variants are interleaved, and medians reported. The ratios within a table count more than the figures.
+Variants are interleaved, and medians reported. Ratios within a table mean more than the figures.
 """
 import argparse
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import statistics
 import subprocess
@@ -70,13 +69,13 @@ VARIANTS = {
 # --- Timing ---------------------------------------------------------------------------------------
 
 def wait_for(device):
-    """A GPU works behind our back: wait until it has done what it was told."""
+    """Wait until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_of(function, device=CPU, n=1):
-    """Of one call, by the mean of n."""
+    """The mean time of n calls."""
     wait_for(device)
     began = time.perf_counter()
     for _ in range(n):
@@ -86,8 +85,7 @@ def seconds_of(function, device=CPU, n=1):
 
 
 def in_turn(variants, rounds, device=CPU, n=1):
-    """{name: function} -> {name: median seconds of a call}, the variants in turn, after a round that counts
-    not."""
+    """{name: function} -> {name: median seconds of a call}, in turn, after a round that doesn't count"""
     times = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, function in variants.items():
@@ -105,9 +103,9 @@ def opened(source, i):
 
 
 def view_by_pillow(image, crop, colour, policy):
-    """A view of a PIL image as the released code's kind of pipeline makes it: by Pillow's operations.
+    """A view of a PIL image by Pillow's operations, as the released code makes it.
 
-    crop, colour: of this one view -> (3, S, S) float32, normalised. Only that last operation is in floats.
+    crop, colour: of this view -> (3, S, S) float32, normalised; only this last operation is in floats
     """
     right = crop.left + crop.width
     bottom = crop.top + crop.height
@@ -137,7 +135,7 @@ def changed_by_pillow(view, change, factor):
 
 
 def views_by_pillow(source, policy, seed, epoch, index):
-    """The views that load_views makes of these images, the conventional way, one after the other: [x1, x2]"""
+    """The views that load_views makes of these images, one by one, the conventional way: [x1, x2]"""
     colours = [augment.draw_colour(policy, seed, epoch, index, v) for v in range(2)]
     views = ([], [])
     for k, i in enumerate(index):
@@ -152,7 +150,7 @@ def views_by_pillow(source, policy, seed, epoch, index):
 
 
 def cut(source, policy, device, index):
-    """The crops of these images, two views each: a worker's part. Images in memory are cut on the device."""
+    """A worker's part: crops of these images, two views each. Images in memory are cut on the device."""
     if source.pixels is None:
         decoder = Decoder(source, partial(augment.cut_views, policy, 0, 2))
         _, _, _, crops, bad = decoder.__getitems__((0, index, True))
@@ -166,7 +164,7 @@ def cut(source, policy, device, index):
 
 
 def change_colours(crops, policy, index):
-    """The photometric part: what is done on the device with the crops."""
+    """The photometric part, which the device does with the crops."""
     for v in range(2):
         colour = augment.draw_colour(policy, 0, 0, index, v)
         augment.photometric(crops[v], colour, policy)
@@ -198,9 +196,9 @@ def do_part(part, source, policy, device, index, crops):
 
 
 def loader_rate(source, policy, device, workers):
-    """Images a second that the DataLoader brings, decoded and cut.
+    """Images a second from the DataLoader, decoded and cut.
 
-    The first batches wait in its queues while it starts. We count from when it has emptied them once.
+    The first batches wait in its queues while it starts, so we count once it has emptied them.
     """
     batches = [(0, np.arange(len(source)))] * 12 * workers
     cut_two_views = partial(augment.cut_views, policy, 0, 2)
@@ -214,8 +212,8 @@ def loader_rate(source, policy, device, workers):
 def bench(source, policy, device, repeats=9):
     """The rates of the pipeline's parts: {part: images/s on one core, on all cores}
 
-    For 48 of the images, or 512 that are in memory; medians of interleaved repeats. In the first column the
-    device does its part. In the second each core has a process of its own, which does all on the CPU.
+    For 48 of the images, or 512 in memory; medians of interleaved repeats. In the first column the device
+    does its part. In the second each core has its own process, which does everything on the CPU.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -266,7 +264,7 @@ def model_of(settings):
 def make_step(settings, batch, device=CPU, amp=False, plain=False, compiled=False):
     """A training step on fixed views, as a function.
 
-    As simsiam.py has it; plain: NCHW, the default SGD, no autocast (but TF32 in a GPU's convolutions).
+    plain: NCHW, the default SGD, no autocast (but TF32 in a GPU's convolutions); otherwise simsiam.py's.
     """
     torch.manual_seed(0)
     size = settings["size"]
@@ -281,15 +279,15 @@ def make_step(settings, batch, device=CPU, amp=False, plain=False, compiled=Fals
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
     if compiled:
-        torch._dynamo.reset()  # or it would take other recipes' sizes for ones that vary
+        torch._dynamo.reset()  # otherwise it would treat other recipes' sizes as varying
         model.compile()
     return partial(simsiam.train_step, model, optimizer, autocast, *views)
 
 
 def steps(device, recipe, batch, n, repeats=5):
-    """Each variant's images/s, TFLOP/s, seconds until its first step is done, peak MiB on a GPU.
+    """Each variant's images/s, TFLOP/s, seconds of its first step, and peak MiB on a GPU.
 
-    An image is two views, forward and backward. On a CPU all are in float32: results/bf16.py has bf16 there.
+    An image is two views, forward and backward. All are in float32 on a CPU; results/bf16.py has bf16 there.
     """
     made = {}
     found = {}
@@ -312,7 +310,7 @@ def steps(device, recipe, batch, n, repeats=5):
 
 
 def first_step(device, recipe, batch, way):
-    """-> a variant's step (see make_step), and what its first ones took."""
+    """-> a variant's step (see make_step), and what its first steps took"""
     on_a_gpu = device.type == "cuda"
     before = 0
     if on_a_gpu:
@@ -326,24 +324,12 @@ def first_step(device, recipe, batch, way):
     return step, found
 
 
-def steps_that_fit(device, recipe, batch, n):
-    """steps() at this batch, or at half of it where the memory doesn't suffice."""
-    try:
-        return steps(device, recipe, batch, n)
-    except RuntimeError as error:  # cuDNN has several messages for too little memory
-        if not re.search("out of memory|ALLOC_FAILED|unable to find an engine", str(error)):
-            raise
-    # After the except block, which keeps the memory of the first attempt.
-    print(f"{recipe}: a batch of {batch} doesn't fit", flush=True)
-    return steps(device, recipe, batch // 2, n)
-
-
 # --- Whole runs -----------------------------------------------------------------------------------
 
 def run_of(cifar, *options):
-    """A whole run: its time by the clock and by its log; on a GPU, the time of lineval.py too.
+    """A whole run: its time by the clock and by its log; on a GPU, lineval.py's time too.
 
-    cifar: its DATA, or None for the drawn shapes. The run's folder is temporary.
+    cifar: its DATA, or None for the drawn shapes
     """
     torch.cuda.empty_cache()  # the program needs the memory
     data = [] if cifar is None else [cifar]
@@ -380,14 +366,14 @@ def drawn_photos(folder):
 
 
 def parts_for(photos, cifar, device):
-    """{name: a function that measures it}. photos, cifar: what --photos and --cifar name."""
+    """{name: a function that measures it}. photos, cifar: the values of --photos and --cifar"""
     large, _, _ = open_data(photos)
     small, _, _ = open_data(cifar)
     data = cifar if device.type == "cuda" else None
     options = ("--epochs", "3", "--knn-every", "0")
     parts = {}
     for recipe, batch, n in STEPS[device.type]:
-        parts[f"step of {recipe}"] = partial(steps_that_fit, device, recipe, batch, n)
+        parts[f"step of {recipe}"] = partial(steps, device, recipe, batch, n)
     return parts | {
         "run": partial(run_of, data, *options),
         "in memory": partial(bench, small, augment.Policy(size=32, blur=0), device),
@@ -403,7 +389,7 @@ def measure(parts, found, path):
             continue
         try:
             found[name] = part()
-        except Exception:  # the other parts are worth having all the same
+        except Exception:  # the other parts are still worth having
             traceback.print_exc()
             continue
         print(json.dumps({name: found[name]}), flush=True)
@@ -425,7 +411,7 @@ def conditions(args, device):
 
 
 def processor():
-    """The CPU's name, where Linux tells it."""
+    """The CPU's name, if Linux tells it."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             for line in f:
@@ -445,8 +431,8 @@ def table_of(records):
 def section(found):
     """One machine's section of the page: a list of paragraphs."""
     machine = f"{found['processor']}, {found['cores']} cores; torch {found['torch']}"
-    how = ("Medians of interleaved repeats. Of the steps, plain is NCHW, the default SGD, no autocast; ours "
-           "is simsiam.py's, but in float32 on a CPU.")
+    how = ("Medians of interleaved repeats. Plain steps use NCHW, the default SGD and no autocast; ours are "
+           "simsiam.py's, but in float32 on a CPU.")
     out = [f"## {found['device']}", f"`{found['command']}`: {machine}. {how}"]
     for name, title in (("photos", "photographs, two views of 224 pixels"),
                         ("in memory", "32-pixel images in memory, two views")):
@@ -478,7 +464,7 @@ def pipeline_table(rates):
 
 
 def step_table(step, device):
-    """Of one recipe. device: its name, by which we know the peak of some GPUs."""
+    """A recipe's steps. device: its name, from which we know the peak of some GPUs"""
     peak = next((value for name, value in PEAK.items() if name in device), None)
     plain = step["variants"]["plain"]["images/s"]
     rows = []
@@ -499,7 +485,7 @@ def step_table(step, device):
 def pages():
     """{path: text}, a GPU's section first."""
     machines = [found for found in map(read_json, FILES.values()) if found]
-    paragraphs = ["# Speed", "Made by `results/speed.py`; README.md says what it means."]
+    paragraphs = ["# Speed", "Made by `results/speed.py`; README.md explains the figures."]
     for found in machines:
         paragraphs += section(found)
     return {PAGE: "\n\n".join(paragraph.strip() for paragraph in paragraphs) + "\n"}
@@ -507,22 +493,13 @@ def pages():
 
 # --- The program ----------------------------------------------------------------------------------
 
-def measured_here(path, now):
-    """What an earlier start has measured. Raises Refused where that was another machine, or another torch."""
-    before = read_json(path)
-    for key in ("device", "processor", "torch"):
-        if before and before[key] != now[key]:
-            raise Refused(f"--resume: {path} has figures of {before[key]}, and this is {now[key]}: without "
-                          "--resume all is measured here")
-    return before
-
-
 def measure_everything(args, device):
     torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
     path = FILES[device.type]
     found = conditions(args, device)
-    if args.resume:
-        found |= measured_here(path, found)
+    before = read_json(path)
+    if args.resume and all(before.get(key) == found[key] for key in ("device", "processor", "torch")):
+        found |= before
     with tempfile.TemporaryDirectory() as folder:
         photos = args.photos
         if photos is None:
@@ -550,8 +527,8 @@ def main():
     parser.add_argument("--photos", help="a folder of photographs (default: drawn ones)")
     parser.add_argument("--cifar", help="a CIFAR-10 folder (default: the drawn shapes)")
     parser.add_argument("--resume", action="store_true",
-                        help="measure only the parts that an interrupted start has not")
-    parser.add_argument("--show", action="store_true", help="measure nothing: make the page")
+                        help="measure only what an interrupted start on this machine has not")
+    parser.add_argument("--show", action="store_true", help="measure nothing, only write the page")
     args = parser.parse_args()
     try:
         if args.data is not None:

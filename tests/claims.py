@@ -1,11 +1,11 @@
 """Claims: a tag that trails a line of code, `# Eq. (4): ...`, says that this line is the equation.
 
-    found = claims(SOURCES, TAG, MAP, globals())        all claims of some files, in the order of MAP
-    equation_table(found, MAP)                          the table of them, in Markdown
+    found = claims(SOURCES, TAG, MAP, globals())        all claims of these files, in the order of MAP
+    equation_table(found, MAP)                          their table, in Markdown
     mutant_of(claim, MAP)                               the module with the claimed line made wrong
 
-MAP is {tag: (the equation, what the claimed line has, what a mutant has in its place, or None)}.
-test_simsiam.py has that of SimSiam's paper, tests/test_related.py its neighbours'.
+MAP is {tag: (the equation, part of the claimed line, what a mutant has instead, or None)}. That of SimSiam's
+paper is in test_simsiam.py, that of its neighbours in tests/test_related.py.
 """
 import collections
 import functools
@@ -23,7 +23,7 @@ Claim = collections.namedtuple("Claim", "tag words file line test")
 
 @functools.cache
 def trailing_comments(file):
-    """[(line number, comment)] of every comment in a file that trails code."""
+    """[(line number, comment)] of all comments in a file that trail code."""
     with open(ROOT / file, "rb") as f:
         tokens = list(tokenize.tokenize(f.readline))
     found = []
@@ -34,8 +34,10 @@ def trailing_comments(file):
 
 
 def test_of(tag, names):
-    """The one of these names that is called after a tag: for Eq. (4) test_eq04_..., for Sec. 4.1 (std)
-    test_sec41_std_..., for MoCo v2 Eq. (1) test_moco_v2_eq1_..."""
+    """The one of these names that belongs to a tag.
+
+    For Eq. (4) test_eq04_..., for Sec. 4.1 (std) test_sec41_std_..., for MoCo v2 Eq. (1) test_moco_v2_eq1_...
+    """
     words = re.sub(r"[^a-z0-9 ]", "", tag.lower())
     stem = re.sub(r"(eq|alg|sec|fig) ", r"\1", words).replace(" ", "_")
     stem = re.sub(r"^eq(\d)$", r"eq0\1", stem)
@@ -47,8 +49,8 @@ def test_of(tag, names):
 def claims(sources, pattern, equations, names):
     """All claims of some files, in the order of MAP.
 
-    pattern     of a claim's comment, with the tag and the words as groups
-    names       among which is that of each claim's test
+    pattern     matches a claim's comment; its groups are the tag and the words
+    names       of all tests
     """
     found = []
     for file in sources:
@@ -61,16 +63,16 @@ def claims(sources, pattern, equations, names):
 
 
 def claimed_line(claim):
-    """The text of a claim's line, before its comment."""
+    """A claim's line, without its comment."""
     line = (ROOT / claim.file).read_text().splitlines()[claim.line - 1]
     return line[:line.index("# " + claim.tag)]
 
 
 def check_claims(found, equations):
-    """Each tag is claimed by one line, the one that is meant, in a few words without a formula.
+    """Each tag is claimed by one line, the right one, in a few words without a formula.
 
-    The equation is whole in a Markdown table: braces match, and there is nothing that Markdown takes for
-    itself. It has a mutant, unless a test claims it.
+    The equation survives in a Markdown table: braces match, and Markdown's own characters don't occur. It has
+    a mutant, unless a test claims it.
     """
     assert [claim.tag for claim in found] == list(equations)
     for claim in found:
@@ -85,8 +87,11 @@ def check_claims(found, equations):
 
 
 def check_departures(file, expected, page, heading):
-    """The marks of departures in a file, in order, against [(words in the line with the mark, first cell of
-    its row in the page's table under this heading)] -> the first cells of all rows."""
+    """Compare the marks of departures in a file with the table under this heading of a page.
+
+    expected: [(words in the line with the mark, first cell of its row)], in the file's order
+    -> the first cells of all rows
+    """
     marks = [line for line in (ROOT / file).read_text().splitlines() if "DEPARTURE" in line]
     _, after = (ROOT / page).read_text().split(heading)
     table, *_ = after.split("\n\n")
@@ -106,9 +111,11 @@ def equation_table(found, equations, back=""):
     return "\n".join(rows) + "\n"
 
 
-def module_with(file, line, right, wrong):
-    """The module in a file, compiled with `wrong` in the place of `right` in one of its lines, from 1."""
+def mutant(file, right, wrong, line=None):
+    """The module in a file, with `wrong` instead of `right`: in this line, or where it occurs once."""
     lines = (ROOT / file).read_text().splitlines(keepends=True)
+    if line is None:
+        line, = (number for number, text in enumerate(lines, 1) if right in text)
     assert right in lines[line - 1], (file, line, right)
     lines[line - 1] = lines[line - 1].replace(right, wrong, 1)
     module = types.ModuleType(file.removesuffix(".py"))
@@ -121,24 +128,26 @@ def module_with(file, line, right, wrong):
 def mutant_of(claim, equations):
     """The module that makes this claim, with its line made wrong."""
     _, right, wrong = equations[claim.tag]
-    return module_with(claim.file, claim.line, right, wrong)
+    return mutant(claim.file, right, wrong, claim.line)
 
 
-def check_it_dies(mutant, rooms, monkeypatch, test, *arguments, **more):
-    """A test fails with a mutant in its module's place, in all rooms (dictionaries of names)."""
-    for room in rooms:
-        monkeypatch.setitem(room, mutant.__name__, mutant)
-    with pytest.raises(AssertionError):
-        test(*arguments, **more)
+def check_it_dies(mutant, rooms, test, request):
+    """A test fails with a mutant instead of the module, in all rooms (dictionaries of names)."""
+    arguments = arguments_for(test, request)
+    with pytest.MonkeyPatch.context() as patch:
+        for room in rooms:
+            patch.setitem(room, mutant.__name__, mutant)
+        with pytest.raises(AssertionError):
+            test(**arguments)
 
 
 def arguments_for(test, request):
-    """What pytest would call a test with: its fixtures, and the first of its parameters."""
+    """The arguments with which pytest would call a test: its fixtures, and the first of its parameters."""
     arguments = {}
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
             names, (first, *_) = mark.args
-            several = [name.strip() for name in names.split(",")]
+            several = names.split(", ")
             arguments |= zip(several, first if len(several) > 1 else [first])
     for name in inspect.signature(test).parameters.keys() - arguments.keys():
         arguments[name] = request.getfixturevalue(name)

@@ -1,5 +1,4 @@
-"""What holds for each row of simsiam.py's and related.py's experiments: its settings, a run of it,
-a run that is interrupted and resumed."""
+"""Checks of an experiment of simsiam.py or related.py: its settings, a run, an interrupted run."""
 import contextlib
 import io
 import math
@@ -8,12 +7,14 @@ import re
 import torch
 
 from tests.helpers import CPU, equal, here, interrupted_before, log_of, losses_of
-from tests.helpers import settings_of_row
+from tests.helpers import settings_of_row, weights_of
 
 
 def check_rows(program, methods, table):
-    """A program's experiments against {name: (what it changes on ImageNet, the paper's result)}: nothing else
-    changes. The list that the program prints shows the results."""
+    """Compare a program's experiments with {name: (what it changes on ImageNet, the paper's result)}.
+
+    Nothing else may change. The list that the program prints shows the results.
+    """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         program.parse(["--experiment", "list"])
@@ -33,8 +34,10 @@ def check_rows(program, methods, table):
 
 
 def check_run(folder, method, fixed=()):
-    """A run of a method's experiment: it says which row it is, its losses are finite, and all weights have
-    moved from where they start, but for those of the fixed modules."""
+    """Check a run of a method's experiment -> the experiment's name in its log
+
+    Losses are finite, and all weights have moved but those of the fixed modules.
+    """
     start, _, *epochs, end = log_of(folder)
     assert end["event"] == "end"
     assert all(math.isfinite(record["loss"]) for record in epochs)
@@ -48,25 +51,8 @@ def check_run(folder, method, fixed=()):
     return start["settings"]["experiment"]
 
 
-def tensors_in(value, path=""):
-    """{path: tensor} of nested dictionaries"""
-    if torch.is_tensor(value):
-        return {path: value}
-    found = {}
-    if isinstance(value, dict):
-        for key, part in value.items():
-            found |= tensors_in(part, f"{path}.{key}")
-    return found
-
-
-def read_tensors(folder):
-    """All tensors of a run's checkpoint: the model's, the optimiser's, those of a method's other parts."""
-    return tensors_in(torch.load(folder / "checkpoint.pth", weights_only=True))
-
-
 def check_resumed(folder, script, options, at, steps_per_epoch):
-    """A run that is interrupted before a step and resumed, against an uninterrupted one: all tensors and
-    losses -> the names of the checkpoint's parts"""
+    """Interrupt a run before a step and resume it: all tensors and losses must be the uninterrupted run's."""
     whole, parts = folder / "whole", folder / "parts"
     assert here(script, *options, "--out", whole) is None
     options = [*options, "--save-minutes", "0", "--out", parts]
@@ -75,6 +61,5 @@ def check_resumed(folder, script, options, at, steps_per_epoch):
     checkpoint = torch.load(parts / "checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] * steps_per_epoch + checkpoint["step"] == at
     assert here(script, *options, "--resume") is None
-    assert equal(read_tensors(whole), read_tensors(parts))
+    assert equal(weights_of(whole), weights_of(parts))
     assert losses_of(whole) == losses_of(parts)
-    return checkpoint.keys()

@@ -1,4 +1,4 @@
-"""The fixtures, each made once for all tests: data sets and runs. No test changes what they hold."""
+"""The fixtures: data sets and runs, each made once for all tests. No test may change them."""
 import functools
 import io
 import tarfile
@@ -16,12 +16,12 @@ from tests.helpers import here, program, save_image, settings_of, torchrun, writ
 
 
 def pytest_configure(config):
-    """Decoded images are read only, and torch warns of it. The programs silence that; pytest forgets it."""
+    """Torch warns that decoded images are read-only. The programs silence that, but pytest resets it."""
     config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable")
 
 
 def real_photos():
-    """Four photographs from the folder beside the repository."""
+    """Four photographs from the folder next to the repository."""
     photos = []
     with tarfile.open(REAL / "imagenet-sample.tar") as tar:
         for member in [m for m in tar if m.isfile()][:4]:
@@ -48,13 +48,13 @@ def drawn_photos():
 
 @pytest.fixture(scope="session")
 def photos():
-    """A few photographs, (H, W, 3) uint8: real ones where there are any."""
+    """Four photographs, (H, W, 3) uint8: real ones if there are any."""
     return real_photos() if REAL.is_dir() else drawn_photos()
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A labelled folder of images of 16 pixels: held in memory. 50 to train, 9 to validate."""
+    """A labelled folder of 16-pixel images, held in memory: 50 to train, 9 to validate."""
     folder = tmp_path_factory.mktemp("data") / "small"
     write_folder(folder, "train", 50, 16)
     return write_folder(folder, "val", 9, 16, start=500)
@@ -62,7 +62,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory):
-    """A labelled folder of images of several sizes: decoded by workers. 20 to train, 6 to validate."""
+    """A labelled folder of images of several sizes, decoded by workers: 20 to train, 6 to validate."""
     folder = tmp_path_factory.mktemp("data") / "large"
     write_folder(folder, "train", 20, (70, 80, 91), suffix=".jpg")
     return write_folder(folder, "val", 6, (70, 80), start=500, suffix=".jpg")
@@ -82,7 +82,7 @@ def ten(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, small):
-    """The folder of an uninterrupted run on the small folder, and what it printed."""
+    """The folder of an uninterrupted run on `small`, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     done = program(small, *TINY, "--out", out)
     assert done.returncode == 0, done.stderr

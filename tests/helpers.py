@@ -1,4 +1,4 @@
-"""Shared by the tests: marks, small data sets and networks, ways to run the programs and to stop them."""
+"""What the tests share: marks, small data sets and networks, ways to run programs and to stop them."""
 import contextlib
 import itertools
 import json
@@ -31,31 +31,26 @@ from harness.training.run import Run
 from tests import children
 from tests.children import ROOT
 
-REAL = ROOT.parent / "shared" / "data"  # real images, where a folder with them lies beside the repository
+REAL = ROOT.parent / "shared" / "data"  # real images, if there is such a folder next to the repository
 CPU = torch.device("cpu")
 
 
-def asked_for(variable):
-    """A test's mark: it runs only where this environment variable is set."""
-    return pytest.mark.skipif(not os.environ.get(variable), reason=f"{variable}=1 python -m pytest")
-
-
-slow = asked_for("SLOW")
-real = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside the repository")
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 python -m pytest")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder of real images next to the repository")
 
 
 # --- Tensors and networks -----------------------------------------------------------------------------------
 
 def equal(a, b):
     """Whether two state_dicts are the same, bit for bit."""
-    if a.keys() != b.keys():
-        return False
-    return all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def close(a, b, share=1e-9):
-    """Whether two numbers, arrays or tensors differ by rounding alone: by no more than a share of the largest
-    number in b. The share is one for sums in float64, which has 16 digits."""
+    """Whether numbers, arrays or tensors differ by no more than a share of the largest one in b.
+
+    The default share is for rounding in float64, which has 16 digits.
+    """
     a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (a, b))
     return a.shape == b.shape and bool((a - b).abs().max() <= share * b.abs().max())
 
@@ -73,13 +68,15 @@ def vectors(n=6, d=5, seed=0):
     return [v.clone().requires_grad_() for v in drawn]
 
 
+def unit(v):
+    """Each row of a tensor or an array divided by its norm."""
+    return v / (v * v).sum(axis=1, keepdims=True) ** 0.5
+
+
 def numpy_D(p, z):
-    """Eq. (1) in numpy, one pair of vectors after the other."""
-    cosines = []
-    for pair in zip(p.detach().numpy(), z.detach().numpy()):
-        a, b = (v / np.sqrt(np.dot(v, v)) for v in pair)
-        cosines.append(np.dot(a, b))
-    return -np.mean(cosines)
+    """Eq. (1) in numpy."""
+    a, b = (unit(v.detach().numpy()) for v in (p, z))
+    return -np.mean(np.sum(a * b, axis=1))
 
 
 def bn_names(name, c, is_affine=True):
@@ -92,36 +89,27 @@ def bn_names(name, c, is_affine=True):
 
 def torchvision_names(convs, blocks, expansion):
     """torchvision's state_dict, spelled out from its naming scheme: {name: shape}, in order."""
-    names = {}
-
-    def conv(name, out, into, k):
-        names[name + ".weight"] = (out, into, k, k)
-
-    def bn(name, c):
-        names.update(bn_names(name, c))
-
-    conv("conv1", 64, 3, 7)
-    bn("bn1", 64)
+    kernels = (3, 3) if convs == 2 else (1, 3, 1)
+    names = {"conv1.weight": (64, 3, 7, 7), **bn_names("bn1", 64)}
     into = 64
     for stage, count in enumerate(blocks):
         c = 64 * 2 ** stage
+        widths = [c] * (convs - 1) + [c * expansion]
         for block in range(count):
-            at = f"layer{stage + 1}.{block}."
-            widths = [into] + [c] * (convs - 1) + [c * expansion]
-            for k in range(convs):
-                size = 3 if convs == 2 or k == 1 else 1
-                conv(f"{at}conv{k + 1}", widths[k + 1], widths[k], size)
-                bn(f"{at}bn{k + 1}", widths[k + 1])
+            at = f"layer{stage + 1}.{block}"
+            before = into
+            for k, (kernel, out) in enumerate(zip(kernels, widths), 1):
+                names[f"{at}.conv{k}.weight"] = (out, before, kernel, kernel)
+                names |= bn_names(f"{at}.bn{k}", out)
+                before = out
             if block == 0 and (stage > 0 or expansion > 1):
-                conv(at + "downsample.0", c * expansion, into, 1)
-                bn(at + "downsample.1", c * expansion)
-            into = c * expansion
-    names["fc.weight"] = (1000, into)
-    names["fc.bias"] = (1000,)
-    return names
+                names[f"{at}.downsample.0.weight"] = (out, into, 1, 1)
+                names |= bn_names(f"{at}.downsample.1", out)
+            into = out
+    return names | {"fc.weight": (1000, into), "fc.bias": (1000,)}
 
 
-# The heads of the authors' checkpoint (ResNet-50), without encoder.fc.6.bias: the BN after it makes it void.
+# The heads of the authors' checkpoint (ResNet-50), without encoder.fc.6.bias, which the BN after it cancels.
 RELEASED_HEADS = {
     "encoder.fc.0.weight": (2048, 2048),
     **bn_names("encoder.fc.1", 2048),
@@ -146,7 +134,7 @@ def tiny_model(**options):
 
 
 def untrained(*shape):
-    """A network of this (arch, width, cifar_stem), as the linear evaluation makes it."""
+    """A network of this (arch, width, cifar_stem), as the linear evaluation builds it."""
     return lineval.untrained(*shape).network
 
 
@@ -160,7 +148,7 @@ def filled(names, seed=0):
 
 
 def prefixed(prefix, state):
-    """A state_dict with this before every name."""
+    """A state_dict with this prefix before every name."""
     return {prefix + name: t for name, t in state.items()}
 
 
@@ -170,12 +158,12 @@ def without(prefix, state):
 
 
 def change(state, **tensors):
-    """A state_dict with some tensors replaced, added or, by None, taken away."""
+    """A state_dict with some tensors replaced or added, or removed by None."""
     return {name: t for name, t in (state | tensors).items() if t is not None}
 
 
 def settings_of(recipe, **more):
-    """The settings that a run of this recipe keeps in its checkpoint."""
+    """The settings in the checkpoint of a run of this recipe."""
     run = {"recipe": recipe, "images": 5000, "seed": 0, "data": None}
     return recipes.recipe(recipe, simsiam.SETTINGS) | run | more
 
@@ -188,24 +176,20 @@ def settings_of_row(program, experiment, recipe, *more):
 
 
 def flipped(content, place, bit=0):
-    """A file's content with one bit turned over."""
+    """A file's content with one bit flipped."""
     byte = content[place] ^ (1 << bit)
     return content[:place] + bytes([byte]) + content[place + 1:]
 
 
 def crafted_checkpoints(whole):
-    """Checkpoints that torch reads without complaint, and that no run has written: {id: content}."""
+    """Checkpoints that torch reads without complaint but no run has written: {id: content}"""
     crafted = {}
     for key in ("format", "model", "optimizer", "epoch", "step", "sums", "seconds", "settings"):
         crafted[f"no {key}"] = without(key, whole)
-        for kind, value in {"None": None, "a word": "x", "a list": [], "a tensor": torch.zeros(3)}.items():
+        for kind, value in {"a word": "x", "a tensor": torch.zeros(3)}.items():
             crafted[f"{key} is {kind}"] = whole | {key: value}
-    crafted["epoch is too large"] = whole | {"epoch": 10 ** 9}
-    crafted["step is negative"] = whole | {"step": -1}
     for key in ("seed", "size", "width", "mean", "recipe"):
         crafted[f"{key} in the settings is a list"] = whole | {"settings": whole["settings"] | {key: [1]}}
-    crafted["odd keys in the settings"] = whole | {"settings": whole["settings"] | {5: 6, "\x1b[2J": 7}}
-    crafted["a number for a name"] = whole | {"model": {1: torch.zeros(3)}}
     expanded = dict.fromkeys(whole["model"], torch.zeros(()).expand(100, 100))
     crafted["tensors larger than their storage"] = whole | {"model": expanded}
     return crafted
@@ -214,13 +198,13 @@ def crafted_checkpoints(whole):
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def save_image(path, pixels):
-    """Write an (H, W, 3) uint8 tensor as an image file, in a folder that need not be there yet."""
+    """Write an (H, W, 3) uint8 tensor as an image file; make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.numpy()).save(path)
 
 
 def write_folder(folder, split, count, side, start=0, suffix=".png"):
-    """Write `count` drawn shapes as image files in class folders a, b, c; a tuple of sides takes turns."""
+    """Write `count` drawn shapes as image files in class folders a, b, c. side: one, or several in turn"""
     sides = side if isinstance(side, tuple) else (side,)
     for i in range(count):
         drawn = shapes.draw_shapes(9, start + i, 1, sides[i % len(sides)])
@@ -259,67 +243,30 @@ def png_chunk(kind, content):
 
 
 def decompression_bomb():
-    """A PNG file of a few bytes that claims 50,000 x 50,000 pixels."""
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", b""), png_chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    """An image file of a few bytes that claims 50,000 x 50,000 pixels."""
+    return b"P6 50000 50000 255\n"
 
 
-def odd_good_files(folder):
-    """Write images of every odd kind, all but two of 30 x 20 pixels -> {name: the mean colour to expect}."""
-    size = (30, 20)
-    red = Image.new("RGB", size, (200, 0, 0))
-    blue = Image.new("RGB", size, (0, 0, 200))
-    bits16 = Image.fromarray(np.full((20, 30), 0x8123, np.uint16))
+def odd_files(folder):
+    """Write odd images, 30 x 20 pixels but for one, and bad files -> {name: mean colour, or None if bad}"""
+    folder.mkdir(parents=True)
+    red, blue = (Image.new("RGB", (30, 20), colour) for colour in ((200, 0, 0), (0, 0, 200)))
     turned = Image.Exif()
     turned[0x0112] = 6
     red.convert("CMYK").save(folder / "cmyk.jpg")
     red.convert("P").save(folder / "palette.png", transparency=0)
     red.save(folder / "animated.webp", save_all=True, append_images=[blue], lossless=True)
     red.save(folder / "rotated.jpg", exif=turned)
-    Image.new("RGBA", size, (200, 0, 0, 0)).save(folder / "alpha.png")
-    Image.new("L", size, 77).save(folder / "grey.png")
-    Image.new("1", size, 1).save(folder / "bilevel.png")
-    bits16.save(folder / "bits16.png")
-    bits16.save(folder / "bits16.tif")
-    Image.new("RGB", (1, 1), "#090909").save(folder / "dot.png")
+    Image.new("RGBA", (30, 20), (200, 0, 0, 0)).save(folder / "alpha.png")
+    Image.new("1", (30, 20), 1).save(folder / "bilevel.png")
     Image.new("RGB", (1, 5000), "#090909").save(folder / "line.png")
-    reds = ["cmyk.jpg", "palette.png", "animated.webp", "rotated.jpg", "alpha.png"]
-    greys = {
-        "grey.png": 77,
-        "bilevel.png": 255,
-        "bits16.png": 0x81,
-        "bits16.tif": 0x81,
-        "dot.png": 9,
-        "line.png": 9,
-    }
-    expected = dict.fromkeys(reds, (200, 0, 0))
-    for name, level in greys.items():
-        expected[name] = (level, level, level)
-    return expected
-
-
-def odd_bad_files(folder):
-    """Write files that are no images, one of each kind -> their names. Needs the good ones beside them."""
     whole = (folder / "rotated.jpg").read_bytes()
-    contents = {
-        "truncated.jpg": whole[:len(whole) // 2],
-        "empty.png": b"",
-        "text.jpg": b"not an image",
-        "zeros.bmp": bytes(1000),
-        "new\nline\x1b[31m.png": b"",
-        "bomb.png": decompression_bomb(),
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return list(contents)
-
-
-def odd_files(folder):
-    """Write a folder of odd files -> {name: mean colour that is expected, or None where the file is bad}."""
-    folder.mkdir(parents=True)
-    good = odd_good_files(folder)
-    return good | dict.fromkeys(odd_bad_files(folder))
+    (folder / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "text.jpg").write_bytes(b"not an image")
+    (folder / "new\nline\x1b[31m.png").write_bytes(b"")
+    reds = ["cmyk.jpg", "palette.png", "animated.webp", "rotated.jpg", "alpha.png"]
+    bad = ["truncated.jpg", "text.jpg", "new\nline\x1b[31m.png"]
+    return {**dict.fromkeys(reds, (200, 0, 0)), "bilevel.png": 255, "line.png": 9, **dict.fromkeys(bad)}
 
 
 def bad_levels(folder, bad=(), count=6):
@@ -336,10 +283,10 @@ def bad_levels(folder, bad=(), count=6):
 
 TINY = shlex.split("--arch resnet18 --cifar-stem --width 1/16 --dim 16 --pred-dim 4 --proj-hidden 16 "
                    "--batch 16 --epochs 3 --base-lr 0.5 --knn-every 1 --size 16 --workers 1")
-# Of `small`, that is 8 steps an epoch.
+# With `small`, these are 8 steps an epoch.
 LONGER = [*TINY, *shlex.split("--recipe cifar10 --knn-every 0 --batch 6 --epochs 6")]
 
-# A quick evaluation of an untrained network in each protocol, for data with 30 training images or more.
+# A quick evaluation of an untrained network in each protocol, for 30 training images or more.
 EVALUATION = ["--ckpt", "random:resnet18", "--width", "1/16"]
 PROTOCOL_OPTIONS = {
     "lars": ["--lars", "--epochs", "3", "--batch", "30"],
@@ -350,8 +297,11 @@ PROTOCOL_OPTIONS = {
 
 
 def python(*command, **options):
-    """Run Python to its end -> CompletedProcess. Our scripts and the modules of the tests run in a child of
-    the forkserver; the rest, and what needs preexec_fn, in a process of its own."""
+    """Run Python to its end -> CompletedProcess
+
+    Our scripts and the tests' modules run in a child of the forkserver, which has imported torch. Anything
+    else, and what needs preexec_fn, runs in a process of its own.
+    """
     if children.can_run(command) and "preexec_fn" not in options:
         return children.run(*command, **options)
     command = [sys.executable, *map(str, command)]
@@ -364,8 +314,7 @@ def program(*arguments, **options):
 
 
 def here(name, *arguments):
-    """Run simsiam.py, lineval.py or related.py in this process -> its message if it gives up, else its result
-    or None."""
+    """Run simsiam.py, lineval.py or related.py in this process -> its result, or why it gave up"""
     module = {"simsiam.py": simsiam, "lineval.py": lineval, "related.py": related}[name]
     run = lineval.evaluate if name == "lineval.py" else simsiam.pretrain
     try:
@@ -379,7 +328,7 @@ def here(name, *arguments):
 
 @contextlib.contextmanager
 def interrupted_before(number):
-    """Within the block, a Ctrl-C in the place of the training step of this number, from 0."""
+    """Within the block, Ctrl-C comes instead of this training step, counted from 0."""
     def interrupt(step):
         if step == number:
             raise KeyboardInterrupt
@@ -389,12 +338,12 @@ def interrupted_before(number):
 
 
 def before_each_step(do):
-    """Within the block, runs in this process call do(how many steps were made before) before each step."""
+    """Within the block, runs in this process call do(number of the step, from 0) before each step."""
     return mock.patch.object(Run, "steps_of_epoch", watched_steps(do))
 
 
 def watched_steps(do):
-    """In the place of Run.steps_of_epoch: see before_each_step."""
+    """A replacement for Run.steps_of_epoch: see before_each_step."""
     steps_of_epoch = Run.steps_of_epoch
     count = itertools.count()
 
@@ -417,18 +366,18 @@ def refusal(name, *arguments):
 
 
 def torchrun(*command, **options):
-    """Run one of our scripts in two children that are one run."""
+    """Run one of our scripts in two children, as one run of two processes."""
     return children.run_two(*command, **options)
 
 
 def real_torchrun(*command):
-    """The same by torchrun itself, in processes of their own."""
+    """The same with torchrun itself."""
     return python(*shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2"), *command)
 
 
 @contextlib.contextmanager
 def start(*command, **options):
-    """A process of Python, or a child where one can run the command, that does not outlive the block."""
+    """A process that does not outlive the block: a child if one can run the command, else a new Python."""
     if children.can_run(command):
         with children.Child(*command, **options) as process:
             yield process
@@ -442,7 +391,7 @@ def start(*command, **options):
 
 
 def free_port():
-    """A port of this machine that nobody uses."""
+    """A port that nobody uses."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -467,16 +416,23 @@ def result_of(folder):
 
 
 def weights_of(folder):
-    """Everything that a run has trained: the model, its statistics and the momentum."""
-    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
-    weights = dict(checkpoint["model"])
-    for k, v in checkpoint["optimizer"]["state"].items():
-        weights[f"momentum {k}"] = v["momentum_buffer"]
-    return weights
+    """All tensors of a run's checkpoint: the model's, the optimiser's, those of a method's other parts."""
+    return tensors_in(torch.load(folder / "checkpoint.pth", weights_only=True))
+
+
+def tensors_in(value, path=""):
+    """{path: tensor} of nested dictionaries"""
+    if torch.is_tensor(value):
+        return {path: value}
+    found = {}
+    if isinstance(value, dict):
+        for key, part in value.items():
+            found |= tensors_in(part, f"{path}.{key}")
+    return found
 
 
 def stopped_at(printed, folder):
-    """The position at which a run says that it has stopped, which must be its checkpoint's."""
+    """Where a run says that it has stopped, which must be its checkpoint's position."""
     message = r"stopped by a signal after epoch (\d+), step (\d+); the same command with --resume goes on\n"
     place = re.search(message, printed)
     assert place, printed
@@ -489,7 +445,7 @@ def stopped_at(printed, folder):
 # --- Processes to wait for and to kill ----------------------------------------------------------------------
 
 def processes_of(*words):
-    """The processes that have all of these words in their command line, but for this one."""
+    """The other processes with all of these words in their command line."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -500,19 +456,19 @@ def processes_of(*words):
 
 
 def children_of(pid):
-    """The processes that a process has started: of a run, its workers."""
+    """The processes that a process has started: a run's workers, for example."""
     return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def kill_all(folder):
-    """kill -9 every process that names the run folder: torchrun starts its own in sessions of their own."""
+    """kill -9 every process that names the run folder; torchrun starts its own in sessions of their own."""
     for pid in processes_of(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(met, process):
-    """Wait until met() is true of a process that goes on -> what it has returned."""
+    """Wait until met() is true, while the process goes on -> what it returned"""
     deadline = time.monotonic() + children.HANGS
     while not (found := met()):
         assert process.poll() is None
@@ -528,7 +484,7 @@ def wait_for_epoch(process, folder, epoch=2):
 
 
 def saved_position(folder):
-    """The newest checkpoint of a run that may be writing one: for an instant, only the older one is there."""
+    """The newest checkpoint of a run that may be writing one: for an instant only the older one exists."""
     for name in ("checkpoint.pth", "checkpoint-previous.pth"):
         with contextlib.suppress(FileNotFoundError):
             return torch.load(folder / name, weights_only=True)
@@ -536,12 +492,12 @@ def saved_position(folder):
 
 
 def kill_when(command, folder, epoch):
-    """Start a run, kill -9 it once a checkpoint lies within an epoch, from `epoch` on -> that checkpoint.
+    """Start a run, and kill -9 it when its checkpoint is within an epoch, from `epoch` on -> that checkpoint
 
-    command: that of subprocess, of which Python itself is the first word.
+    command: as for subprocess, with Python itself as its first word
     """
     def within_an_epoch():
-        process.send_signal(signal.SIGSTOP)  # so that the run does not go on while we look
+        process.send_signal(signal.SIGSTOP)  # while we look
         position = saved_position(folder)
         if position["epoch"] >= epoch and 0 < position["step"] <= 4:
             return True

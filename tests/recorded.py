@@ -1,12 +1,11 @@
-"""simsiam.py in two processes, where each sum over them is written down, and some come late, as NCCL's do.
+"""simsiam.py in two processes: each sum over them is recorded, and some arrive late, as NCCL's do.
 
     -m tests.recorded FOLDER [arguments of simsiam.py]
 
-NCCL's all_reduce returns at once, and nobody has the sum until he asks for a number on the CPU. gloo's waits.
-So the sums that harness/training/run.py makes are started here, and waited for only when they are read. The
-first step of process 0 asks for the end, and its last checkpoint takes half a second. FOLDER gets, of each
-process, what it summed ("sums-0") and when it left ("left-0"), and when the last checkpoint was written
-("saved-0").
+NCCL's all_reduce returns at once; only reading a number on the CPU waits for the sum. gloo's always waits.
+So the sums of harness/training/run.py are only started here, and waited for when they are read. The first
+step of process 0 asks for the end, and its last checkpoint takes half a second. FOLDER gets each process's
+sums ("sums-0"), when it left ("left-0"), and when the last checkpoint was written ("saved-0").
 """
 import json
 import os
@@ -29,7 +28,7 @@ STEPS = []
 
 
 class Late:
-    """A sum that is on its way, with what harness/training/run.py and machine.py do with one."""
+    """A sum that is on its way, with what harness/training/run.py and machine.py ask of one."""
     is_cuda = False
 
     def __init__(self, t):
@@ -54,18 +53,18 @@ class Late:
 
 
 def recorded(t, *args, **options):
-    """all_reduce, with a line about what is summed."""
+    """all_reduce, which also records what is summed."""
     SUMS.append([str(t.dtype), list(t.shape), t.device.type, t.is_contiguous()])
     return ALL_REDUCE(t, *args, **options)
 
 
 def write(name, content):
-    """Into a file of this process."""
+    """Write a file of this process."""
     (FOLDER / f"{name}-{dist.get_rank()}").write_text(json.dumps(content))
 
 
 def slow_save(content, path, keep=None):
-    """As files.save; where the run has been told to stop, half a second late."""
+    """files.save, but half a second late once the run has been told to stop."""
     if STEPS:
         time.sleep(0.5)
     SAVE(content, path, keep)

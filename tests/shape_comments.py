@@ -34,7 +34,7 @@ def file_of(module):
 
 
 def is_shape(comment):
-    """Whether a comment is a shape, and nothing else."""
+    """Whether a comment is only a shape."""
     return SHAPE.fullmatch(comment) is not None
 
 
@@ -46,7 +46,7 @@ def arrays_in(value):
 
 
 def check_shape(seen, place, value, letters, scope):
-    """Compare the shapes of a value with the comment. A letter without a meaning gets one, in `letters`."""
+    """Compare a value's shapes with the comment. A letter without a meaning gets one, in `letters`."""
     dims = [dim.strip() for dim in SHAPE.search(place[2])[1].split(",")]
     known = {name: v for name, v in scope.items() if isinstance(v, (int, np.integer))}
     for array in arrays_in(value):
@@ -85,9 +85,9 @@ class ShapeChecks(ast.NodeTransformer):
 
 
 class ShapeCheckingImport:
-    """For sys.meta_path: it imports our modules with checks in the place of shape comments.
+    """For sys.meta_path: it imports our modules with shape comments turned into checks.
 
-    places: where the comments are. seen: those whose check has run.
+    places: where the comments are. seen: those whose check has run
     """
 
     def __init__(self):
@@ -111,7 +111,7 @@ class ShapeCheckingImport:
 
 @contextlib.contextmanager
 def checking_shapes():
-    """In the block, our modules are others, with checks in the place of shape comments -> the importer"""
+    """Within the block, our modules are versions that check their shape comments -> the importer"""
     importer = ShapeCheckingImport()
     names = ["harness", *FOLDERS, *ROOMS, *SCRIPTS]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}

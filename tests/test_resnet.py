@@ -20,7 +20,7 @@ ARCHS = {
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_resnet_has_torchvisions_names_order_and_shapes(arch):
-    """Against torchvision's naming scheme and its published counts of parameters; and where the stride is."""
+    """torchvision's naming scheme and its published counts of parameters; and where the stride is."""
     convs, blocks, expansion, parameters = ARCHS[arch]
     with torch.device("meta"):
         network = resnet.ARCHS[arch]()
@@ -50,7 +50,7 @@ def test_resnet_forward_has_the_shapes_that_its_comments_claim():
     source = inspect.getsource(resnet.ResNet.features)
     comments = re.findall(r"# (\(N, .*\))$", source, re.M)
     claimed = [eval(shape, {"N": 2}) for shape in comments]
-    with torch.device("meta"):  # where shapes are all that there is
+    with torch.device("meta"):  # which has only shapes
         network = resnet.resnet50()
         x = torch.zeros(2, 3, 224, 224)
     stages = [network.layer1, network.layer2, network.layer3, network.layer4]
@@ -63,7 +63,7 @@ def test_resnet_forward_has_the_shapes_that_its_comments_claim():
 
 
 def test_resnet_initialisation():
-    """Convolutions against He's standard deviation; BN scales are 1, but 0 at a block's end."""
+    """Convolutions have He's standard deviation; BN scales are 1, but 0 at a block's end."""
     torch.manual_seed(0)
     network = resnet.resnet18()
     for name, module in network.named_modules():

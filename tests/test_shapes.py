@@ -12,7 +12,7 @@ DIGEST = "b44b1e58ddc6c439"  # of images 0 to 29 of seed 3, drawn by Pillow 13.0
 
 
 def test_shapes_are_the_same_pixels_for_the_same_seed():
-    """A part drawn alone against the same part of a longer draw."""
+    """A part drawn alone equals that part of a longer draw."""
     a = shapes.draw_shapes(3, 0, 30)
     b = shapes.draw_shapes(3, 10, 20)
     assert torch.equal(a.pixels[10:], b.pixels)
@@ -23,7 +23,7 @@ def test_shapes_are_the_same_pixels_for_the_same_seed():
 
 @pytest.mark.skipif(PIL.__version__ != "13.0.0", reason="another Pillow may round otherwise")
 def test_shapes_have_the_pixels_that_they_always_had():
-    """Against a hash that was written down when the data set was made."""
+    """A hash from when the data set was made."""
     pixels = shapes.draw_shapes(3, 0, 30).pixels.numpy()
     assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == DIGEST
 
@@ -37,7 +37,7 @@ def colour_statistics(source):
 
 
 def test_shapes_cannot_be_told_apart_by_colour_statistics():
-    """Nearest neighbours by colour statistics against chance, which is 10%."""
+    """Nearest neighbours by colour statistics are hardly better than chance, 10%."""
     train = shapes.draw_shapes(0, 0, 800)
     val = shapes.draw_shapes(0, 800, 400)
     bank = colour_statistics(train)

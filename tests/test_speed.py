@@ -13,13 +13,13 @@ pytest_plugins = ["tests.fixtures"]
 
 
 def distance(x, y):
-    """How far each view is from another, in levels on average."""
+    """The mean difference of each pair of views, in levels."""
     return (x - y).abs().mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
-    """Both pipelines, all of their draws: as far apart as Pillow's hue and blur are from exact ones."""
+    """With the same draws, both pipelines are as close as Pillow's hue and blur are to exact ones."""
     for k, photo in enumerate(photos):
         Image.fromarray(photo).save(tmp_path / f"{k}.png")
     source, _, _ = opening.open_data(tmp_path)
@@ -39,7 +39,7 @@ PARTS = ["decode and cut", "colour", "all", "all, by Pillow"]
 
 
 def check_bench(source, policy, parts):
-    """Measure, and compare the parts with these, the rates with possible ones."""
+    """Measure, and compare the parts with these and the rates with possible ones."""
     threads = torch.get_num_threads()
     found = speed.bench(source, policy, CPU, repeats=1)
     assert torch.get_num_threads() == threads
@@ -50,13 +50,13 @@ def check_bench(source, policy, parts):
 
 
 def test_the_benchmark_measures_every_part_of_files(large):
-    """The parts, of images that are decoded."""
+    """The parts for images that are decoded."""
     source, _, _ = opening.open_data(large)
     check_bench(source, augment.Policy(size=24), ["decode", *PARTS, "DataLoader, 1 and 2 workers"])
 
 
 @slow
 def test_the_benchmark_measures_every_part_in_memory():
-    """The parts, of images that are held in memory."""
+    """The parts for images that are held in memory."""
     source = shapes.draw_shapes(0, 0, 16)
     check_bench(source, augment.Policy(size=32, blur=0), PARTS)

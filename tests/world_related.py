@@ -1,4 +1,4 @@
-"""SimSiam's neighbours in as many processes as there are. test_related.py compares two with one."""
+"""SimSiam's neighbours in any number of processes; test_related.py compares two with one."""
 import contextlib
 import functools
 import pathlib
@@ -19,9 +19,8 @@ from harness.training import ends, processes, recipes
 from tests.helpers import CPU, TINY_BACKBONE, TINY_HEADS
 
 STEPS = 6
-WRONG = {  # what people got wrong: {method: variants}; see `spoiled`
-    "simclr": ["negatives of one process", "negatives without a gradient", "own gradient alone",
-               "views gathered together"],
+WRONG = {  # common mistakes: {method: variants}; see `spoiled`
+    "simclr": ["negatives of one process", "negatives without a gradient", "own gradient alone"],
     "mocov2": ["keys of one process", "target's BN of one process"],
     "byol": ["target's BN of one process"],
     "swav": ["codes of one process"],
@@ -48,7 +47,7 @@ def data():
 
 
 def views(count=2):
-    """This process's share of each step's views, in float64: other images on each process."""
+    """This process's share of each step's views, in float64."""
     rank, world = dist.get_rank(), dist.get_world_size()
     batches = loading.index_batches(0, 48, 16, 2, rank=rank, world=world)
     policy = augment.Policy(size=16)
@@ -58,7 +57,7 @@ def views(count=2):
 
 
 def new_method(name, **more):
-    """A method with a tiny model, of one block a stage."""
+    """A method with a tiny model of one block a stage."""
     one_block = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1))
     torch.manual_seed(0)
     method = related.METHODS[name](settings(name, **more), data(), CPU)
@@ -71,7 +70,7 @@ ALONE = {"all_sum": related.identity, "rank": 0, "world": 1}
 
 
 class SumWithOwnGradient(torch.autograd.Function):
-    """A sum over the processes whose backward pass takes this process's gradient alone."""
+    """A sum over the processes whose backward pass takes only this process's gradient."""
 
     @staticmethod
     def forward(ctx, t):
@@ -83,26 +82,12 @@ class SumWithOwnGradient(torch.autograd.Function):
 
 
 class LocalBN(nn.modules.batchnorm._BatchNorm):
-    """BN over this process's images alone, in any number of dimensions."""
+    """BN over this process's images, in any number of dimensions."""
     _check_input_dim = staticmethod(lambda x: None)
 
 
-def gathered_together(z1, z2, temperature, all_sum, rank, world):
-    """NT-Xent where [z1; z2] of each process was gathered at once, and taken for [z1; z2] of all."""
-    z1, z2 = simsiam.l2_normalize(z1), simsiam.l2_normalize(z2)
-    n = len(z1)
-    together = torch.cat([z1, z2])
-    s = together @ processes.everyones(together, all_sum, rank, world).T / temperature
-    itself = torch.arange(n) + rank * n
-    other = itself + world * n
-    row = torch.arange(2 * n)
-    s[row, torch.cat([itself, other])] = -torch.inf
-    positive = s[row, torch.cat([other, itself])]
-    return (s.logsumexp(dim=1) - positive).mean()
-
-
 def sums(all_sum):
-    """In the place of related.over_processes: these sums."""
+    """A replacement for related.over_processes."""
     return {"all_sum": all_sum, "rank": dist.get_rank(), "world": dist.get_world_size()}
 
 
@@ -112,7 +97,7 @@ def sum_without_gradient(t):
 
 @contextlib.contextmanager
 def spoiled(method, variant):
-    """Within, a method is wrong in one of the ways of WRONG."""
+    """Within the block, a method makes one of the mistakes in WRONG."""
     with contextlib.ExitStack() as stack:
         def replace(name, function):
             stack.enter_context(mock.patch.object(related, name, function))
@@ -123,8 +108,6 @@ def spoiled(method, variant):
             replace("over_processes", lambda: sums(sum_without_gradient))
         elif variant == "own gradient alone":
             replace("over_processes", lambda: sums(SumWithOwnGradient.apply))
-        elif variant == "views gathered together":
-            replace("nt_xent", gathered_together)
         elif variant == "keys of one process":
             put = method.queue.put
             mine = 16 // dist.get_world_size()  # of a batch
@@ -160,7 +143,7 @@ def train(name, variant="right", **more):
 
 
 def everything(file, wrong=True):
-    """All methods, right and wrong, written by process 0: {(method, variant): what train returns}"""
+    """All methods, right and wrong; process 0 writes {(method, variant): what train returns}."""
     result = {}
     for name, variants in WRONG.items():
         for variant in ["right", *(variants if wrong else [])]:

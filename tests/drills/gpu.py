@@ -1,19 +1,19 @@
-"""What a CPU can't show. A line for each check, and exit status 1 if one has failed.
+"""Checks of what only a GPU can show: a line for each, and exit status 1 if one has failed.
 
     python tests/drills/gpu.py                      some minutes on one GPU
-    python tests/drills/gpu.py --device cpu --only views gradients      the script itself, anywhere
+    python tests/drills/gpu.py --device cpu --only views gradients      to try the script itself, anywhere
 
-Start it from the repository's root. What a GPU has shown is kept in results/drills/gpu.json; a check that is
-made again takes the place of its last outcome.
+Start it from the repository's root. A GPU's outcomes are kept in results/drills/gpu.json; a check that is run
+again replaces its last outcome.
 
-waits       eleven steps of each method in which a hidden wait of the CPU for the GPU is an error; without
-            what the training loop measures beside them
+waits       eleven steps of each method in which a hidden wait of the CPU for the GPU is an error; what the
+            training loop measures between them is left out
 views       the views of the GPU against those of the CPU, in levels of 255
-gradients   those of a step in bf16 against those in float32, of an untrained network: their cosine
+gradients   of a step in bf16 against those in float32, of an untrained network: their cosine
 commands    the programs in their variants, a short run each, several at a time
-stop        SIGTERM after a run's first epoch, and --resume
-two         two processes on the one GPU, by gloo: NCCL takes a GPU for one process alone. The synchronised BN
-            and DistributedDataParallel are those of two GPUs
+stop        SIGTERM after a run's first epoch, then --resume
+two         two processes on one GPU by gloo, because NCCL wants a GPU for each process. Synchronised BN and
+            DistributedDataParallel work as on two GPUs
 """
 import argparse
 import concurrent.futures
@@ -61,7 +61,7 @@ def waits(device):
 
 
 def place_of_a_wait(command, device):
-    """The line of ours in which a step of this command waits for the GPU; "" where none does."""
+    """The line of ours in which a step of this command waits for the GPU, or "" if none does."""
     steps = steps_of([*shlex.split(command), *shlex.split(SHORT), "--amp"], device)
     for _ in range(3):  # the first steps may
         next(steps)
@@ -81,10 +81,10 @@ def place_of_a_wait(command, device):
 
 
 def views(device):
-    """The largest difference, of 512 images at 32 pixels, blur too.
+    """The largest difference among the views of 512 images at 32 pixels, blurred too.
 
-    A crop's pixel that is half-way between two levels may fall to either. Brightness, contrast and saturation
-    then stretch that level by 1.4 at most, each.
+    A pixel of a crop that is half-way between two levels may be rounded to either. Brightness, contrast and
+    saturation then stretch that level by up to 1.4 each.
     """
     source = draw_shapes(0, 0, 512, 48)
     policy = augment.Policy(size=32)
@@ -101,7 +101,7 @@ def views(device):
 
 
 def gradients(device):
-    """Of a ResNet-18 at full width, on 256 images, or 64 on a CPU."""
+    """A full-width ResNet-18 on 256 images, or 64 on a CPU."""
     torch.backends.cudnn.allow_tf32 = False  # this check alone: the programs' float32 has TF32 convolutions
     torch.manual_seed(0)
     model = simsiam.SimSiam("resnet18", cifar_stem=True).to(device, memory_format=torch.channels_last)
@@ -120,22 +120,21 @@ def gradients(device):
 
 
 def words_of(command, device):
-    """A program's command line, by this Python."""
+    """A program's command line for this Python."""
     return [sys.executable, *shlex.split(command), "--device", device.type]
 
 
 def run(command, device):
-    """A program in a process of its own -> its exit status, and its last line. If it fails, what it said goes
-    to the screen."""
+    """Run a program in a process of its own -> its exit status and last line; print everything if it fails"""
     done = subprocess.run(words_of(command, device), capture_output=True, text=True)
     if done.returncode:
         print(f"--- {command}\n{done.stdout}\n{done.stderr}", file=sys.stderr, flush=True)
-    said = (done.stderr.strip() or done.stdout.strip() or "not a word").splitlines()
+    said = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()
     return done.returncode, said[-1][:200]
 
 
 def commands(device):
-    """Each ends well."""
+    """Each exits with status 0."""
     with tempfile.TemporaryDirectory() as folder:
         training = [f"{command} {SHORT} --out {folder}/{number}" for number, command in enumerate(COMMANDS)]
         judging = [f"lineval.py --ckpt {folder}/0/checkpoint.pth {protocol} --out {folder}/lineval-{number}"
@@ -146,20 +145,20 @@ def commands(device):
 
 
 def failures(commands, device):
-    """Run some commands side by side -> of each that failed the command and its last line."""
+    """Run commands in parallel -> each that failed, with its last line"""
     with concurrent.futures.ThreadPoolExecutor(6 if device.type == "cuda" else 1) as pool:
         outcomes = list(pool.map(lambda command: run(command, device), commands))
     return [f"{command}: {last}" for command, (status, last) in zip(commands, outcomes) if status]
 
 
 def stop(device):
-    """Exit status 143, and then 0."""
+    """The exit status must be 143, and then 0."""
     with tempfile.TemporaryDirectory() as folder:
         command = f"simsiam.py --epochs 4 --workers 2 --out {folder}/run"
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(words_of(command, device), **silent) as process:
             while len(records(f"{folder}/run/log.jsonl")) < 3 and process.poll() is None:
-                time.sleep(0.1)  # until start, untrained network and an epoch stand in the log
+                time.sleep(0.1)  # until the log has the start, the untrained network and an epoch
             process.send_signal(signal.SIGTERM)
             stopped = process.wait()
         status, _ = run(f"{command} --resume", device)
@@ -167,8 +166,10 @@ def stop(device):
 
 
 def two(device):
-    """The loss of an epoch against that of one process. In float32 and at a low lr, so that roundings don't
-    grow; of few steps, because gloo brings each sum to the CPU and back."""
+    """The loss of an epoch against that of one process.
+
+    In float32 and at a low lr, so rounding doesn't grow; few steps, because gloo takes each sum to the CPU.
+    """
     options = f"--as-process {SHORT} --no-amp --batch 256 --base-lr 0.1"
     losses = []
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +211,7 @@ def main():
         began = time.monotonic()
         try:
             is_good, seen = CHECKS[name](device)
-        except Exception as error:  # whatever a GPU comes up with is a finding
+        except Exception as error:  # whatever goes wrong on a GPU is a finding
             is_good, seen = False, f"{type(error).__name__}: {error}"
         seconds = round(time.monotonic() - began)
         print(f"{name:10}{'good' if is_good else 'BAD':5} {seen}  ({seconds} s)", flush=True)

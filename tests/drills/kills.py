@@ -1,17 +1,17 @@
-"""kill -9 at random instants of a run. The resumed run must end with the weights of a run that nobody killed.
+"""kill -9 at random instants of a run, which must then end with the weights of a run that nobody killed.
 
     python tests/drills/kills.py --kills 120 --seed 0
 
-Start it from the repository's root, on Linux; it takes some minutes on 2 CPU cores. After each kill it
-resumes the run. When the run has ended, its weights and momentum must be, bit for bit, those of the
-uninterrupted run.
+Start it from the repository's root, on Linux; it takes some minutes on 2 cores. After each kill the run is
+resumed. When it has ended, its weights and momentum must equal those of the uninterrupted run, bit for bit.
 
-The run is small, a tiny network on drawn shapes. It writes a checkpoint after every step, so that many kills
-hit the writing. Each process is forked from this one, which has imported torch already. A byte that they
-share tells what the killed process was doing.
+The run is a tiny network on drawn shapes that writes a checkpoint after every step, so many kills hit the
+writing. Each process is forked from this one, which has imported torch already. In a byte of shared memory it
+says what it is doing.
 """
 import argparse
 import collections
+import math
 import mmap
 import os
 import pathlib
@@ -31,16 +31,16 @@ from harness.training import ends
 from harness.training.log import Log
 from harness.training.run import Run
 from results.rows import write_json
-from tests.helpers import TINY, equal, write_folder
+from tests.helpers import TINY, equal, weights_of, write_folder
 
 KEPT = "results/drills/kills.json"
 PHASES = ["starting", "between steps", "in a step", "writing a checkpoint", "writing the log", "kNN", "ended"]
 OPTIONS = [*TINY, *shlex.split("--workers 0 --save-minutes 0")]
-SHARED = mmap.mmap(-1, 1)  # the number of the child's phase
+SHARED = mmap.mmap(-1, 1)  # the child's phase, as a number
 
 
 def told(phase, function, afterwards=None):
-    """The same function, which tells the parent process that this phase lasts as long as it runs."""
+    """The same function, which also tells the parent process that this phase lasts while it runs."""
     def tells(*given, **options):
         before = SHARED[0]
         SHARED[0] = PHASES.index(phase)
@@ -59,69 +59,52 @@ simsiam.SimSiamMethod.train_step = told("in a step", simsiam.SimSiamMethod.train
 simsiam.knn_of = told("kNN", simsiam.knn_of)
 
 
-def live(data, out, seconds=None):
-    """One process's life: it starts, or resumes, and is killed after so many seconds.
-
-    Returns the last phase, and how long it lived.
-    """
+def live(data, out, seconds=math.inf):
+    """Start or resume the run in a child, and kill it after so many seconds -> its last phase"""
     SHARED[0] = PHASES.index("starting")
-    began = time.monotonic()
+    end = time.monotonic() + seconds
     child = os.fork()
     if child == 0:
         train(data, out)
-    while seconds is None or time.monotonic() - began < seconds:
+    while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
+        if status != 0:
+            sys.exit(f"kills.py: a resumed run failed (status {status}); its folder is {out}")
         if ended:
-            if status != 0:
-                sys.exit(f"kills.py: a resumed run failed (status {status}); its folder is {out}")
-            return "ended", time.monotonic() - began
+            return "ended"
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return PHASES[SHARED[0]], seconds
+    return PHASES[SHARED[0]]
 
 
 def train(data, out):
     """The child: the whole program. Does not return."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    args = simsiam.parse([data, *OPTIONS, "--out", out, "--resume", "auto"])
+    args = simsiam.parse([str(data), *OPTIONS, "--out", str(out), "--resume", "auto"])
     ends.run_and_leave("simsiam.py", simsiam.pretrain, args)
 
 
-def weights(out):
-    """The weights and their momentum at the end of a run."""
-    checkpoint = torch.load(os.path.join(out, "checkpoint.pth"), weights_only=True)
-    found = dict(checkpoint["model"])
-    for number, state in checkpoint["optimizer"]["state"].items():
-        found[f"momentum {number}"] = state["momentum_buffer"]
-    return found
-
-
 def drill(folder, kills, seed):
-    """So many kills, or a few more, until the last run has ended -> {phase: kills}, runs"""
+    """So many kills, and then until the current run has ended -> {phase: kills}, runs"""
     rng = random.Random(seed)
-    data = os.path.join(folder, "data")
+    data = folder / "data"
     for split, count in (("train", 480), ("val", 60)):
-        write_folder(pathlib.Path(data), split, count, 16)
-    uninterrupted = os.path.join(folder, "whole")
-    killed = os.path.join(folder, "killed")
-    _, whole_time = live(data, uninterrupted)
-    wanted = weights(uninterrupted)
+        write_folder(data, split, count, 16)
+    began = time.monotonic()
+    live(data, folder / "whole")
+    whole_time = time.monotonic() - began
     print(f"an uninterrupted run takes {whole_time:.1f} s", file=sys.stderr, flush=True)
     hits = collections.Counter()
     runs = 0
     while hits.total() < kills:
-        phase = None
-        while phase != "ended":
-            phase, _ = live(data, killed, rng.uniform(0, whole_time))
-            if phase != "ended":
-                hits[phase] += 1
-            told = f"{hits.total()} kills, {runs} runs ended as they should; now {phase}"
-            print(told, file=sys.stderr, flush=True)
-        if not equal(weights(killed), wanted):
+        while (phase := live(data, folder / "killed", rng.uniform(0, whole_time))) != "ended":
+            hits[phase] += 1
+        if not equal(weights_of(folder / "killed"), weights_of(folder / "whole")):
             sys.exit(f"kills.py: after {hits.total()} kills, other weights than the uninterrupted run's")
         runs += 1
-        shutil.rmtree(killed)
+        shutil.rmtree(folder / "killed")
+        print(f"{hits.total()} kills, {runs} runs ended as they should", file=sys.stderr, flush=True)
     return hits, runs
 
 
@@ -135,7 +118,7 @@ def main():
     os.sched_setaffinity(0, {first})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        hits, runs = drill(folder, args.kills, args.seed)
+        hits, runs = drill(pathlib.Path(folder), args.kills, args.seed)
     write_json(KEPT, {
         "command": shlex.join(["python", *sys.argv]),
         "kills": hits.total(),

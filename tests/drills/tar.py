@@ -1,18 +1,18 @@
-"""Tar files in the place of folders: how long a start takes with ImageNet's 1.3 million, how fast and in how
-much memory images are read.
+"""Tar files instead of folders: how long a start takes with 1.3 million images, and how fast they are read.
 
     python tests/drills/tar.py --files 1300000
 
-Start it from the repository's root, on Linux; TMPDIR needs 7 GB. The large file is a tar of 1000 tars, as
-ILSVRC2012_img_train.tar is. Its members have ImageNet's mean size, but behind their first bytes there is
-nothing on the disk, only a hole. The first start finds none of its headers in the cache, the second finds
-all. Speed is that of one worker on JPEGs as large as photographs, in a folder and in a tar of the same, in
-turn; memory is what that worker has for itself with the names and places of all 1.3 million.
+Start it from the repository's root, on Linux; TMPDIR needs 7 GB. The large file is a tar of 1000 tars, like
+ILSVRC2012_img_train.tar. Its members have ImageNet's mean size, but after their first bytes there is only a
+hole on the disk. The first start finds none of the headers in the cache, the second finds all. Speed is that
+of one worker on JPEGs as large as photographs, in a folder and in a tar of the same files, in turn. Memory is
+that worker's own, with the names and places of all 1.3 million.
 """
 import argparse
 import io
 import json
 import os
+import pathlib
 import shlex
 import statistics
 import sys
@@ -26,10 +26,9 @@ import torch
 from PIL import Image
 
 import augment
-from harness.data.loading import index_batches
 from harness.data.opening import open_data
 from results.rows import write_json
-from tests.drills.start_up import children, memory
+from tests.drills.start_up import memory_of_steps, photograph, timed, views_of
 
 CLASSES = 1000
 SIZE = 110_000  # bytes of a member
@@ -39,24 +38,11 @@ BATCH = 50
 ROUNDS = 7
 
 
-def add(archive, name, content):
-    """A member more."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def photograph(rng):
-    """A JPEG of 500 x 375 pixels, as bytes."""
-    noise = rng.integers(0, 256, (47, 63, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(noise).resize((500, 375)).save(stream, "jpeg", quality=90)
-    return stream.getvalue()
-
-
 def make_large(path, files):
-    """A tar of CLASSES tars, of so many files in all: pictures of two sizes, because those of one size would
-    be held in memory."""
+    """A tar of CLASSES tars, with so many files in all.
+
+    Pictures of two sizes, because those of one size would be held in memory.
+    """
     contents = []
     for side in (8, 9):
         stream = io.BytesIO()
@@ -93,22 +79,18 @@ def forget(path):
 def make_photos(folder):
     """The same photographs in folder/files/train/<class>/ and in folder/tars/train.tar."""
     rng = np.random.default_rng(0)
-    os.makedirs(f"{folder}/tars")
-    with tarfile.open(f"{folder}/tars/train.tar", "w") as archive:
-        for i in range(PHOTOS):
-            name = f"{'ab'[i % 2]}/{i:04}.jpg"
-            content = photograph(rng)
-            os.makedirs(os.path.dirname(f"{folder}/files/train/{name}"), exist_ok=True)
-            with open(f"{folder}/files/train/{name}", "wb") as f:
-                f.write(content)
-            add(archive, name, content)
+    for i in range(PHOTOS):
+        path = folder / f"files/train/{'ab'[i % 2]}/{i:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photograph(rng))
+    (folder / "tars").mkdir()
+    with tarfile.open(folder / "tars/train.tar", "w") as archive:
+        archive.add(folder / "files/train", "")
 
 
 def rate(data):
-    """Images a second of one worker, in an epoch of 224-pixel views cut from a data set."""
-    train = open_data(data).train
-    batches = index_batches(0, len(train), BATCH, 1)
-    views = augment.load_views(train, augment.Policy(), 0, batches, torch.device("cpu"), 1)
+    """Images a second of one worker, in an epoch of 224-pixel views."""
+    views = views_of(open_data(data).train, augment.Policy(), 1, BATCH)
     next(views)  # the worker has started
     began = time.perf_counter()
     steps = sum(1 for _ in views)
@@ -116,25 +98,16 @@ def rate(data):
 
 
 def start_and_read(folder, files, result):
-    """The start with the large tar, twice, and the memory of a worker that reads from it."""
-    path = f"{folder}/ILSVRC2012_img_train.tar"
+    """Start twice with the large tar, and measure the memory of a worker that reads from it."""
+    path = folder / "ILSVRC2012_img_train.tar"
     make_large(path, files)
     forget(path)
     for name in ("first start, s", "second start, s"):
-        began = time.perf_counter()
-        train = open_data(path).train
-        result[name] = round(time.perf_counter() - began, 1)
+        train, *_ = timed(result, name, open_data, path)
     result["images"] = len(train)
-    began = time.perf_counter()
-    train.fingerprint()
-    result["fingerprint, s"] = round(time.perf_counter() - began, 1)
-    policy = augment.Policy(size=32)
-    batches = index_batches(0, len(train), BATCH, 1)
-    views = augment.load_views(train, policy, 0, batches, torch.device("cpu"), 1)
-    for _ in range(200):
-        next(views)
-    result["memory after 200 steps, MiB: main, worker; and shared"] = [
-        memory(pid) for pid in ("self", *children())]
+    timed(result, "fingerprint, s", train.fingerprint)
+    views = views_of(train, augment.Policy(size=32), 1, BATCH)
+    memory_of_steps(views, [min(200, files // BATCH)], result)
 
 
 def main():
@@ -143,14 +116,12 @@ def main():
     args = parser.parse_args()
     result = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
         make_photos(folder)
-        rates = {"folder": [], "tar": []}
-        for _ in range(ROUNDS):
-            rates["folder"].append(rate(f"{folder}/files"))
-            rates["tar"].append(rate(f"{folder}/tars"))
-        for name, values in rates.items():
+        rounds = [(rate(folder / "files"), rate(folder / "tars")) for _ in range(ROUNDS)]
+        for name, values in zip(("folder", "tar"), zip(*rounds)):
             result[f"images/s, {name}"] = round(statistics.median(values), 1)
-        ratios = [tar / plain for tar, plain in zip(rates["tar"], rates["folder"])]
+        ratios = [tar / plain for plain, tar in rounds]
         result["ratio, tar to folder"] = round(statistics.median(ratios), 3)
         start_and_read(folder, args.files, result)
     write_json("results/drills/tar.json", result)
