@@ -181,12 +181,10 @@ def test_a_run_goes_on_where_all_of_torchrun_has_died(tmp_path, small, longer):
 
 @pytest.fixture
 def stuck(tmp_path):
-    """The arguments of a run whose worker reads a pipe, tmp_path / "pipe", into which nobody writes."""
+    """The arguments of odd_runs.stuck: a run whose worker opens tmp_path / "pipe"."""
     data = write_folder(tmp_path / "data", "train", 60, (70, 80), suffix=".jpg")
-    (data / "train/a/003.jpg").unlink()
     os.mkfifo(tmp_path / "pipe")
-    os.symlink(tmp_path / "pipe", data / "train/a/003.jpg")  # a pipe itself would be left out
-    return [data, *TINY, "--knn-every", "0", "--batch", "2", "--out", tmp_path / "run"]
+    return [tmp_path / "pipe", data, *TINY, "--knn-every", "0", "--batch", "2", "--out", tmp_path / "run"]
 
 
 def test_a_worker_that_is_stuck_ends_the_run_with_a_hint(stuck):
@@ -218,7 +216,7 @@ def test_news_of_a_workers_death_comes_once():
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_hint(tmp_path, stuck):
     """One line about memory."""
-    with start(ROOT / "simsiam.py", *stuck) as process:
+    with start("-m", "tests.odd_runs", "stuck", *stuck, cwd=ROOT) as process:
         pipe = wait_until(lambda: opened(tmp_path / "pipe"), process)
         worker, = children_of(process.pid)
         os.kill(worker, signal.SIGKILL)
