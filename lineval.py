@@ -28,16 +28,10 @@ import os
 from functools import partial
 from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-
-import augment
-import resnet
+# harness comes before torch, because it says how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
-from harness.common.machine import to_device
+from harness.common.machine import set_threads, to_device
 from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
@@ -51,6 +45,14 @@ from harness.training.options import add_prefix, check_batch, check_limits, name
 from harness.training.processes import all_sum, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
 from harness.training.run import Job, Run
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import augment
+import resnet
 from simsiam import SETTINGS, cosine, initial_lr, knn_accuracy, test_views
 
 # --- 1. The linear layer, and LARS (supplement A) --------------------------------------------------------
@@ -367,6 +369,7 @@ def evaluate(args):
         return
     backbone, data, recipe = open_all(args)
     s = describe(args, backbone, data, recipe, world)
+    set_threads(s["width"], s["size"])
     policy = views_of(s)
     views = test_views(policy, device, args.workers)
     say = Progress(0, quiet=rank > 0).line

@@ -33,13 +33,7 @@ import functools
 import math
 import sys
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-
-import resnet
+# harness comes before torch, because it says how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import to_device
@@ -52,6 +46,14 @@ from harness.training.method import Method
 from harness.training.options import number
 from harness.training.processes import everyones
 from harness.training.recipes import RECIPES, list_experiments, options
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import resnet
 from lineval import LARS
 from simsiam import CHOICES, HELP, OF_THE_MODEL, SETTINGS, SimSiam, as_float32, collapsed, cosine
 from simsiam import initial_lr, l2_normalize, loss, prediction_mlp, pretrain, stopgrad, update, warmup
@@ -834,7 +836,7 @@ BYOL.SETTINGS = table(
     added={
         "optimizer":     (str,    "lars-outside", "sgd", "sgd"),  # last_bn: the paper's; its code has 0
         # Small recipes: SimSiam's by the factor of the loss, 4, or on shapes 2, OURS.
-        "base_lr":       (number, 0.45,           0.0075, 1.0),
+        "base_lr":       (number, 0.45,           0.0075, 0.9),
         "epochs":        (int,    100,            800,   4),     # a step takes longer: OURS
         "tau":           (number, 0.99,           0.99,  0.9),   # at the start; small recipes: OURS
         "tau_rises":     (bool,   True,           True,  True),  # to 1
@@ -865,7 +867,7 @@ SwAV.SETTINGS = table(
     everywhere=dict(predictor="none"),
     added={
         "optimizer":   (str,    "larc", "sgd", "sgd"),
-        "base_lr":     (number, 0.3,    0.03,  1.0),   # shapes, OURS: SimSiam's 2.0 failed on a seed of 3
+        "base_lr":     (number, 0.3,    0.03,  0.9),   # shapes: half of SimSiam's, OURS
         "lr_end":      (number, 0.001,  0.0,   0.0),   # the last lr, as a share of the first
         # Small recipes: OURS. SimSiam's z has more numbers than SwAV's 128, so that its cosines with the
         # prototypes are smaller at first; with SwAV's temperature and eps the loss stays at log K.
@@ -884,7 +886,7 @@ SwAV.EXPERIMENTS = {
     "sec62-swav-without-stopgrad": ("NaN: diverges", {"stopgrad": False}),
 }
 
-VIEW = dict(jitter=0.0, gray=0.0, blur=0.0, flip=0.0, aspect=(1.0, 1.0), area=(0.6, 1.0))
+VIEW = dict(jitter=0.0, gray=0.0, blur=0.0, flip=0.0, vflip=0.0, aspect=(1.0, 1.0), area=(0.6, 1.0))
 CLIP.SETTINGS = table(
     imagenet=dict(dim=1024, epochs=32, batch=256, warmup=1),
     everywhere=VIEW,
@@ -892,7 +894,7 @@ CLIP.SETTINGS = table(
     without=("proj_layers", "proj_hidden", "pred_dim", "predictor", "bn", "affine", "pred_lr"),
     added={
         "optimizer":    (str,    "adamw",  "adamw",  "adamw"),
-        "base_lr":      (number, 5e-4,     1e-3,     8e-3),      # small recipes: OURS
+        "base_lr":      (number, 5e-4,     1e-3,     4e-3),      # small recipes: OURS
         "weight_decay": (number, 0.2,      0.2,      0.2),
         "words_width":  (int,    512,      512,      128),       # of the embeddings: OURS
         "scale":        (number, 1 / 0.07, 1 / 0.07, 1 / 0.07),  # at the start; 100 at most

@@ -34,17 +34,11 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-
-import augment
-import resnet
+# harness comes before torch, because it says how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.files import save, save_picture
-from harness.common.machine import fastest_layout, to_device
+from harness.common.machine import fastest_layout, set_threads, to_device
 from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
@@ -60,6 +54,14 @@ from harness.training.per_image import PerImageVectors
 from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
 from harness.training.recipes import default_folder, list_experiments, options, settings_for
 from harness.training.run import Job, Run
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import augment
+import resnet
 
 # --- 1. The loss, and one step of Algorithm 1 (Sec. 3) ---------------------------------------------------
 
@@ -305,6 +307,7 @@ def pretrain(args):
     device, rank, world = join_world(torch.device(args.device))
     data = args.method.open(args.data, args.range)
     s = settings_for(args, data.train, world)
+    set_threads(s["width"], s["size"])
     method = args.method(s, data, device)
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, args.data)
@@ -611,7 +614,7 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 ASPECT = (3 / 4, 4 / 3)                 # PyTorch's, which the paper's notation refers to
 JITTER = (0.4, 0.4, 0.4, 0.1)           # brightness, contrast, saturation, hue
-STRONG_JITTER = (0.6, 0.6, 0.6, 0.5)
+HUE_JITTER = (0.4, 0.4, 0.4, 0.5)       # with any hue
 
 PAIR = (number, 2)                      # an option that takes two numbers
 THREE = (number, 3)
@@ -635,22 +638,22 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "k":            (int,    1,               1,               1),               # Sec. 5.2; 0: an epoch
     "m":            (number, 0.8,             0.8,             0.8),             # Sec. 5.2
     "epochs":       (int,    100,             800,             6),               # Sec. 3; supp. D
-    "batch":        (int,    512,             512,             32),              # Sec. 3; supp. D
-    "base_lr":      (number, 0.05,            0.03,            2.0),             # Sec. 3; supp. D
+    "batch":        (int,    512,             512,             64),              # Sec. 3; supp. D
+    "base_lr":      (number, 0.05,            0.03,            1.8),             # Sec. 3; supp. D
     "momentum":     (number, 0.9,             0.9,             0.9),             # Sec. 3
     "weight_decay": (number, 1e-4,            5e-4,            5e-4),            # Sec. 3; supp. D
     "warmup":       (int,    0,               0,               1),               # Sec. 3 (10 in some rows)
     "pred_lr":      (str,    "constant",      "constant",      "constant"),      # Table 1 (c)
-    "size":         (int,    224,             32,              32),              # supp. A; supp. D
-    "area":         (PAIR,   (0.2, 1.0),      (0.2, 1.0),      (0.3, 1.0)),      # supp. A
+    "size":         (int,    224,             32,              16),              # supp. A; supp. D
+    "area":         (PAIR,   (0.2, 1.0),      (0.2, 1.0),      (0.6, 1.0)),      # supp. A
     "aspect":       (PAIR,   ASPECT,          ASPECT,          ASPECT),          # PyTorch's
     "jitter":       (number, 0.8,             0.8,             0.8),             # supp. A
-    "strength":     (FOUR,   JITTER,          JITTER,          STRONG_JITTER),   # supp. A
-    "gray":         (number, 0.2,             0.2,             0.3),             # supp. A
+    "strength":     (FOUR,   JITTER,          JITTER,          HUE_JITTER),      # supp. A
+    "gray":         (number, 0.2,             0.2,             0.2),             # supp. A
     "blur":         (number, 0.5,             0.0,             0.0),             # released code; supp. D
     "sigma":        (PAIR,   (0.1, 2.0),      (0.1, 2.0),      (0.1, 2.0)),      # supp. A
     "flip":         (number, 0.5,             0.5,             0.5),             # supp. A
-    "vflip":        (number, 0.0,             0.0,             0.0),             # -
+    "vflip":        (number, 0.0,             0.0,             0.5),             # -
     "mean":         (THREE,  IMAGENET_MEAN,   CIFAR_MEAN,      IMAGENET_MEAN),   # released code
     "std":          (THREE,  IMAGENET_STD,    CIFAR_STD,       IMAGENET_STD),    # released code
     "centre":       (number, 224 / 256,       1.0,             1.0),             # released code (test view)

@@ -5,7 +5,7 @@
     python results/cifar10.py --show               only write the pages
 
 Start it from the repository's root, on Linux. rows.py describes how the runs are made and kept. It makes the
-tables in results/cifar10.md, and one in the README.
+tables in results/cifar10.md.
 
 Nothing is chosen on test images. Every figure is the last epoch's, on all 10,000 of them. The base lr of the
 linear evaluations by sgd and lars is chosen with the first run's seed 0 on a tenth of the training images,
@@ -29,7 +29,6 @@ from results.rows import (Kept, Runs, append, columns, epochs_of, evaluate, last
                           minutes_of, parser_for, pretrain, records, results_of, run_script, top1_of)
 
 PAGE = "results/cifar10.md"
-README = "README.md"
 
 
 class Plan(NamedTuple):
@@ -61,12 +60,6 @@ ON_A_CPU = {
 BASE_LRS = {  # tried on held-out images
     "sgd": (0.3, 1, 3, 10, 30),
     "lars": (0.1, 0.3, 1, 3, 10, 30),
-}
-IN_README = {  # run: what the README calls it
-    "800-epochs": "the same here, 800 epochs: `python simsiam.py CIFAR`, then `lineval.py`",
-    "50-epochs": "`50-epochs`: a sixteenth of it, one H200",
-    "small": "`small`: an eighth of the width, 10,000 training images",
-    "small-decayed-predictor": "`small-decayed-predictor`: `--pred-lr cosine`",
 }
 KEPT = Kept("results/cifar10", "runs/cifar10")
 SUBSET = "runs/cifar10-10000"
@@ -224,23 +217,10 @@ def held_out_table():
     return table(["run, seed 0", "protocol", "base lr: top-1 on held-out training images", "taken"], lines)
 
 
-def readme_table():
-    """The paper's row and ours."""
-    lines = [["the paper (supplement D), ResNet-18", 800, "-", "91.8", "-", "-"]]
-    for name, words in IN_README.items():
-        runs = list(KEPT.of(name).values())
-        if runs:
-            *_, knn = columns(runs)
-            lines.append([words, last(runs[0], "epoch"), knn, *linear(runs)])
-        else:
-            lines.append([words, "-", *["not run"] * 4])
-    return table(["CIFAR-10, top-1 in percent", "epochs", "kNN", "linear: sgd", "lars", "cached"], lines)
-
-
 def pages():
     tables = [rows_table("as in supplement D, on a GPU", ON_A_GPU), rows_table("small, on a CPU", ON_A_CPU),
               held_out_table()]
-    return page_with(PAGE, tables) | page_with(README, [readme_table()])
+    return page_with(PAGE, tables)
 
 
 def main():

@@ -15,14 +15,10 @@ from results.rows import read_json, records
 FRONT = "results/README.md"
 DRILLS = "results/drills.md"
 RUNS = {  # folder: what was run there
-    "shapes": "`python simsiam.py`",
-    "shapes-fig2-without-stopgrad": "the same without stop-gradient, on one core",
     "cifar10-width4": "8 epochs, ResNet-18 x 1/4, in bf16",
     "cifar10-width8-high-lr": "10 epochs, ResNet-18 x 1/8; by an earlier version",
 }
 EVALUATIONS = {  # file: the backbone
-    "shapes/lineval-cached": "`python simsiam.py`",
-    "shapes/untrained-lineval-cached": "untrained, BN calibrated",
     "cifar10-width4/lineval-cached": "`cifar10-width4/backbone.pth`",
     "cifar10-width4/untrained-lineval-cached": "untrained, BN calibrated",
     "cifar10-width4/lineval-knn": "`cifar10-width4/backbone.pth`",

@@ -1,6 +1,7 @@
 """Systems and terminals as people have them: a pipe that closes, names that no terminal shows, disks that
 lack a call, versions that are too old, Windows."""
 import errno
+import math
 import os
 import pathlib
 import shutil
@@ -13,9 +14,9 @@ import pytest
 import torch
 
 from harness import check_versions
-from harness.common import files
+from harness.common import files, machine
 from harness.common.errors import printable
-from tests.helpers import ROOT, TINY, log_of, program, python, refusal, slow, start, wait_for_epoch
+from tests.helpers import CPU, ROOT, TINY, log_of, program, python, refusal, slow, start, wait_for_epoch
 from tests.helpers import write_folder
 
 pytest_plugins = ["tests.fixtures"]
@@ -164,16 +165,17 @@ def test_every_script_tells_of_a_system_before_it_imports_more(script):
     assert done.stderr.splitlines() == [NOT_HERE]
 
 
-@pytest.mark.parametrize("python_version, torch_version, message", [
-    pytest.param((3, 10, 18), "2.13.0", "Python 3.10 is too old: use 3.11 or newer", id="python"),
-    pytest.param((3, 11, 7), "2.5.1+cu124", "torch 2.5.1+cu124 is too old: use 2.6 or newer", id="torch"),
+@pytest.mark.parametrize("name, version, message", [
+    ("Python", "3.10.18", "Python 3.10.18 is too old: use 3.11 or newer"),
+    ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is too old: use 2.6 or newer"),
+    ("Pillow", "10.4.0", "Pillow 10.4.0 is too old: use 11.0 or newer"),
 ])
-def test_versions_that_are_too_old_are_refused_in_one_line(python_version, torch_version, message):
+def test_versions_that_are_too_old_are_refused_in_one_line(name, version, message):
     """The line that ends the program, word for word."""
     with pytest.raises(SystemExit) as end:
-        check_versions(python_version, torch_version)
+        check_versions({"numpy": "2.4.6", name: version})
     assert end.value.code == message
-    assert check_versions((3, 11, 0), "2.6.0") is None
+    check_versions({"Python": "3.11.0", "torch": "2.6.0", "numpy": "1.26.4", "Pillow": "11.0.0"})
 
 
 @pytest.mark.parametrize("device, said", [
@@ -184,3 +186,58 @@ def test_another_device_is_refused_with_what_works(device, said):
     """One line."""
     assert said in refusal("simsiam.py", "--device", device)
     assert said in refusal("lineval.py", "--ckpt", "random:resnet18", "--device", device)
+
+
+# --- Cores and threads --------------------------------------------------------------------------------------
+
+def test_a_cgroups_quota_limits_the_cores(tmp_path, monkeypatch):
+    """The smallest of a group's and of those that it is in."""
+    ours = pathlib.Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
+    (tmp_path / ours).mkdir(parents=True, exist_ok=True)
+    assert machine.quota(tmp_path) == math.inf
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert machine.quota(tmp_path) == 2.5
+    (tmp_path / ours / "cpu.max").write_text("max 100000\n")
+    assert machine.quota(tmp_path) == (2.5 if ours else math.inf)
+    (tmp_path / ours / "cpu.max").write_text("50000 100000\n")
+    assert machine.quota(tmp_path) == 0.5
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert machine.cores() == 1
+
+
+@pytest.mark.parametrize("given, width, size, threads", [
+    ("3", 1.0, 224, 3), ("3", 1 / 8, 16, 3), (None, 1.0, 224, 6), (None, 1 / 8, 16, 2)])
+def test_threads_are_omps_or_the_cores_but_few_for_tiny_networks(monkeypatch, given, width, size, threads):
+    """On a machine of six cores."""
+    monkeypatch.setattr(machine, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    try:
+        machine.set_threads(width, size)
+        assert machine.device_name(CPU) == f"CPU, {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_wait_briefly():
+    """harness sets the variable, unless the user has, and comes before torch."""
+    code = "import simsiam, os; print(os.environ['GOMP_SPINCOUNT'])"
+    assert python("-c", code, cwd=ROOT).stdout == "700\n"
+    assert python("-c", code, cwd=ROOT, env={**os.environ, "GOMP_SPINCOUNT": "5"}).stdout == "5\n"
+    for script in ("simsiam", "lineval", "related"):
+        assert python("-c", WHICH_COMES_FIRST.format(script=script), cwd=ROOT).stdout == "True\n"
+
+
+WHICH_COMES_FIRST = """
+import sys
+
+class Watch:
+    def find_spec(name, *rest):
+        if name == "torch":
+            print("harness" in sys.modules)
+
+sys.meta_path.insert(0, Watch)
+import {script}
+"""

@@ -1,6 +1,8 @@
 """The machine: what we say about it, what we choose by it, and how numbers travel to a GPU and back."""
 import functools
+import math
 import os
+import pathlib
 import resource
 import sys
 
@@ -8,16 +10,55 @@ import torch
 
 
 def cores():
-    """This process's share of the machine's cores."""
+    """This process's share of the cores that the machine lets us use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    usable = min(usable, quota(CGROUPS))
+    return max(1, int(usable / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+CGROUPS = pathlib.Path("/sys/fs/cgroup")
+
+
+def quota(root):
+    """How many cores the cgroups of a container or a job allow us; infinite if they set no limit.
+
+    root: where the cgroups (version 2) are mounted
+    """
+    try:
+        ours = pathlib.Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+    except OSError:  # no Linux
+        return math.inf
+    allowed = math.inf
+    group = root / ours.lstrip("/")
+    for folder in (group, *group.parents):
+        try:
+            limit, period = (folder / "cpu.max").read_text().split()
+        except OSError:  # the root of them all has no limit
+            continue
+        if limit != "max":
+            allowed = min(allowed, int(limit) / int(period))
+    return allowed
+
+
+def set_threads(width, size):
+    """Choose how many threads compute on a CPU, for a network of this width and views of `size` pixels.
+
+    OMP_NUM_THREADS decides if it is set. Otherwise all our cores compute, but for tiny networks at most two:
+    their operations are too short to be shared among more.
+    """
+    threads = min(cores(), 2) if width * size ** 2 <= TINY else cores()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or threads))
+
+
+TINY = 64  # width x pixels of a view
 
 
 def device_name(device):
     """The GPU's name, or how many threads we use on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} threads" if threads > 1 else "CPU, 1 thread"
 
 
 def hardware(settings, device):

@@ -8,6 +8,7 @@ from .files import save_picture
 GREEN = "#2a9d3a"
 RED = "#d62728"
 BLUE = "#1f4e9c"
+ORANGE = "#e08214"
 GREY = "#dddddd"
 
 # --- The contact sheet ----------------------------------------------------------------------------------
@@ -66,20 +67,22 @@ def draw_curves(path, records, knn_pixels, minimum, low_rank):
     ]
     last_epoch = max(1, records[-1]["epoch"])
     for k, (key, title, low, high, red) in enumerate(panels):
-        points = [(r["epoch"], r[key]) for r in records if r[key] is not None]
         corner = k % 2 * WIDTH, k // 2 * HEIGHT
-        draw_panel(pen, corner, title, points, last_epoch, low, high, red)
+        draw_panel(pen, corner, title, [(records, BLUE)], key, last_epoch, low, high, red)
     save_picture(image, path)
 
 
-def draw_panel(pen, corner, title, points, last_epoch, low, high, red):
-    """One panel: a line through points (epoch, value), and a red line at the value `red`, unless None.
+def draw_panel(pen, corner, title, runs, key, last_epoch, low, high, red):
+    """One panel: a line for each run, and a red one at the value `red`, unless None.
 
-    corner: the left upper one. The vertical axis goes from low to high, or further if a point does.
+    corner      the left upper one
+    runs        [(records of its epochs, colour)]
+    key         of the value in a record
+    low, high   ends of the vertical axis, which goes further if a value does
     """
     left, top = corner
     font = ImageFont.load_default(15)
-    values = [value for _, value in points]
+    values = [r[key] for records, _ in runs for r in records if r[key] is not None]
     low = min([low, *values])
     high = max([high, *values])
     x0 = left + 58
@@ -103,9 +106,11 @@ def draw_panel(pen, corner, title, points, last_epoch, low, high, red):
     pen.text((x1, y0 + 25), "epoch", "black", font, anchor="rt")
     if red is not None:
         pen.line([at(0, red), at(last_epoch, red)], RED)
-    if points:  # without labels, kNN has none
-        pen.line([at(*point) for point in points], BLUE, 2)
-        pen.circle(at(*points[-1]), 3, BLUE)
+    for records, colour in runs:
+        points = [at(r["epoch"], r[key]) for r in records if r[key] is not None]
+        if points:  # without labels, kNN has none
+            pen.line(points, colour, 2)
+            pen.circle(points[-1], 3, colour)
     pen.rectangle((x0, y1, x1, y0), outline="black")
 
 

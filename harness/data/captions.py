@@ -37,7 +37,7 @@ LONGEST = 256  # words of a text that we keep: in memory, all texts are as long 
 def describe(kind, size, place, turn, paint, wording):
     """The caption of a drawn shape.
 
-    size, turn, wording     from 0 to 1, 1 excluded: of the sizes, of half a turn, of the wordings
+    size, turn, wording     from 0 to 1, 1 excluded: of the sizes, of a whole turn, of the wordings
     place                   a complex number, from 0 to 1 each way: as far left, and as high up, as it can be,
                             to as far right, and as low
     paint                   red, green, blue, from 0 to 255
@@ -46,7 +46,7 @@ def describe(kind, size, place, turn, paint, wording):
     row = ROWS[int(3 * place.imag)]
     return WORDINGS[int(len(WORDINGS) * wording)].format(
         kind=kind, size=SIZES[int(3 * size)], colour=colour_name(paint), place=f"{row} {column}",
-        turn=int(180 * turn) // TURN * TURN)
+        turn=int(360 * turn) // TURN * TURN)
 
 
 def colour_name(paint):

@@ -21,6 +21,7 @@ from .source import Source
 
 TRAINING = 12_000    # images of the data set
 VALIDATION = 1_000
+SIDE = 16  # pixels
 SCALE = 4  # images are drawn this much larger and averaged down, for smooth edges
 
 
@@ -31,32 +32,28 @@ def box(left, top, right, bottom):
     return [complex(left, top), complex(right, top), complex(right, bottom), complex(left, bottom)]
 
 
-def corners(*radii):
-    """Points at equal angles around 0, at these distances from it."""
-    return radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
-
+TRIANGLE = np.exp(2j * np.pi * np.arange(3) / 3)
 
 # Each object lies in the unit disc of the complex plane. A list of points is a polygon, filled; a tuple is
 # a disc: its centre, its radius, and 255 to paint it or 0 to cut it out.
 OBJECTS = {
     "disc": [(0, 0.85, 255)],
     "ring": [(0, 1, 255), (0, 0.6, 0)],
-    "crescent": [(0, 1, 255), (0.5, 0.75, 0)],
-    "square": [corners(1, 1, 1, 1)],
-    "triangle": [corners(1, 1, 1)],
-    "star": [corners(*(1, 0.42) * 5)],
+    "crescent": [(0, 1, 255), (0.55, 0.7, 0)],
+    "triangle": [TRIANGLE],
     "cross": [box(-1, -0.28, 1, 0.28), box(-0.28, -1, 0.28, 1)],
     "bars": [box(-0.8, -0.8, 0.8, -0.4), box(-0.8, -0.2, 0.8, 0.2), box(-0.8, 0.4, 0.8, 0.8)],
     "dots": [(-0.55 - 0.35j, 0.38, 255), (0.55 - 0.35j, 0.38, 255), (0.6j, 0.38, 255)],
     "arrow": [box(-1, -0.2, 0.1, 0.2), [0.05 - 0.7j, 1, 0.05 + 0.7j]],
+    "pair": [(-0.6, 0.4, 255), (0.6, 0.4, 255)],
+    "corner": [box(-0.8, -0.8, -0.35, 0.8), box(-0.8, 0.35, 0.8, 0.8)],
 }
 
 
 # --- Drawing them ----------------------------------------------------------------------------------------
 
 def draw_data_set():
-    """The drawn data set, of 32-pixel images -> (train Source, val Source). All cores draw: it takes a
-    second a thousand images on one."""
+    """The drawn data set -> (train Source, val Source). All cores draw, because it takes seconds."""
     pieces = np.array_split(np.arange(TRAINING + VALIDATION), 64)
     with multiprocessing.Pool(cores()) as pool:
         drawn = pool.map(partial(draw_images, 0), pieces)
@@ -66,7 +63,7 @@ def draw_data_set():
             as_source(images[TRAINING:], captions[TRAINING:], TRAINING))
 
 
-def draw_shapes(seed, start, count, side=32):
+def draw_shapes(seed, start, count, side=SIDE):
     """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source. The
     kinds take turns."""
     return as_source(*draw_images(seed, np.arange(start, start + count), side), start)
@@ -81,7 +78,7 @@ def as_source(images, captions, start):
                   where="this program")
 
 
-def draw_images(seed, index, side=32):
+def draw_images(seed, index, side=SIDE):
     """The images of these numbers -> (N, side, side, 3) uint8, and their captions"""
     kinds = list(OBJECTS)
     u = uniforms(seed, 0, index[:, None], SHAPES, np.arange(80))  # 80 numbers an image, more than it needs
@@ -110,12 +107,12 @@ def draw_shape(kind, u, side):
         pen.line((x, y, *end), fill=colour(40, 110), width=SCALE)
     # The object: its size, place and rotation. All kinds are drawn from the same numbers.
     size = next(u)
-    radius = big * (0.24 + 0.2 * size)
+    radius = big * (0.28 + 0.16 * size)
     room = big - 2 * radius  # where the centre may lie, so that the object stays within the image
     place = complex(next(u), next(u))
     centre = radius * (1 + 1j) + room * place
     turn = next(u)
-    mask = draw_object(kind, big, centre, radius, radius * np.exp(1j * np.pi * turn))
+    mask = draw_object(kind, big, centre, radius, radius * np.exp(2j * np.pi * turn))
     paint = colour(150, 256)
     image.paste(paint, mask=mask)
     caption = describe(kind, size, place, turn, paint, wording=next(u))

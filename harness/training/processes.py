@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from ..common.errors import Refused
-from ..common.machine import cores
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
 
@@ -30,7 +29,6 @@ def join_world(device):
         device = own_gpu()
         backend = "nccl"
     else:
-        torch.set_num_threads(cores())
         backend = "gloo"
     try:
         if "RANK" in os.environ:
