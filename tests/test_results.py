@@ -37,7 +37,7 @@ def test_a_page_is_what_its_script_makes_of_the_logs(script):
 
 
 def test_the_demo_keeps_its_promises():
-    """Each of five seeds learns, far above raw pixels and the untrained network; without stop-gradient, none."""
+    """Each of five seeds learns, far above raw pixels and the untrained network; none without stop-gradient."""
     runs = demo.KEPT.of(demo.WITH.name).values()
     knn = [last(run, "knn") for run in runs]
     assert len(knn) == 5
@@ -65,7 +65,7 @@ def test_each_line_is_one_finished_run_and_its_evaluations(script):
 
 
 def test_the_papers_rows_had_the_settings_of_their_options():
-    """The logs against what simsiam.py makes of the options today, but for what the recipe has changed since."""
+    """The logs against what simsiam.py makes of the options today, except what the recipe has changed."""
     changed = {"batch", "base_lr", "size", "area", "strength", "gray", "vflip"}
     pixels = torch.zeros(1, dtype=torch.uint8).expand(recipes.OWN_IMAGES["shapes"], 3, 32, 32)
     source = Source(pixels=pixels, labels=None, classes=[])          # only the number of images counts
