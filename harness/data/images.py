@@ -163,7 +163,9 @@ def to_levels(values, value_range):
     """Values -> uint8 of the same shape: the range (low, high) becomes 0 to 255, the others are clipped,
     NaN becomes 0."""
     low, high = value_range
-    levels = (values.astype(np.float64) - low) * (255 / (high - low))
+    with np.errstate(invalid="ignore"):  # one kind of NaN warns when it is converted
+        values = values.astype(np.float64)
+    levels = (values - low) * (255 / (high - low))
     levels = np.nan_to_num(levels.clip(0, 255), nan=0)
     return levels.round().astype(np.uint8)
 
