@@ -1004,10 +1004,8 @@ def paper_map():
 SETTINGS_MAP = {
     "crop": ("supp. A", "augment.py", "def draw_crop(",
              "tests/test_augment.py", "test_crops_are_distributed_as_random_resized_crop_draws_them"),
-    "jitter, grayscale": ("supp. A", "augment.py", "    if colour.jitter:",
-                          "tests/test_augment.py", "test_changes_are_exact_and_come_in_each_views_own_order"),
-    "blur": ("supp. A", "augment.py", "def gaussian_blur(",
-             "tests/test_augment.py", "test_changes_are_exact_and_come_in_each_views_own_order"),
+    "jitter, grayscale, blur": ("supp. A", "augment.py", "    if colour.jitter:",
+                                "tests/test_augment.py", "test_changes_are_exact_and_come_in_each_views_own_order"),
     "flip": ("supp. A", "augment.py", "        x = x.flip(2)",
              "tests/test_one_view.py", "test_crop_resize_and_flip_agree_with_pillow"),
     "the two heads": ("Sec. 3", "simsiam.py", "def projection_mlp(",
@@ -1122,7 +1120,7 @@ DEPARTURES = {  # file: [(words in the line with the mark, first cell of its row
     "simsiam.py": [
         ("affine", "projection's output BN"),
         ("first hidden width", "projection's first hidden width"),
-        ("every step", "lr set")],
+        ("every step", "lr updated")],
     "augment.py": [
         ("blur", "blur probability")],
     "resnet.py": [
