@@ -143,14 +143,15 @@ def describe_run(job, method, watches_knn):
     rows = {"recipe": ", ".join([s["recipe"], *changed])}
     if s["experiment"] != method.NAME:
         rows["experiment"] = describe_experiment(method)
+    instead = "" if method.total_steps == on_its_own else f" (the recipe on its own data: {on_its_own:,})"
     rows["training"] = (
-        f"{s['epochs']} epochs of {method.steps_per_epoch} steps, {method.total_steps:,} in all (the recipe "
-        f"on its own data: {on_its_own:,}), global batch {s['batch']}, lr {method.lr:.4g}")
+        f"{s['epochs']} epochs of {method.steps_per_epoch} steps, {method.total_steps:,} in all{instead}, "
+        f"global batch {s['batch']}, lr {method.lr:.4g}")
     if method.total_steps < min(FEW_STEPS, on_its_own):
         epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
         rows["too short"] = f"{TOO_SHORT}; --epochs {epochs}, or a smaller --batch, gives {FEW_STEPS:,}"
     rows["processes"] = (
-        f"{world} x {s['batch'] // world} images, BN over {s['batch']}, {hardware(s, job.device)}")
+        f"{world}, of {s['batch'] // world} images each, BN over {s['batch']}, {hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job, watches_knn)
     return rows | method.rows() | {"writes to": job.out}
 
@@ -178,4 +179,4 @@ def describe_knn(job, watches_knn):
     if not watches_knn:
         return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes))
-    return f"every {every} epochs, k {k} (a fifth of a class, 200 at most), on {len(job.val)} images"
+    return f"every {every} epochs, k {k} (a fifth of a class, at most 200), on {len(job.val)} images"
