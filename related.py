@@ -89,7 +89,7 @@ def simclr_with_predictor(network, optimizer, autocast, temperature, as_target, 
 
 
 def mocov2(encoder, target, queue, tau, network, optimizer, autocast, temperature, step, x1, x2):
-    """MoCo v2: each query must tell its key, from the target encoder, from the keys of earlier steps.
+    """MoCo v2: each query must tell its key (by the target encoder) from the keys of earlier steps.
 
     The authors move the target before the forward passes; moving it after the update is the same. The keys
     enter the queue only after both directions: otherwise the second direction's queries would find keys of
@@ -189,7 +189,7 @@ def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
     n = len(z1)
     z1 = l2_normalize(z1)                                             # (N, d)
     z2 = l2_normalize(z2)                                             # (N, d)
-    # Each view is gathered separately: [z1; z2] from one process after another would be another order.
+    # Each view is gathered separately: gathering [z1; z2] would put the outputs in another order.
     every = [everyones(z, all_sum, rank, world) for z in (z1, z2)]
     logits = torch.cat([z1, z2]) @ torch.cat(every).T / temperature
     # The columns of z1 itself, and of z2.
@@ -569,7 +569,7 @@ class BYOL(MomentumEncoder):
     DEPARTURE: no solarisation, which BYOL applies to a fifth of second views: 72.3 instead of 72.5 (there).
 
     DEPARTURE: fc layers before a BN have no bias, which the BN would subtract. The last of each MLP has one;
-    BYOL's don't.
+    in BYOL it has none.
     """
     NAME = "byol"
 
