@@ -1,17 +1,17 @@
 """From images to augmented views: SimSiam's input pipeline, Sec. 3 and supplement A of the paper.
 
     python augment.py PHOTO_OR_DATA --out views.png     a contact sheet: originals beside pairs of views
-    python augment.py DATA --check                      reads every image file, and lists the bad ones
+    python augment.py DATA --check                      read every image file, and list the bad ones
 
 `one_view` is the specification: a view of one image, from beginning to end, in plain operations. The rest
 does the same, fast. It makes a view in two steps that share only plain arrays:
 
     draw    random numbers -> what to do: crop box, flip, colour changes and their order, grayscale, blur
-    apply   image, what to do -> view: deterministic; crop and resize first, everything photometric after
+    apply   image, what to do -> view: deterministic; crop and resize first, then everything photometric
 
 Every random number is a pure function of (seed, epoch, image, view, draw number); see
 harness/common/draws.py. So a view does not depend on how many workers, processes or interruptions there were,
-and any view can be shown again.
+and any view can be reproduced.
 
 Order of this file: the policy; one view; what is drawn; the same, fast: crop, resize and flip, then colour
 jitter, grayscale, blur and normalisation; the views of a batch; the contact sheet.
@@ -70,11 +70,11 @@ def one_view(image, policy, seed, epoch, index, view):
 
     image (H, W, 3) -> (3, S, S) float32, normalised. view: 0 is x1, 1 is x2
 
-    The resized crop has whole levels from 0 to 255, as a picture has. Give images of files as uint8: torch
-    rounds them after each of its two passes. Give images in memory as float: they are rounded once, below.
+    The resized crop has integer levels from 0 to 255, like a picture. Pass images of files as uint8: torch
+    rounds them after each of its two passes. Pass images in memory as float: they are rounded once, below.
     """
     height, width, _ = image.shape
-    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)  # draws are arrays: of one
+    crop = pick(draw_crop(policy, seed, epoch, index, view, height, width), 0)  # arrays of one
     colour = pick(draw_colour(policy, seed, epoch, index, view), 0)
 
     top, left, h, w, flip, vflip = crop
@@ -98,7 +98,7 @@ def one_view(image, policy, seed, epoch, index, view):
     return (x - mean) / std
 
 
-# Brightness, contrast and saturation blend a view x (3, S, S) with something grey. With factor 1 it stays.
+# Brightness, contrast and saturation blend a view x (3, S, S) with something grey. Factor 1 changes nothing.
 
 def brightness(x, factor):
     """x and black."""
@@ -116,7 +116,7 @@ def saturation(x, factor):
 
 
 def hue(x, turns):
-    """x (3, S, S) with its hue rotated by so many turns: to HSV (Smith 1978), and back."""
+    """x (3, S, S) with its hue rotated by `turns`: to HSV (Smith 1978), and back."""
     r, g, b = x
     largest = x.amax(dim=0)
     chroma = largest - x.amin(dim=0)
@@ -124,7 +124,7 @@ def hue(x, turns):
     h = (r - g) / c + 4                                               # six to a turn: red 0, green 2, blue 4
     h = torch.where(largest == g, (b - r) / c + 2, h)
     h = torch.where(largest == r, (g - b) / c, h)
-    # A channel is the largest up to 1 from its own hue, and the smallest from 2 on.
+    # A channel is the largest within 1 of its own hue, and the smallest from 2 on.
     own = torch.tensor([0, 2, 4]).view(3, 1, 1)
     distance = ((h + 6 * turns - own + 3) % 6 - 3).abs()              # around a circle of 6
     return largest - chroma * (distance - 1).clamp(0, 1)
@@ -140,11 +140,11 @@ def grayscale(x):
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-REACH = 8   # pixels: four times the paper's largest std. Beyond it a Gaussian holds 6e-5 of its mass
+REACH = 8   # pixels: four times the paper's largest std. Beyond it a Gaussian has 6e-5 of its mass
 
 
 def gaussian_blur(x, sigma):
-    """x (3, S, S) under a Gaussian of std sigma in pixels, cut at REACH; edges repeat."""
+    """x (3, S, S) blurred by a Gaussian of std sigma in pixels, cut at REACH; edges repeat."""
     distance = torch.arange(-REACH, REACH + 1)
     gaussian = torch.exp(-distance ** 2 / (2 * sigma ** 2))
     kernel = gaussian[:, None] * gaussian
@@ -155,15 +155,15 @@ def gaussian_blur(x, sigma):
 
 # --- What is drawn --------------------------------------------------------------------------------------
 
-# Where views lie in their images: arrays (N,), in pixels. Bool: flip, left and right; vflip, up and down.
+# The boxes of views in their images: arrays (N,), in pixels. flip (left-right), vflip (up-down) are bool.
 Crop = namedtuple("Crop", "top left height width flip vflip")
 
 
 class Colour(NamedTuple):
     """What happens to the pixels of N views."""
     jitter: np.ndarray  # (N,)    bool: whether the four changes apply
-    order: np.ndarray   # (N, 4)  the change that comes k-th, as CHANGES numbers them
-    factor: np.ndarray  # (N, 4)  of brightness, contrast, saturation (1: as it was); of hue, turns (0)
+    order: np.ndarray   # (N, 4)  the k-th change, numbered as in CHANGES
+    factor: np.ndarray  # (N, 4)  of brightness, contrast, saturation (1: no change); of hue, turns (0)
     gray: np.ndarray    # (N,)    bool
     sigma: np.ndarray   # (N,)    std of the blur in pixels; 0: none
 
@@ -173,7 +173,7 @@ def pick(drawn, which):
     return drawn._make([field[which] for field in drawn])
 
 
-# Each random decision has a draw number of its own. A new decision can be added without changing the others.
+# Each random decision has its own draw number, so a new one can be added without changing the others.
 AREA = slice(0, 10)
 ASPECT = slice(10, 20)
 TOP = 20
@@ -197,7 +197,7 @@ def draw(seed, epoch, index, view):
 
 
 def between(bounds, u):
-    """u in [0, 1), stretched to lie between the two bounds."""
+    """u in [0, 1), scaled to the range between the two bounds."""
     low, high = bounds
     return low + (high - low) * u
 
@@ -208,8 +208,8 @@ def draw_crop(policy, seed, epoch, index, view, height, width):
     index (N,), view (N,), or one for all -> Crop
 
     Ten tries at an area and an aspect. The first box that fits the image is placed uniformly. If none fits,
-    the crop is the largest centred box with an admissible aspect. This is the procedure of the PyTorch
-    notation that the paper names.
+    the crop is the largest centred box with an admissible aspect. This is PyTorch's procedure, whose
+    notation the paper uses.
     """
     u = draw(seed, epoch, index, view)                                # (N, 36)
     area = height * width * between(policy.area, u[:, AREA])          # (N, 10)
@@ -252,14 +252,14 @@ def draw_colour(policy, seed, epoch, index, view):
 
 # --- The same, fast: crop, resize, flip. uint8 -> uint8 -------------------------------------------------
 # In the released code the flip comes last. Here it comes with the crop, which changes nothing: all later
-# steps treat left and right alike. Files are cropped by workers, one image after the other (crop_resize);
+# steps treat left and right alike. Files are cropped by workers, one image at a time (crop_resize);
 # images in memory are cropped on the device, a batch at a time, by matrix products (crop_resize_batch).
 
 def crop_resize(image, crop, n, size):
     """The n-th box of `crop`, cut out of one stored image, resized and flipped, on the CPU.
 
-    image (H, W, 3) uint8 -> (3, S, S) uint8. Bilinear, antialiased. The crop is cut out first, so that no
-    pixel outside it is read.
+    image (H, W, 3) uint8 -> (3, S, S) uint8. Bilinear, antialiased. The crop is cut out first, so no pixel
+    outside it is read.
     """
     top, left, h, w, flip, vflip = pick(crop, n)
     part = image[None, top:top + h, left:left + w].permute(0, 3, 1, 2)  # (1, 3, h, w)
@@ -272,17 +272,17 @@ def crop_resize(image, crop, n, size):
 
 
 def crop_resize_batch(images, crop, size):
-    """The boxes of `crop`, one an image, cut out of images of one size, resized and flipped, on any device.
+    """The boxes of `crop`, one per image, cut out of images of one size, resized and flipped, on any device.
 
-    (N, 3, H, W) uint8 -> (N, 3, S, S) uint8. It takes two matrices an image: one from rows to rows, the other
-    from columns to columns.
+    (N, 3, H, W) uint8 -> (N, 3, S, S) uint8. It takes two matrices per image: one resizes rows, the other
+    columns.
     """
     height, width = images.shape[2:]
     rows = matrices_of(crop.top, crop.height, crop.vflip, height, size, images.device)
     cols = matrices_of(crop.left, crop.width, crop.flip, width, size, images.device)
     out = images.new_empty(len(images), 3, size, size)
     for part in pieces(images, 0, len(images)):
-        # (n, H, 3, W): in this order both products find their numbers one after the other in memory
+        # (n, H, 3, W): in this order both products read contiguous memory
         x = images[part].transpose(1, 2).contiguous().float()
         x = rows[part] @ x.flatten(2)
         x = x.view(-1, size * 3, width)
@@ -302,13 +302,13 @@ def matrices_of(start, length, flip, side, size, device):
 def resize_matrices(side, size, device):
     """Bilinear, antialiased resizing of every part of a line of `side` pixels to `size`.
 
-    Matrices (size, side), stacked along the first axis in the order that matrices_of knows. All are made at
-    once and kept: 9 MB for 32 pixels, 136 MB for 64. Those of parts that reach beyond the line mean nothing.
+    Matrices (size, side), stacked along the first axis in the order that matrices_of expects. All are made at
+    once and kept: 9 MB for 32 pixels, 136 MB for 64. Those of parts beyond the line's end are meaningless.
     Row i of a matrix holds the weights of the pixels that make output i: a triangle around its centre, which
     reaches one output pixel either way (one input pixel where that is larger), and nothing outside the part.
     The second half of the matrices has the output flipped.
     """
-    # One axis each, so that what follows broadcasts to (start, length, output, pixel).
+    # One axis each, to broadcast to (start, length, output, pixel).
     start = torch.arange(side, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
     length = torch.arange(side + 1, dtype=torch.float32, device=device).view(-1, 1, 1)
     output = torch.arange(size, device=device).view(-1, 1) + 0.5      # the outputs' centres
@@ -321,7 +321,7 @@ def resize_matrices(side, size, device):
     return torch.stack([weight, weight.flip(2)]).flatten(0, 2)
 
 
-STRIP = 4  # an image that is longer than so many times its shorter side loses its ends before it is resized
+STRIP = 4  # an image longer than this many times its shorter side loses its ends before it is resized
 
 
 def resize_centre(images, policy):
@@ -347,20 +347,20 @@ def resize_centre(images, policy):
 
 
 # --- The same, fast: colour jitter, grayscale, blur, normalisation. uint8 -> float32, any device --------
-# How far from Pillow's result for the same draws, in levels of 255, worst pixel / mean (24 photographs at
+# Difference from Pillow's result for the same draws, in levels of 255, worst pixel / mean (24 photographs at
 # 224 pixels):
 #
 #   crop and resize 1 / 0.1; gray 0.5 / 0.2; brightness, contrast, saturation 1.2 / 0.5 (Pillow rounds)
 #   hue 11 / 0.5 (Pillow's HSV has 8 bits; ours is exact to 0.001)
 #   blur 28 / 0.5 (Pillow approximates the Gaussian by three boxes; ours is exact to 0.05 up to std 2)
 #
-# On a CPU the passes over memory are what costs. So there are few of them, in place, over pieces that the
-# cache holds.
+# On a CPU the passes over memory cost most, so there are few of them, in place, over pieces that fit the
+# cache.
 
 def pieces(x, start, end):
-    """Slices of x[start:end], to work on one after the other.
+    """Slices of x[start:end], to work on one at a time.
 
-    On a CPU they are of 2^19 numbers, which its cache holds; on a GPU there is one.
+    On a CPU each has 2^19 numbers, which fit its cache; on a GPU there is one slice.
     """
     size = len(x)
     if x.device.type == "cpu":
@@ -374,7 +374,7 @@ def photometric(x, colour, policy, layout=torch.contiguous_format):
 
     x (N, 3, S, S) uint8 and its Colour -> (N, 3, S, S) float32, on x's device, in this memory layout
     """
-    # Views that take hue at the same place of their order become neighbours; change_colours says why.
+    # Sort the views by the place of hue in their order; change_colours says why.
     hue_at = np.argmax(colour.order == HUE, axis=1)
     hue_at = np.where(colour.jitter, hue_at, 4)                       # (N,)
     sort = np.argsort(hue_at, kind="stable")
@@ -401,9 +401,9 @@ def change_colours(x, colour, bounds):
     """Colour jitter: the four changes of x (N, 3, S, S) in [0, 255], in place, each view in its own order.
 
     Brightness, contrast and saturation are one operation with three kinds of weights (see blend). Only hue
-    differs. So the views are sorted by the place of hue in their order: those in x[bounds[k]:bounds[k + 1]]
-    take it as the k-th change, and all do the same operations in the same order. x[bounds[4]:] stays as it
-    is.
+    differs, so the views are sorted by the place of hue in their order: in x[bounds[k]:bounds[k + 1]] it is
+    the k-th change, and all views go through the same operations in the same order. x[bounds[4]:] is left
+    unchanged.
     """
     factor = np.take_along_axis(colour.factor, colour.order, axis=1)  # (N, 4)
     to_luma = colour.order == SATURATION
@@ -419,7 +419,7 @@ def change_colours(x, colour, bounds):
 
 
 def four_changes(x, weights, shift, hue_at):
-    """The four changes of x (N, 3, S, S), in place, hue as number hue_at; see blend and shift_hue."""
+    """The four changes of x (N, 3, S, S), in place, with hue as number hue_at; see blend and shift_hue."""
     for k in range(4):
         if k == hue_at:
             shift_hue(x, shift)
@@ -443,12 +443,12 @@ def blend(x, share, to_luma, to_mean):
 def shift_hue(x, shift):
     """Rotate the hue of x (N, 3, S, S) by `shift` (N, 1, 1, 1) turns, at most half a turn, in place.
 
-    HSV without HSV. Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. HSV's way back
-    to RGB (Smith 1978) gives each channel min + c clamp(2 - d, 0, 1), where d is how far h is around the
-    circle from that channel's own hue. No division and no condition is needed, because
-    - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 just where b > g (at b = g either sign is right);
-    - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is how far v is from 0 around a circle of 6.
-    Both are computed times c, so that a grey pixel, c = 0, stays as it is.
+    HSV without HSV. Let c = max - min, and h the hue, six to a turn: red 0, green 2, blue 4. Converting
+    back to RGB (Smith 1978) gives each channel min + c clamp(2 - d, 0, 1), where d is the distance around
+    the circle from h to that channel's own hue. No division or condition is needed, because
+    - |h - 3| = 2 + (r - g - b + min) / c, and h > 3 exactly where b > g (at b = g either sign is right);
+    - for v in [-9, 9], d = abs(abs(abs(v) - 3) - 3) is the distance from v to 0 around a circle of 6.
+    Both are computed times c, so a grey pixel, c = 0, is unchanged.
     """
     r, g, b = x.split(1, dim=1)                                       # (N, 1, S, S) each
     top = r.maximum(g).maximum(b)                                     # (N, 1, S, S)
@@ -469,14 +469,14 @@ def luma(x):
     return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-BLOCK = 16  # pixels of a line that one product makes
+BLOCK = 16  # pixels of a line that one product computes
 
 
 def blur(x, sigma):
     """Gaussian blur of x (N, 3, S, S) with std sigma (N,) > 0, in pixels.
 
-    Each line is cut into blocks, with what the Gaussian reaches on both sides, and multiplied by one small
-    matrix. Then each column is.
+    Each line is cut into blocks, extended by the Gaussian's reach on both sides, and multiplied by one small
+    matrix; then each column is.
     """
     n, c, side, _ = x.shape
     source = torch.arange(BLOCK + 2 * REACH, device=x.device)[:, None]
@@ -485,12 +485,12 @@ def blur(x, sigma):
     sigma = sigma.view(-1, 1, 1)
     kernel = torch.exp(-distance ** 2 / (2 * sigma ** 2)) * (distance.abs() <= REACH)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)                 # (N, 32, 16)
-    beyond = -side % BLOCK  # pixels that the last block has beyond the line
+    beyond = -side % BLOCK  # pixels of the last block beyond the line
     for _ in range(2):
         lines = F.pad(x, (REACH, REACH + beyond, 0, 0), mode="replicate")
         blocks = lines.unfold(3, BLOCK + 2 * REACH, BLOCK).flatten(1, 3)  # overlapping, 32 pixels each
         blurred = (blocks @ kernel).view(n, c, side, side + beyond)
-        x = blurred[..., :side].mT  # transposed, so that the second time lines are columns
+        x = blurred[..., :side].mT  # transposed, so the second pass blurs columns
     return x
 
 
@@ -513,9 +513,9 @@ def load_views(source, policy, seed, batches, device, workers, views=2, waiting=
                layout=torch.contiguous_format):
     """For each (epoch, indices) of `batches`, yield (indices, views): normalised, on the device.
 
-    views is (x1, x2, ...), (N, 3, S, S) each, in this memory layout. waiting: what is read from files goes
-    through it, and so can be timed (harness/data/loading.py). Raises BadImage where too many files can't be
-    read.
+    views is (x1, x2, ...), (N, 3, S, S) each, in this memory layout. waiting wraps what is read from files,
+    so it can be timed (harness/data/loading.py). Raises BadImage if too many files
+    can't be read.
     """
     if source.pixels is None:
         crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers, waiting)
@@ -539,7 +539,7 @@ def load_centres(source, policy, batches, device, workers):
     else:
         for _, index in batches:
             images = source.pixels.index_select(0, torch.from_numpy(index))
-            x = resize_centre(images, policy).to(device)  # resized here: torch resizes uint8 on CPUs alone
+            x = resize_centre(images, policy).to(device)  # resized here: torch resizes uint8 only on CPUs
             yield index, normalize(x.float(), policy)
 
 
@@ -605,19 +605,19 @@ def parse(argv=None):
                         help="a photo, or whatever simsiam.py takes as DATA (default: the drawn shapes)")
     parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of the views (default: %(default)s)")
-    parser.add_argument("--epoch", type=int, default=0, help="of the views (default: %(default)s)")
+                        help="the views' seed (default: %(default)s)")
+    parser.add_argument("--epoch", type=int, default=0, help="the views' epoch (default: %(default)s)")
     parser.add_argument("--check", action="store_true",
-                        help="say what was found in DATA, and what is left out and why; read every image, "
-                             "and list what is wrong with which")
+                        help="report what DATA has, and what is left out and why; read every image, and "
+                             "list the bad ones, with the reasons")
     add_range(parser)
     return parser.parse_args(argv)
 
 
 def check(data):
-    """Say what was found, read every image file of both splits, and list the bad ones.
+    """Report what was found, read every image file of both splits, and list the bad ones.
 
-    Raises Refused, with their count, where there are any.
+    Raises Refused, with their count, if there are any.
     """
     for heading, text in data.rows().items():
         print(f"{heading:10}{printable(text)}", file=sys.stderr)
@@ -640,17 +640,17 @@ def main():
             check(find_data(args.data, args.range))
             return
         if not args.out.lower().endswith(".png"):
-            raise Refused(f"--out {args.out}: name a .png")
+            raise Refused(f"--out {args.out} must end in .png")
         train, *_ = open_data(args.data, args.range)
         policy = Policy()
-        if train.pixels is not None:  # as recipe cifar10 has it
+        if train.pixels is not None:  # as in recipe cifar10
             policy = Policy(size=max(train.pixels.shape[2:]), blur=0)
         save_picture(contact_sheet(train, policy, args.seed, args.epoch), args.out)
-    except BrokenPipeError as error:  # of `--check | head`
+    except BrokenPipeError as error:  # as from `--check | head`
         silence(error)
         sys.exit(1)
     except BrokenProcessPool:
-        sys.exit("augment.py: a process that reads images was killed, mostly for want of memory")
+        sys.exit("augment.py: a process that reads images was killed, usually because memory ran out")
     except KeyboardInterrupt:
         sys.exit("augment.py: interrupted")
     except (Refused, OSError, ValueError) as error:

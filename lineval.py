@@ -1,26 +1,26 @@
-"""Frozen linear classification: how the paper judges what was learned (Sec. 4, supplement A).
+"""Linear evaluation of a frozen backbone, as in the paper (Sec. 4, supplement A).
 
-    python lineval.py --ckpt runs/shapes/checkpoint.pth           as its recipe calls for, on its own data
-    python lineval.py IMAGENET --ckpt checkpoint_0099.pth.tar     the authors' file; MoCo's, torchvision's
-    python lineval.py CIFAR --ckpt random:resnet18                an untrained network, to compare with
+    python lineval.py --ckpt runs/shapes/checkpoint.pth           its recipe's protocol, on its own data
+    python lineval.py IMAGENET --ckpt checkpoint_0099.pth.tar     the authors' file, MoCo's or torchvision's
+    python lineval.py CIFAR --ckpt random:resnet18                an untrained network, for comparison
     torchrun --nproc-per-node 8 lineval.py --ckpt runs/IMAGENET/checkpoint.pth
     python lineval.py --ckpt runs/IMAGENET/checkpoint.pth --export torchvision      another file layout
 
-Every protocol looks at pooled features of the frozen backbone in eval mode, and is judged on the validation
+Every protocol uses pooled features of the frozen backbone in eval mode. Its accuracy is over the validation
 images' features, which are computed once; every image counts once:
 
     --lars    the paper's: 90 epochs, batch 4096, SGD with layer-wise rates, cosine     default for imagenet
     --sgd     MoCo's, the paper's alternative: 100 epochs, batch 256, lr 30 in steps    default for cifar10
     --cached  not the paper's: features computed once, then a linear layer on them      default for shapes
-    --knn     not the paper's: no training, the classifier that pre-training is monitored with
+    --knn     not the paper's: no training; the classifier that monitors pre-training
 
-This file has, in this order:
+Order of this file:
 
     1. the linear layer, and LARS           4. cached: training on features
     2. the protocols, in a table            5. kNN
     3. lars and sgd: training on views      6. the program: `evaluate` is a whole evaluation
 
-harness/evaluation reads the files that backbones come in, takes features, and prints and writes the result.
+harness/evaluation reads backbone files, extracts features, and prints and writes the result.
 Shapes in comments: n images of a split, N of a batch, D features, C classes, R learning rates.
 """
 import math
@@ -28,7 +28,7 @@ import os
 from functools import partial
 from typing import NamedTuple
 
-# harness comes before torch, because it says how torch's threads wait.
+# harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import set_threads, to_device
@@ -59,8 +59,8 @@ from simsiam import SETTINGS, cosine, initial_lr, knn_accuracy, test_views
 
 
 def linear_layer(features, classes):
-    """What lars and sgd train. Weight from a normal of std 0.01, bias 0, as in MoCo and the released code."""
-    # The global random numbers decide: seed them alike on all processes before.
+    """The layer of lars and sgd: weight normal with std 0.01, bias 0, as in MoCo and the released code."""
+    # This uses the global random numbers: first seed them alike on all processes.
     layer = nn.Linear(features, classes)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -68,11 +68,11 @@ def linear_layer(features, classes):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose gradients are first rescaled to a norm in proportion to their weights' (You et al. 2017).
+    """SGD whose gradients are first rescaled to norms proportional to their weights' (You et al. 2017).
 
-    local lr = trust |w| / (|gradient| + wd |w| + eps), for each tensor w by itself, in the LARC form of the
-    released code: no clipping, momentum after the scaling, bias included. A tensor or gradient that is zero
-    takes the plain step, or a bias could never leave 0. The scaling is done at weight decay 0, the paper's,
+    local lr = trust |w| / (|gradient| + wd |w| + eps), for each tensor w separately, in the LARC form of the
+    released code: no clipping, momentum after the scaling, bias included. If a tensor or its gradient is
+    zero, the step is plain; otherwise a bias could never leave 0. We scale at weight decay 0, the paper's,
     too.
     """
 
@@ -98,7 +98,7 @@ class LARS(torch.optim.Optimizer):
         self.momentum_step(w, gradient, lr, momentum)
 
     def momentum_step(self, w, gradient, lr, momentum):
-        """SGD with momentum, from here on."""
+        """The rest is SGD with momentum."""
         velocity = self.state[w].get("momentum_buffer")
         if velocity is None:
             velocity = self.state[w]["momentum_buffer"] = torch.zeros_like(w)
@@ -115,7 +115,7 @@ def half_cosine(step, total_steps):
 
 def in_two_steps(step, total_steps):
     """The factor on the lr: a tenth from 60% of the steps on, a hundredth from 80% on."""
-    # MoCo's 60 and 80 of 100 epochs. In whole numbers: 0.6 times the steps would be rounded.
+    # MoCo's 60 and 80 of 100 epochs. In integers, because 0.6 times the steps would be rounded.
     decays = (10 * step >= 6 * total_steps) + (10 * step >= 8 * total_steps)
     return 0.1 ** decays
 
@@ -127,7 +127,7 @@ class Protocol(NamedTuple):
     schedule        (step, total_steps) -> the factor on that lr
     base_lr         lr = base_lr x batch / 256, as in pre-training. None: the best of SWEEP
     batch, epochs   None: nothing is trained
-    note            for the screen and lineval.json: nobody should mistake our number for the paper's
+    note            for the screen and lineval.json, so that nobody mistakes our number for the paper's
     """
     optimizer: object = None
     schedule: object = None
@@ -137,7 +137,7 @@ class Protocol(NamedTuple):
     note: str = ""
 
 
-# DEPARTURE: lars has the released code's lr, 0.1 a 256 images. The paper says 0.02.
+# DEPARTURE: lars has the released code's lr, 0.1 per 256 images. The paper says 0.02.
 PROTOCOLS = {
     "lars": Protocol(
         partial(LARS, lr=0.0, momentum=0.9), half_cosine, 0.1, 4096, 90,
@@ -151,20 +151,20 @@ PROTOCOLS = {
     "knn": Protocol(note="NOT the paper's protocol: weighted kNN, no training"),
 }
 SWEEP = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)                # base_lr of the cached protocol
-FILES = (*CHECKPOINTS, "lineval.json")                                # by these a folder holds an evaluation
+FILES = (*CHECKPOINTS, "lineval.json")                                # a folder with any has an evaluation
 DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
 
 
 class Judged(NamedTuple):
-    """What a protocol has found."""
+    """What a protocol measured."""
     top1: float           # percent of all validation images that could be read
     top5: float
-    layer: object = None  # the linear layer, where one was trained
-    found: dict = {}      # what else goes into lineval.json
+    layer: object = None  # the linear layer, if one was trained
+    found: dict = {}      # other entries of lineval.json
 
 
 def test_layer(job, layer, queries):
-    """Top-1 and top-5 in percent over all validation images, by their features queries (n, D)."""
+    """Top-1 and top-5 in percent on all validation images, from their features queries (n, D)."""
     truth = to_device(job.val.labels, job.device)
     with torch.no_grad():
         return accuracy(lambda mine: layer(queries[mine]), truth)
@@ -175,7 +175,7 @@ def test_layer(job, layer, queries):
 def probe_step(layer, optimizer, v, labels, world):
     """One step of the linear layer, on features v (N, D) and labels (N,) of this process's share -> its loss.
 
-    The layer is small. So its gradients are averaged here, by one sum over the processes each, instead of by
+    The layer is small, so its gradients are averaged here, with one sum over the processes each, not by
     DistributedDataParallel. The loss returned is this process's own.
     """
     L = F.cross_entropy(layer(v), labels)
@@ -191,10 +191,10 @@ def train_on_views(job, frozen, policy, queries, override):
     """The lars and sgd protocols: an epoch sees each training image once, cropped and flipped at random.
 
     The validation images judge the layer after every epoch; the last epoch's result counts. sgd gives about
-    one point less than lars (supplement A). Raises Refused where the loss stops being finite.
+    one point less than lars (supplement A). Raises Refused if the loss stops being finite.
 
     queries     features of the validation images (n, D)
-    override    names of settings that may differ from those of the run that is resumed
+    override    names of settings that may differ from those of the resumed run
     DEPARTURE: an epoch's last, incomplete batch is dropped; the released code uses it.
     """
     s = job.settings
@@ -229,7 +229,7 @@ def train_on_views(job, frozen, policy, queries, override):
         frozen.check()
         top1, top5 = test_layer(job, layer, queries)
         progress.line(end_epoch(run, optimizer, top1, top5))
-    # The best epoch was found by looking at the validation images: it is no result. Some papers report it.
+    # We choose the best epoch by the validation images, so it is no result. Some papers report it.
     best = max(run.log.epochs(), key=lambda record: record["top1"])
     last = run.log.epochs()[-1]
     run.log.add("end", epochs=run.epoch, top1=last["top1"], top5=last["top5"])
@@ -238,7 +238,7 @@ def train_on_views(job, frozen, policy, queries, override):
 
 
 def end_epoch(run, optimizer, top1, top5):
-    """Log an epoch that is done, and go to the next -> a line for the screen."""
+    """Log a finished epoch, and go to the next -> a line for the screen."""
     number = run.epoch + 1
     loss = run.means[0]
     lr = optimizer.param_groups[0]["lr"]
@@ -256,9 +256,9 @@ def fit(features, labels, classes, lrs, epochs, batch, seed):
     """One linear classifier per lr, trained side by side on features (n, D): weights (R, D, C).
 
     labels      (n,) int64, from 0 to classes - 1
-    lrs         the R learning rates, at their start; half a cosine takes each to 0
-    batch       images per batch; the incomplete last one of an epoch is used too
-    seed        of the order of the images
+    lrs         the R initial learning rates; half a cosine takes each to 0
+    batch       images per batch; an epoch's last, incomplete batch is used too
+    seed        seed of the order of the images
 
     Cross-entropy, SGD with momentum 0.9, from zero. One tensor holds all R, because a small matrix product
     takes as long for eight of them as for one.
@@ -284,9 +284,9 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
     """The cached protocol's layer on features (n, D), trained with the best of these learning rates.
 
     -> the layer, its base_lr, its lr, {base_lr: held-out top-1 in percent}
-    A tenth of the images judges the learning rates, after fits to the others; then all are fitted with the
-    best. Features are standardised for the fit: what scale a backbone happens to have should not decide which
-    lr is right.
+    We judge the learning rates on a tenth of the images, after fits to the others; then we fit all images
+    with the best. Features are standardised for the fit, because the scale of a backbone's features should
+    not decide which lr is right.
     """
     mean = features.mean(dim=0)                                       # (D,)
     scale = features.std(dim=0).clamp(min=1e-6)                       # (D,)
@@ -296,7 +296,7 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
     held_out = {}
     if len(base_lrs) > 1:  # the validation images play no part in the choice
         lrs = [initial_lr(candidate, batch) for candidate in base_lrs]
-        order = to_device(permutation(seed, epochs, len(x)), x.device)  # which no epoch has
+        order = to_device(permutation(seed, epochs, len(x)), x.device)  # no epoch's order
         judged, fitted = order.tensor_split([max(1, len(x) // 10)])
         w = fit(x[fitted], labels[fitted], classes, lrs, epochs, batch, seed)  # (R, D + 1, C)
         for candidate, scores in zip(base_lrs, x[judged] @ w):
@@ -305,7 +305,7 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
         base_lr = max(held_out, key=held_out.get)
     lr = initial_lr(base_lr, batch)
     w, = fit(x, labels, classes, [lr], epochs, batch, seed)
-    # The layer gets features as they are: so the standardisation is folded into its weight and bias.
+    # The layer gets raw features, so the standardisation is folded into its weight and bias.
     weight = w[:-1] / scale[:, None]                                  # (D, C)
     layer = linear_layer(features.shape[1], classes).to(x.device)
     with torch.no_grad():
@@ -317,8 +317,8 @@ def fit_cached(features, labels, classes, base_lrs, epochs, batch, seed):
 def cached(job, bank, queries, say):
     """Not the paper's: train on features that are computed once, which takes seconds instead of hours.
 
-    bank, queries   features of the training and of the validation images, (n, D) each
-    Without augmentation the layer overfits sooner, and the result differs from the paper's by some points.
+    bank, queries   features of the training and validation images, (n, D) each
+    Without augmentation the layer overfits sooner, and the result differs from the paper's by a few points.
     """
     s = job.settings
     labels = to_device(job.train.labels, job.device)
@@ -336,9 +336,9 @@ def cached(job, bank, queries, say):
 # --- 5. kNN ----------------------------------------------------------------------------------------------
 
 def knn(job, bank, queries):
-    """Not the paper's: no training. Each validation image gets the class of the training images most like it.
+    """Not the paper's: without training, each validation image gets the class of its nearest training images.
 
-    Pre-training is monitored with the same classifier; its precision may differ. bank, queries: see cached.
+    The same classifier monitors pre-training; its precision may differ. bank, queries: see cached.
     """
     labels = to_device(job.train.labels, job.device)
     truth = to_device(job.val.labels, job.device)
@@ -355,14 +355,14 @@ read_backbone = partial(backbones.read_backbone, resnet.ARCHS, DEFAULT)
 
 
 def evaluate(args):
-    """A whole evaluation: from the command line to lineval.json. Raises Refused, and Stopped after a signal.
+    """A whole evaluation, from the command line to lineval.json; raises Refused, and Stopped after a signal.
 
-    All features are computed before anything is written: only then is it known which files can be read.
+    All features are computed before anything is written: only then do we know which files can be read.
     """
     # 1. Backbone and data
     check_limits(vars(args))
     device, rank, world = join_world(torch.device(args.device))
-    if args.export:  # another program, which shares the reading
+    if args.export:  # another program, which reads files the same way
         if rank == 0:
             backbone = read_backbone(args.ckpt, prefix=args.prefix)
             backbones.export(backbone, args.ckpt, args.export, args.out)
@@ -373,12 +373,12 @@ def evaluate(args):
     policy = views_of(s)
     views = test_views(policy, device, args.workers)
     say = Progress(0, quiet=rank > 0).line
-    if not data.can_judge():  # then only features are asked for
+    if not data.can_judge():  # then the user wants only features
         job = Job(s, device, data.train, data.val, views, out=args.features, resuming=False)
         save_features_alone(job, backbone, data.rows(), say)
         return
 
-    # 2. Settings: all of them are known to be good before the work begins
+    # 2. Settings, all of them checked before the work begins
     s = settings_for(args, s, policy, data)
     protocol = PROTOCOLS[s["protocol"]]
     out = args.out or default_folder(args, s)
@@ -386,7 +386,7 @@ def evaluate(args):
     job = Job(s, device, data.train, data.val, views, out, resuming)
     say(start_block(describe_evaluation(job, backbone, data.rows())))
 
-    # 3. Features of all good images, without augmentation: to classify, to find the bad, to show neighbours
+    # 3. Features of all good images, without augmentation: to classify, find bad files, show neighbours
     frozen = Frozen(backbone, job)
     train, bank = frozen.features_of(data.train)
     val, queries = frozen.features_of(data.val)
@@ -411,14 +411,14 @@ def evaluate(args):
 
 
 def open_all(args):
-    """What is evaluated, on what, and how images are shown to it -> Backbone, Data, recipe.
+    """Open the backbone and the data, and choose the recipe for the views -> Backbone, Data, recipe.
 
     The recipe is the settings of the backbone's pre-training, or else those that suit the data. Raises
-    Refused where an accuracy is asked for, and the data can't give one.
+    Refused if the user wants an accuracy, and the data can't give one.
     """
-    # An evaluation can take hours: a file that is in the way is better met now than at its end.
+    # An evaluation can take hours: notice a file that is in the way now, not at the end.
     if args.features and not args.resume and os.path.exists(args.features):
-        raise Refused(f"--features {args.features}: exists already; name another file")
+        raise Refused(f"--features {args.features} already exists; name another file")
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
     backbone = None
@@ -427,7 +427,7 @@ def open_all(args):
         backbone = read_backbone(args.ckpt, args.width, args.prefix)
         saved = backbone.settings
         if not saved and not args.data:
-            raise Refused(f"{args.ckpt}: doesn't say what it was trained on; name the DATA (shapes: the "
+            raise Refused(f"{args.ckpt} doesn't say what it was trained on; name the DATA (shapes: the "
                           "drawn ones)")
     args.data = None if args.data == "shapes" else args.data or saved.get("data")
     data = open_data(args.data, args.range or saved.get("range"))
@@ -443,13 +443,13 @@ def open_all(args):
 
 
 def describe(args, backbone, data, recipe, world):
-    """The settings that say which backbone looks at which data, and how: {name: value}"""
+    """The settings for which backbone is evaluated on which data, and how: {name: value}"""
     arch, width, cifar_stem = backbone.shape
     views_given = named(args, ["size", "mean", "std"])
     return {
         "backbone": args.ckpt,
         "sha256": backbone.sha256,             # of the file; None for an untrained network
-        "pretrained_epochs": backbone.epochs,  # None where the file doesn't tell
+        "pretrained_epochs": backbone.epochs,  # None if the file doesn't say
         "arch": arch,
         "width": width,
         "cifar_stem": cifar_stem,
@@ -475,28 +475,28 @@ def describe(args, backbone, data, recipe, world):
 
 
 def views_of(s):
-    """The policy of the training views, crop and flip alone as in the released code, and of the test view."""
+    """The policy of the training views, only crop and flip as in the released code, and of the test view."""
     return augment.Policy(
         area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0,
         size=s["size"], mean=s["mean"], std=s["std"], centre=s["centre"])
 
 
 def settings_for(args, described, policy, data):
-    """The settings of an evaluation, those of `describe` among them. Raises Refused for impossible ones."""
+    """The settings of an evaluation, including those of `describe`; raises Refused for impossible ones."""
     name = args.protocol or DEFAULT[described["recipe"]]
     protocol = PROTOCOLS[name]
     given = named(args, ["base_lr", "batch", "epochs"])
     if given and not protocol.epochs:
         raise Refused(f"--{'/--'.join(given)}: --{name} trains nothing")
     if args.resume == "yes" and not protocol.optimizer:
-        raise Refused(f"--resume: --{name} is not done in parts; give another --out, or nothing, to do it "
+        raise Refused(f"--resume: --{name} can't be resumed; give another --out, or nothing, to do it "
                       "again")
     s = {"protocol": name, "note": protocol.note}
     if protocol.epochs:
         s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
     changed = [f"{option} {value} instead of {s[option] or 'a sweep'}"
                for option, value in given.items() if value != s[option]]
-    if changed:  # the figure is no longer the protocol's
+    if changed:  # the number is no longer the protocol's
         s["note"] += f", but with {', '.join(changed)}"
     s |= given | described
     s["images"] = len(data.train)  # later, those that can be read
@@ -512,17 +512,17 @@ def settings_for(args, described, policy, data):
 
 
 def default_folder(args, s):
-    """Beside the checkpoint; for an untrained network under runs/."""
+    """Next to the checkpoint, or under runs/ for an untrained network."""
     folder = os.path.dirname(args.ckpt)
-    if s["sha256"] is None:  # random:resnet18 lies nowhere
+    if s["sha256"] is None:  # random:resnet18 has no folder
         folder = os.path.join("runs", f"{folder_name(args.data)}-{args.ckpt.replace(':', '-')}")
     return os.path.join(folder, f"lineval-{s['protocol']}")
 
 
 def record_images(job):
-    """Say in the settings which images a job has left, bad files left out.
+    """Record in the settings which images are left after bad files are dropped.
 
-    Raises Refused where too few are left for a batch, and where processes have read different images.
+    Raises Refused if too few are left for a batch, or if processes have read different images.
     """
     s = job.settings
     s["images"] = len(job.train)
@@ -538,25 +538,25 @@ def parse(argv=None):
     parser = new_parser(
         "lineval.py", "Evaluate a frozen backbone.",
         data="what the checkpoint was trained on; shapes: the drawn ones",
-        out="lineval-<protocol>, beside the checkpoint", amp="off")
+        out="lineval-<protocol>, next to the checkpoint", amp="off")
     parser.add_argument("--ckpt", required=True, metavar="FILE",
                         help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")
-    # Not --protocol NAME: each has a line of its own in the help, with whose it is.
+    # Not --protocol NAME, so each has its own line in the help, which says whose it is.
     group = parser.add_mutually_exclusive_group()
     for name, protocol in PROTOCOLS.items():
         group.add_argument(f"--{name}", dest="protocol", action="store_const", const=name, help=protocol.note)
     parser.add_argument("--base-lr", type=number,
                         help=f"learning rate for a batch of 256 images ({defaults('base_lr')})")
-    parser.add_argument("--batch", type=int, help=f"images of a step, of all processes ({defaults('batch')})")
+    parser.add_argument("--batch", type=int, help=f"images per step, all processes ({defaults('batch')})")
     parser.add_argument("--epochs", type=int, help=f"passes over the training images ({defaults('epochs')})")
     parser.add_argument("--width", type=number,
-                        help="width of the network, 1 for the usual (default: the file's own; random: the "
+                        help="width of the network; 1 is the usual (default: the file's own; random: the "
                              "recipe's)")
     add_prefix(parser, "--ckpt")
     parser.add_argument("--features", metavar="FILE.npz",
-                        help="save features, labels and file names of both splits there; data without labels "
-                             "or val/ is not evaluated then")
+                        help="save features, labels and file names of both splits there; then data without "
+                             "labels or val/ is not evaluated")
     own = "(default: the pre-training's, or else the recipe's)"
     parser.add_argument("--size", type=int, help=f"side of the views, in pixels {own}")
     parser.add_argument("--mean", type=number, nargs=3, metavar="M", help=f"mean of the channels {own}")
@@ -567,7 +567,7 @@ def parse(argv=None):
 
 
 def defaults(name):
-    """What each protocol has for a setting, for the help."""
+    """Each protocol's default for a setting, for the help."""
     rows = [f"{key} {getattr(row, name) or 'by a sweep'}" for key, row in PROTOCOLS.items() if row.epochs]
     return f"default: {', '.join(rows)}"
 

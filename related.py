@@ -1,7 +1,7 @@
-"""SimSiam's neighbours, each as its own algorithm beside SimSiam's (Sec. 2, 6.2, Fig. 3, Table 4); and CLIP.
+"""SimSiam's neighbours, each written as its own algorithm (Sec. 2, 6.2, Fig. 3, Table 4), and CLIP.
 
     python related.py --method simclr                           no data needed: drawn shapes
-    python related.py CIFAR --method mocov2                     all else is as in simsiam.py
+    python related.py CIFAR --method mocov2                     the rest is as in simsiam.py
     torchrun --nproc-per-node 8 related.py IMAGENET --method byol
     python related.py --experiment list                         a row for each result in SimSiam's paper
     python related.py --experiment sec62-swav-predictor         a row; its name implies the method
@@ -14,16 +14,16 @@
     CLIP      images contrasted with captions only, and captions with images only
 
 Order of this file: 1. a step of each method; 2. their losses, and what else the steps use; 3. the methods,
-as a run asks for them; 4. their settings and experiments. Loop, views, heads, checkpoints and monitors are
-simsiam.py's. On CIFAR-10 and shapes all but CLIP have SimSiam's projection MLP, and its settings where the
-tables in 4 don't say otherwise. lineval.py reads their checkpoints as any other's.
+as a run needs them; 4. their settings and experiments. Loop, views, heads, checkpoints and monitors are
+simsiam.py's. On CIFAR-10 and shapes all but CLIP have SimSiam's projection MLP, and its settings unless the
+tables in 4 say otherwise. lineval.py reads their checkpoints like any other.
 
 Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
-al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); CLIP, Radford et al. 2021 (2103.00020); the code
-that their authors released. "Sec.", "Table", "supp.": SimSiam's paper. "OURS": no source says it, so we
-chose. What differs from its source is marked as a departure.
+al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); CLIP, Radford et al. 2021 (2103.00020); and the
+code their authors released. "Sec.", "Table" and "supp." refer to SimSiam's paper. "OURS": no source specifies
+it, so we chose. Differences from a source are marked as departures.
 
-The letters are simsiam.py's: N images in this process's share of a batch, B in the whole batch; z1, z2 (N, d)
+The symbols are simsiam.py's: N images in this process's share of a batch, B in the whole batch; z1, z2 (N, d)
 the encoder's outputs for two views, p1, p2 the predictor's. K: rows of a queue, or prototypes.
 """
 import argparse
@@ -33,7 +33,7 @@ import functools
 import math
 import sys
 
-# harness comes before torch, because it says how torch's threads wait.
+# harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import to_device
@@ -59,13 +59,13 @@ from simsiam import CHOICES, HELP, OF_THE_MODEL, SETTINGS, SimSiam, as_float32, 
 from simsiam import initial_lr, l2_normalize, loss, prediction_mlp, pretrain, stopgrad, update, warmup
 
 # --- 1. A step of each method ----------------------------------------------------------------------------
-# Beside simsiam.train_step, and in its form: the forward passes, in the run's precision; the loss, over the
-# global batch; the optimiser's update; then whatever follows it. Each returns the loss, and the outputs whose
-# std is monitored. Where there is an `encoder`, it is the network's own, and `target` its slow copy.
+# In the form of simsiam.train_step: the forward passes, in the run's precision; the loss, over the global
+# batch; the optimiser's update; then whatever follows it. Each returns the loss, and the outputs whose std is
+# monitored. An argument `encoder` is the network's own encoder, and `target` its slow copy.
 
 
 def simclr(network, optimizer, autocast, temperature, x1, x2):
-    """SimCLR: each output is to find the other view of its image among all outputs of the batch."""
+    """SimCLR: each output must find the other view of its image among all outputs of the batch."""
     with autocast:
         _, (z1, z2) = network(x1, x2)
     L = nt_xent(z1, z2, temperature, **over_processes())
@@ -74,7 +74,7 @@ def simclr(network, optimizer, autocast, temperature, x1, x2):
 
 
 def simclr_with_predictor(network, optimizer, autocast, temperature, as_target, x1, x2):
-    """Sec. 6.2's rows, which the paper describes only in words. OURS: Eq. (4) with NT-Xent in the place of D.
+    """Sec. 6.2's rows, which the paper describes only in words; OURS: Eq. (4) with NT-Xent in place of D.
 
     NT-Xent is symmetric: p and z are both anchors.
     as_target   stopgrad, or identity: whether z is a constant
@@ -89,9 +89,9 @@ def simclr_with_predictor(network, optimizer, autocast, temperature, as_target, 
 
 
 def mocov2(encoder, target, queue, tau, network, optimizer, autocast, temperature, step, x1, x2):
-    """MoCo v2: each query is to tell its key, by the target encoder, from the keys of earlier steps.
+    """MoCo v2: each query must tell its key (by the target encoder) from the keys of earlier steps.
 
-    The authors move the target before the forward passes; to move it after the update is the same. The keys
+    The authors move the target before the forward passes; moving it after the update is the same. The keys
     enter the queue only after both directions: otherwise the second direction's queries would find keys of
     their own views among the negatives.
 
@@ -109,7 +109,7 @@ def mocov2(encoder, target, queue, tau, network, optimizer, autocast, temperatur
 
 
 def byol(encoder, target, tau, network, optimizer, autocast, x1, x2):
-    """BYOL: SimSiam's loss, with z of the target encoder, which follows the encoder.
+    """BYOL: SimSiam's loss, with z from the target encoder, which follows the encoder.
 
     L is the sum over both directions of |p/|p| - z'/|z'||^2 = 2 + 2 D(p, z').
     """
@@ -123,10 +123,10 @@ def byol(encoder, target, tau, network, optimizer, autocast, x1, x2):
 
 
 def swav(prototypes, codes, is_frozen, network, optimizer, autocast, temperature, x1, x2):
-    """SwAV: each view's scores are to predict the other view's codes.
+    """SwAV: each view's scores must predict the other view's codes.
 
-    codes       Sinkhorn-Knopp: scores (N, K) -> (N, K), without gradient, but for a row of Sec. 6.2
-    is_frozen   whether the prototypes stay as they are in this step
+    codes       Sinkhorn-Knopp: scores (N, K) -> (N, K), without gradient except in a row of Sec. 6.2
+    is_frozen   whether the prototypes are frozen in this step
     L is the mean of both directions, as in the authors' code; SwAV's Eq. (1) has the sum.
     """
     with autocast:
@@ -137,15 +137,15 @@ def swav(prototypes, codes, is_frozen, network, optimizer, autocast, temperature
     optimizer.zero_grad()
     L.backward()
     if is_frozen:
-        prototypes.weight.grad = None         # so the optimiser passes them by
+        prototypes.weight.grad = None         # so the optimiser skips them
     optimizer.step()
     return L, (z1, z2)
 
 
 def clip(log_scale, network, optimizer, autocast, x, words):
-    """CLIP: each image is to find its caption among the batch's, and each caption its image.
+    """CLIP: each image must find its caption among the batch's, and each caption its image.
 
-    words: the captions as word numbers, a row each
+    words: the captions as word numbers, one row each
     """
     with autocast:
         image, text = network(x, words)
@@ -159,28 +159,28 @@ def clip(log_scale, network, optimizer, autocast, x, words):
 # --- 2. Their losses, and what else the steps use --------------------------------------------------------
 
 def identity(t):
-    """t as it is: the sum over the processes where there is but one."""
+    """t itself: the sum over the processes if there is only one."""
     return t
 
 
 def over_processes():
-    """What makes the losses below those of the global batch: a sum over the processes, with gradient."""
+    """Arguments for the losses below, over the global batch: a sum over the processes, with gradient."""
     return {"all_sum": AllSum.apply, "rank": dist.get_rank(), "world": dist.get_world_size()}
 
 
 @torch.no_grad()
 def momentum_update(target, online, tau):
-    """Move the target network's parameters towards the online network's: tau of each stays.
+    """Move the target network's parameters towards the online network's; each keeps a share tau of itself.
 
-    Parameters only: the target's BN statistics come from its own forward passes. So the target is for
-    training, in train mode; what is evaluated is the online network.
+    Parameters only: the target's BN statistics come from its own forward passes. So use the target for
+    training, in train mode, and evaluate the online network.
     """
     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
         xi.copy_(tau * xi + (1 - tau) * theta)                        # BYOL Eq. (1): momentum encoder
 
 
 def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
-    """NT-Xent: each of the 2B outputs is to find the other view of its image among all outputs but itself.
+    """NT-Xent: each of the 2B outputs must find the other view of its image among all outputs but itself.
 
     (N, d), (N, d) -> scalar, the mean over the outputs. With all_sum (batchnorm.AllSum), this process's
     outputs are compared with those of all `world` processes, of which it is number `rank`. The loss is the
@@ -189,10 +189,10 @@ def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
     n = len(z1)
     z1 = l2_normalize(z1)                                             # (N, d)
     z2 = l2_normalize(z2)                                             # (N, d)
-    # Each view is gathered by itself. [z1; z2] of all processes, one after the other, would be another order.
+    # Each view is gathered separately: gathering [z1; z2] would put the outputs in another order.
     every = [everyones(z, all_sum, rank, world) for z in (z1, z2)]
     logits = torch.cat([z1, z2]) @ torch.cat(every).T / temperature
-    # Where z1's own columns are, and z2's.
+    # The columns of z1 itself, and of z2.
     own1 = torch.arange(n, device=z1.device) + rank * n               # (N,)
     own2 = own1 + world * n                                           # (N,)
     own = torch.cat([own1, own2]).view(-1, 1)                         # (2 * N, 1)
@@ -203,7 +203,7 @@ def nt_xent(z1, z2, temperature, all_sum=identity, rank=0, world=1):
 
 
 def info_nce(q, k, queue, temperature):
-    """InfoNCE: each query is to find its key k among k and the queue.
+    """InfoNCE: each query must find its key k among k and the queue.
 
     q, k (N, d), queue (K, d) of length 1 -> scalar, the mean over the queries. No gradient flows into keys.
     """
@@ -215,23 +215,23 @@ def info_nce(q, k, queue, temperature):
 
 
 class Queue(nn.Module):
-    """The last K keys, of length 1: `rows` (K, d). At first they are random."""
+    """The last K keys, of length 1: `rows` (K, d); at first they are random."""
 
     def __init__(self, K, d, like):
-        """like: a tensor, of the device and type that the rows are to have"""
+        """like: a tensor with the device and type for the rows"""
         super().__init__()
-        # Drawn on the CPU, so that all processes have the same.
+        # Drawn on the CPU, so all processes have the same.
         rows = l2_normalize(torch.randn(K, d))                        # (K, d)
         self.register_buffer("rows", rows.to(like))
 
     def put(self, keys, count):
-        """Put keys (B, d) in the place of the oldest; `count` were put before. B divides K."""
+        """Replace the oldest rows by keys (B, d); `count` were put before, and B divides K."""
         start = count % len(self.rows)
         self.rows[start:start + len(keys)] = keys
 
 
 def enqueue(queue, step, *keys):
-    """Put the keys of all processes, (N, d) for each view, in the place of the oldest in the queue."""
+    """Replace the oldest keys in the queue by those of all processes, (N, d) for each view."""
     for view, k in enumerate(keys):
         everybodys = everyones(l2_normalize(k), **over_processes())
         queue.put(everybodys, (len(keys) * step + view) * len(everybodys))
@@ -240,7 +240,7 @@ def enqueue(queue, step, *keys):
 class Prototypes(nn.Linear):
     """Scores: the cosines of z (N, d) with K prototypes -> (N, K).
 
-    DEPARTURE: the prototypes are normalised here, with gradient, as SimSiam's footnote 7 has it; SwAV
+    DEPARTURE: the prototypes are normalised here, with gradient, as in SimSiam's footnote 7; SwAV
     normalises the stored ones at each step. Footnote 8: the same accuracy.
     """
 
@@ -258,7 +258,7 @@ def balance(scores, eps, iterations, all_sum=identity, rank=0, world=1):
     (N, K) -> (N, K), each row sums to 1. exp(scores / eps) gets a factor u for each prototype and a factor v
     for each image, in turns: u makes the prototypes' shares equal, v the images' sums 1. Here the images are
     the rows; in the paper they are the columns, and all is divided by B. In logarithms, because exp(1 / eps)
-    is beyond half precision, and for small eps beyond single precision, too. all_sum, rank and world as in
+    overflows half precision, and for small eps single precision, too. all_sum, rank and world as in
     nt_xent: a prototype's share is that of the global batch.
     """
     log_e = as_float32(scores) / eps                                  # (N, K)
@@ -297,10 +297,10 @@ def clip_loss(image, text, log_scale, all_sum=identity, rank=0, world=1):
 
 
 class ImageAndText(nn.Module):
-    """An image encoder, a text encoder, each with a linear projection to d; and the scale, as its logarithm.
+    """An image and a text encoder, each with a linear projection to d, and the logarithm of the scale.
 
     The first is a ResNet, the second the mean of a caption's word embeddings. A bag of words is one of the
-    two forms that CLIP's authors used. It can't tell the words' order.
+    two forms that CLIP's authors used. It ignores the words' order.
     """
 
     def __init__(self, encoder, dim, words, words_width, scale):
@@ -320,10 +320,10 @@ class ImageAndText(nn.Module):
         return self.encoder(x), self.text(numbers)
 
 
-# --- 3. The methods, as a run asks for them --------------------------------------------------------------
+# --- 3. The methods, as a run needs them -----------------------------------------------------------------
 
 def start_last_bn(encoder, value):
-    """Let the scale of each residual block's last BN start at this value."""
+    """Start the scale of each residual block's last BN at this value."""
     for module in encoder.modules():
         if isinstance(module, resnet.Bottleneck):
             nn.init.constant_(module.bn3.weight, value)
@@ -332,16 +332,16 @@ def start_last_bn(encoder, value):
 
 
 def adamw(groups, lr, momentum):
-    """AdamW as CLIP has it."""
+    """AdamW as in CLIP."""
     return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), eps=1e-8)
 
 
 class JointLARS(LARS):
-    """LARS as SimCLR and BYOL have it: local lr = trust |w| / |gradient + wd w|.
+    """LARS as in SimCLR and BYOL: local lr = trust |w| / |gradient + wd w|.
 
     Groups of parameters with adapted=False are trained by plain SGD.
-    lr_inside   the lr is a factor of what goes into the momentum (SimCLR), and not of the step (BYOL): the
-                same while it stays
+    lr_inside   the lr scales what goes into the momentum (SimCLR), not the step (BYOL): the same while the
+                lr is constant
     """
 
     def __init__(self, groups, lr, momentum, lr_inside=False):
@@ -361,7 +361,7 @@ class JointLARS(LARS):
         self.momentum_step(w, gradient, lr, momentum)
 
 
-# {optimizer: (what makes it, whether BN's tensors, biases and scales are neither adapted nor decayed)}
+# {optimizer: (its constructor, whether BN's tensors, biases and scales are neither adapted nor decayed)}
 FORMS = {
     "sgd": (functools.partial(torch.optim.SGD, fused=True), False),
     "lars-inside": (functools.partial(JointLARS, lr_inside=True), True),    # SimCLR's
@@ -372,18 +372,18 @@ FORMS = {
 
 
 class Related(Method):
-    """What these methods have in common: an optimiser that may treat tensors unlike, and its schedule.
+    """What these methods share: an optimiser that may treat tensors differently, and its schedule.
 
     DEPARTURE: images are resized bilinearly, as in SimSiam's released code; the authors of SimCLR and BYOL
-    did it bicubically.
+    resized bicubically.
 
-    DEPARTURE: brightness is a factor, and contrast about the image's mean, as in SimSiam; in SimCLR and BYOL
-    brightness is added, and contrast about each channel's mean.
+    DEPARTURE: brightness is a factor, and contrast is about the image's mean, as in SimSiam; in SimCLR and
+    BYOL brightness is added, and contrast is about each channel's mean.
 
-    DEPARTURE: each view passes through the network by itself, as in SimSiam; SimCLR and SwAV pass both views
-    together. BN is over the whole batch; SwAV's over groups of 8 GPUs.
+    DEPARTURE: each view passes through the network separately, as in SimSiam; SimCLR and SwAV pass both views
+    together. BN is over the whole batch; SwAV's is over groups of 8 GPUs.
 
-    DEPARTURE: the lr is in proportion to the batch, and is set at every step. MoCo v2's is set once an epoch;
+    DEPARTURE: the lr is proportional to the batch, and is set at every step. MoCo v2's is set once an epoch;
     SimCLR below 4096 images is better with 0.075 x sqrt(batch), SwAV at 256 with 0.6 (--base-lr 0.6).
 
     DEPARTURE: a warm-up starts at 1/n of the lr, as in SimSiam; SimCLR's and BYOL's at 0, SwAV's at 0.3.
@@ -391,21 +391,21 @@ class Related(Method):
     REMEDY = "views that are easier to match"
     HELP = {
         **HELP,
-        "last_bn": "what the scale of each residual block's last BN starts at",
+        "last_bn": "initial scale of each residual block's last BN",
         "optimizer": "SGD, or a form of LARS, or AdamW",
-        "temperature": "by which similarities are divided",
+        "temperature": "divisor of the similarities",
         "stopgrad": "whether the target is a constant",
         "queue": "keys in the queue",
-        "tau": "how much of the target encoder stays at a step (MoCo's m)",
+        "tau": "share of the target encoder kept at each step (MoCo's m)",
         "tau_rises": "whether tau rises to 1 by half a cosine",
         "pred_lr_times": "a factor on the predictor's lr",
         "lr_end": "the last lr, as a share of the first",
-        "prototypes": "how many",
+        "prototypes": "number of prototypes",
         "eps": "of Sinkhorn-Knopp: the larger, the softer the codes",
         "iterations": "of Sinkhorn-Knopp",
-        "freeze": "epochs in which the prototypes stay as they are",
-        "words_width": "of a word's embedding",
-        "scale": "1 / temperature, at the start",
+        "freeze": "epochs in which the prototypes are frozen",
+        "words_width": "width of a word's embedding",
+        "scale": "initial 1 / temperature",
     }
     ABLATIONS = ("predictor", "bn", "affine", "stopgrad")
     open = staticmethod(open_data)
@@ -417,13 +417,13 @@ class Related(Method):
         self.lr = initial_lr(s["base_lr"], s["batch"])
 
     def build(self):
-        """SimSiam's model; but the last BN scale of each residual block may start at 1."""
+        """SimSiam's model, except that the last BN scale of each residual block may start at 1."""
         self.model = SimSiam(**{name: self.s[name] for name in OF_THE_MODEL if name in self.s})
         start_last_bn(self.model.encoder, self.s["last_bn"])
         return self.model
 
     def modules(self):
-        """The parts of the model that the optimiser tells apart, the encoder first."""
+        """The parts of the model that the optimiser treats separately, the encoder first."""
         return {"encoder": self.model.encoder, "predictor": self.model.predictor}
 
     def optimizer(self):
@@ -441,7 +441,7 @@ class Related(Method):
         return make(groups, lr=0.0, momentum=s["momentum"])
 
     def set_lr(self, optimizer, step):
-        """Warm-up and half a cosine, perhaps to another end than 0; the predictor's lr may stay."""
+        """Warm-up and half a cosine, perhaps not down to 0; the predictor's lr may be constant."""
         fall = self.lr_end + (1 - self.lr_end) * cosine(step, self.total_steps, self.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * warmup(step, self.warmup_steps) * fall
@@ -451,7 +451,7 @@ class Related(Method):
                 group["lr"] *= self.pred_lr_times
 
     def collapsed(self, loss, std_sqrt_d):
-        """By the std alone: where there are negatives or codes, collapse is not at the loss's minimum.
+        """By the std alone: with negatives or codes, collapse is not at the loss's minimum.
 
         Behind an output BN the std can't be 0, so simsiam.collapsed has a higher bound for it.
         """
@@ -468,8 +468,8 @@ class SimCLR(Related):
     DEPARTURE: pixels are standardised as in SimSiam; SimCLR's are in [0, 1].
 
     DEPARTURE: the loss is the mean over the 2B outputs, as in the paper; the released code has the sum of the
-    two views' means. Under LARS only BN and biases notice: their steps are half as long here. Weight decay is
-    the paper's 1e-6; that code's later versions have 1e-4.
+    two views' means. Under LARS it affects only BN and biases: their steps are half as long here. Weight
+    decay is the paper's 1e-6; that code's later versions have 1e-4.
 
     DEPARTURE: weights start as SimSiam's do; SimCLR's code draws convolutions by their fan-in.
     """
@@ -477,7 +477,7 @@ class SimCLR(Related):
 
     def __init__(self, s, data, device):
         super().__init__(s, data, device)
-        # It is reached where the images are at the corners of a simplex, and both views of one at the same.
+        # Reached when the images are at the corners of a simplex, both views of an image at the same one.
         n = s["batch"]
         apart = math.exp(-n / ((n - 1) * s["temperature"]))
         self.minimum = math.log(1 + (2 * n - 2) * apart)
@@ -503,10 +503,10 @@ class SimCLR(Related):
 
 
 class MomentumEncoder(Related):
-    """The targets come from a second encoder, which follows the first: `tau` of it stays at each step."""
+    """The targets come from a second encoder, which follows the first, keeping a share `tau` at each step."""
 
     def parts(self):
-        # The authors of BYOL start it from other random numbers, and saw no difference to a copy.
+        # The authors of BYOL start it from other random numbers, and saw no difference from a copy.
         self.target = copy.deepcopy(self.model.encoder).requires_grad_(False)
         return {"target": self.target}
 
@@ -520,7 +520,7 @@ class MoCoV2(MomentumEncoder):
     As MoCo v2+ in Table 4: both views are queries (supp. C).
 
     DEPARTURE: BN is over the whole batch, and keys aren't shuffled. In MoCo v2 BN sees the images of one GPU,
-    others for a query than for its key; otherwise the network may find the key by the batch's statistics.
+    different ones for a query and its key; otherwise the network may find the key by the batch's statistics.
     The authors' small example, with BN over eighths of a batch, lost 4 points without the shuffle (CIFAR-10,
     800 epochs); solo-learn does without both, and has 92.9% there.
     """
@@ -558,18 +558,18 @@ class MoCoV2(MomentumEncoder):
 
 
 class BYOL(MomentumEncoder):
-    """SimSiam + momentum encoder: SimSiam's loss, with z of the target encoder.
+    """SimSiam + momentum encoder: SimSiam's loss, with z from the target encoder.
 
-    With tau 0 the target is the online encoder: the gradients are SimSiam's, 4 times as long. (The results
+    With tau 0 the target is the online encoder: the gradients are SimSiam's, 4 times as large. (The results
     aren't: BYOL's recipe without momentum encoder needs 10 times the lr in the predictor.)
 
-    DEPARTURE: both views have SimSiam's blur, half of them; BYOL blurs all first views and a tenth of the
-    second. It found no difference (its Table 17).
+    DEPARTURE: SimSiam's blur, of probability 0.5 for both views; BYOL blurs all first views, a tenth of the
+    second. Its authors found no difference (its Table 17).
 
-    DEPARTURE: no solarisation, which BYOL does to a fifth of the second views: 72.3 instead of 72.5 (there).
+    DEPARTURE: no solarisation, which BYOL applies to a fifth of second views: 72.3 instead of 72.5 (there).
 
     DEPARTURE: fc layers before a BN have no bias, which the BN would subtract. The last of each MLP has one;
-    BYOL's haven't.
+    in BYOL it has none.
     """
     NAME = "byol"
 
@@ -598,10 +598,10 @@ class BYOL(MomentumEncoder):
 class SwAV(Related):
     """SimSiam + prototypes + Sinkhorn-Knopp on the target - predictor.
 
-    As SwAV+ in Table 4: two views, no multi-crop. In the model the prototypes stand where SimSiam has the
-    predictor: p is an image's scores.
+    As SwAV+ in Table 4: two views, no multi-crop. In the model the prototypes take the predictor's place:
+    p is an image's scores.
 
-    DEPARTURE: there is no queue of earlier outputs, which SwAV has for batches that are small against K. Take
+    DEPARTURE: there is no queue of earlier outputs, which SwAV uses if batches are small relative to K. Use
     fewer prototypes.
     """
     NAME = "swav"
@@ -610,7 +610,7 @@ class SwAV(Related):
     def __init__(self, s, data, device):
         super().__init__(s, data, device)
         self.lr_end = s["lr_end"]
-        # The prototypes are frozen for an epoch less than all, at most.
+        # The prototypes are frozen for at most all epochs but one.
         self.frozen_steps = min(s["freeze"], s["epochs"] - 1) * self.steps_per_epoch
         self.codes = functools.partial(
             sinkhorn if s["stopgrad"] else balance, eps=s["eps"], iterations=s["iterations"],
@@ -619,9 +619,9 @@ class SwAV(Related):
     def build(self):
         """In Sec. 6.2's row with a predictor, p has the scores of h(z); the codes come from those of z.
 
-        OURS: the paper doesn't say whether h stands before the prototypes or behind them. Behind them its
-        outputs are no cosines any more; divided by the temperature they are so large that nothing is learned
-        on shapes.
+        OURS: the paper doesn't say whether h comes before or after the prototypes. After them, its outputs
+        are no longer cosines; divided by the temperature they are so large that nothing is learned on
+        shapes.
         """
         super().build()
         s = self.s
@@ -655,20 +655,20 @@ class SwAV(Related):
 class CLIP(Related):
     """Images and captions, in CLIP's smallest form.
 
-    What an image is pulled to is its caption; what it is pushed from are the batch's other captions. On
-    shapes every caption names the kind, so kNN, linear and zero-shot accuracy are not without labels.
+    Each image is pulled towards its caption and pushed away from the batch's other captions. On shapes
+    every caption names the kind, so kNN, linear and zero-shot accuracy are not label-free.
 
     DEPARTURE: the text encoder is a bag of words. CLIP's is a Transformer; its Fig. 2 has both. Words start
     as PyTorch's embeddings do, with std 1; CLIP's with 0.02.
 
-    DEPARTURE: the image encoder is the ResNet of the paper. CLIP's has another stem, and attention in the
-    place of the average over places.
+    DEPARTURE: the image encoder is the ResNet of the paper. CLIP's has another stem, and attention
+    instead of average pooling.
 
-    DEPARTURE: a crop is a square of 0.6 of the image's area at least, or the largest one in the middle where
-    none fits. CLIP takes the largest, anywhere.
+    DEPARTURE: a crop is a square of at least 0.6 of the image's area, or the largest central one if none
+    fits. CLIP takes the largest, anywhere.
 
     DEPARTURE: CLIP's lr is for a batch of 32,768, 2,000 steps of warm-up and 400 million pairs. Here it is
-    for batches that a GPU holds, with an epoch of warm-up.
+    for batches that fit a GPU, with an epoch of warm-up.
     """
     NAME = "clip"
     MEASURED = ("zero_shot", "image_to_text", "text_to_image")
@@ -708,7 +708,7 @@ class CLIP(Related):
         return clip(self.model.log_scale, network, optimizer, self.autocast, x, words)
 
     def shown(self, index):
-        """Which images stand at these places: a bad file's is the next good one, with its own caption."""
+        """The images shown for these indices: for a bad file the next good one, with its own caption."""
         n, bad = len(self.data.train), self.data.train.bad
         return np.array([next(k % n for k in range(i, i + n) if k % n not in bad) for i in index.tolist()])
 
@@ -735,11 +735,11 @@ class CLIP(Related):
         return found
 
     def text_vectors(self, texts, device):
-        """Texts as unit vectors (n, d): 0 where no word of a text is known."""
+        """Texts as unit vectors (n, d); 0 if no word of a text is known."""
         return l2_normalize(self.model.text(self.vocabulary.numbers(texts).to(device)))
 
     def collapsed(self, loss, std_sqrt_d):
-        """By a std of 0 alone: no BN stands behind the projections."""
+        """By a std of 0 alone: no BN follows the projections."""
         return collapsed(math.inf, std_sqrt_d, self.s["batch"])
 
     def describe(self):
@@ -753,7 +753,7 @@ class CLIP(Related):
 
 
 def share_right(similarity, captions):
-    """In how many rows of (n, n), in percent, the highest is of a caption with the words of the row's own."""
+    """Percent of rows of (n, n) whose highest entry has a caption with the same words as the row's own."""
     found = similarity.argmax(dim=1).tolist()
     right = [captions[k] == captions[i] for i, k in enumerate(found)]
     return 100 * sum(right) / len(right)
@@ -761,18 +761,18 @@ def share_right(similarity, captions):
 
 # --- 4. Settings and experiments ---------------------------------------------------------------------------
 
-OWN_TO_SIMSIAM = ("objective", "eta", "k", "m", "fc_std")  # settings of ablations that are SimSiam's alone
+OWN_TO_SIMSIAM = ("objective", "eta", "k", "m", "fc_std")  # settings of SimSiam's ablations alone
 
 
 def table(imagenet, everywhere, added, last_bn=1.0, without=()):
-    """A method's table of settings, a row each as in simsiam.SETTINGS, by what differs.
+    """A method's table of settings, with rows as in simsiam.SETTINGS, from what differs.
 
     imagenet    {setting: value}: the authors' recipe for ImageNet
     everywhere  {setting: value}: in all three recipes
-    added       {setting: (type, imagenet, cifar10, shapes)}: what SimSiam has no need of
-    last_bn     the last BN scale of a residual block, as it starts, on ImageNet
-    without     settings that the method has no use for
-    All else, for CIFAR-10 and shapes, is SimSiam's: the paper compares with SimCLR so (supp. D).
+    added       {setting: (type, imagenet, cifar10, shapes)}: what SimSiam doesn't need
+    last_bn     the initial scale of a residual block's last BN, on ImageNet
+    without     settings that the method doesn't use
+    The rest, for CIFAR-10 and shapes, is SimSiam's, as in the paper's comparison with SimCLR (supp. D).
     """
     rows = {}
     for name, (kind, own, *small) in SETTINGS.items():
@@ -835,7 +835,7 @@ BYOL.SETTINGS = table(
     everywhere={},
     added={
         "optimizer":     (str,    "lars-outside", "sgd", "sgd"),  # last_bn: the paper's; its code has 0
-        # Small recipes: SimSiam's by the factor of the loss, 4, or on shapes 2, OURS.
+        # Small recipes: SimSiam's divided by the loss's factor, 4, or on shapes by 2, OURS.
         "base_lr":       (number, 0.45,           0.0075, 0.9),
         "epochs":        (int,    100,            800,   4),     # a step takes longer: OURS
         "tau":           (number, 0.99,           0.99,  0.9),   # at the start; small recipes: OURS
@@ -849,7 +849,7 @@ BYOL.EXPERIMENTS = {
     "byol-tau-0": ("5.5 (BYOL's Table 21)", STILL),
     "fn2-byol-tau-0": ("66.9", {**STILL, "pred_lr_times": 10.0}),
 }
-# Footnote 6: BYOL's recipe for 100 epochs is the one above; here are those for 300 and for 1000.
+# Footnote 6: BYOL's recipe for 100 epochs is the one above; these are for 300 and 1000.
 OF_300 = dict(base_lr=0.3, weight_decay=1e-6)
 OF_1000 = dict(base_lr=0.2, weight_decay=1.5e-6, tau=0.996)
 BYOL.ON_IMAGENET = {
@@ -869,13 +869,13 @@ SwAV.SETTINGS = table(
         "optimizer":   (str,    "larc", "sgd", "sgd"),
         "base_lr":     (number, 0.3,    0.03,  0.9),   # shapes: half of SimSiam's, OURS
         "lr_end":      (number, 0.001,  0.0,   0.0),   # the last lr, as a share of the first
-        # Small recipes: OURS. SimSiam's z has more numbers than SwAV's 128, so that its cosines with the
+        # Small recipes: OURS. SimSiam's z has more dimensions than SwAV's 128, so its cosines with the
         # prototypes are smaller at first; with SwAV's temperature and eps the loss stays at log K.
         "temperature": (number, 0.1,    0.05,  0.05),
         "prototypes":  (int,    3000,   512,   32),
         "eps":         (number, 0.05,   0.02,  0.02),
         "iterations":  (int,    3,      3,     3),
-        "freeze":      (int,    1,      0,     0),     # epochs in which the prototypes stay as they are
+        "freeze":      (int,    1,      0,     0),     # epochs in which the prototypes are frozen
         "stopgrad":    (bool,   True,   True,  True),
     })
 SwAV.EXPERIMENTS = {
@@ -908,7 +908,7 @@ METHODS = {method.NAME: method for method in (SimCLR, MoCoV2, BYOL, SwAV, CLIP)}
 
 
 def parse(argv=None):
-    """The command line -> options. `--experiment list` prints the table of all rows, and ends."""
+    """The command line -> options; `--experiment list` prints the table of all rows and exits."""
     # The method decides which settings there are.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = lambda message: sys.exit(f"related.py: {message}")
@@ -929,7 +929,7 @@ def parse(argv=None):
         sys.exit(f"related.py: {what}; give --method {'|'.join(METHODS)}, or a row of --experiment list")
     parser = options("related.py", METHODS[name].__doc__.splitlines()[0], METHODS[name])
     parser.add_argument("--method", dest="method_name", choices=METHODS,
-                        help="whose settings are those below (default: the experiment's)")
+                        help="the method whose settings are below (default: the experiment's)")
     return parser.parse_args(argv)
 
 

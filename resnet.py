@@ -1,27 +1,28 @@
-"""ResNet-18/34/50/101/152, written out by hand: He et al. 2016, "Deep Residual Learning for Image
-Recognition", Table 1.
+"""ResNet-18/34/50/101/152 (He et al. 2016, "Deep Residual Learning for Image Recognition", Table 1).
 
     network = resnet50()                 # 1000 classes, 25,557,032 parameters
     network.features(x)                  # (N, 2048): the pooled features that the paper evaluates (Sec. 3)
     network.fc = torch.nn.Identity()     # or a projection MLP, as simsiam.py does
 
-The names, order and shapes of all parameters are torchvision's, so that a state_dict loads strictly in both
-directions. Three details are not in He's table; all three are what the released SimSiam code inherits from
+The names, order and shapes of all parameters are torchvision's, so a state_dict loads strictly in both
+directions. Three details are not in He's table; the released SimSiam code inherits all three from
 torchvision:
 
-- in a bottleneck, the stride sits on the 3x3 convolution ("ResNet v1.5"), not on the first 1x1;
-- the last BN scale of every block starts at 0, so that a block starts as the identity (Goyal et al. 2017,
+- in a bottleneck, the stride is on the 3x3 convolution ("ResNet v1.5"), not on the first 1x1;
+- the last BN scale of every block starts at 0, so a block starts as the identity (Goyal et al. 2017,
   Sec. 5.1; SimSiam's supplement A asks for it too);
 - convolutions start Kaiming-normal, fan_out. DEPARTURE: the paper names "the default PyTorch initializers".
-  We follow the code that made its numbers.
+  We follow the code that produced its numbers.
 """
 import torch
 from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., Fig. 5 left). (N, in, H, W) -> (N, channels,
-    H/stride, W/stride)"""
+    """Two 3x3 convolutions and a shortcut (He et al., Fig. 5 left).
+
+    (N, in, H, W) -> (N, channels, H/stride, W/stride)
+    """
     expansion = 1
 
     def __init__(self, in_channels, channels, stride):
@@ -41,8 +42,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up, and a shortcut (Fig. 5 right). (N, in, H, W) -> (N, 4 channels, H/stride,
-    W/stride)"""
+    """1x1 down, 3x3, 1x1 up, and a shortcut (Fig. 5 right).
+
+    (N, in, H, W) -> (N, 4 channels, H/stride, W/stride)
+    """
     expansion = 4
 
     def __init__(self, in_channels, channels, stride):
@@ -67,7 +70,7 @@ class Bottleneck(nn.Module):
 def shortcut(in_channels, out_channels, stride):
     """The identity where shapes allow it, else a strided 1x1 projection (He et al., Sec. 3.3, option B).
 
-    An empty Sequential is the identity and, like torchvision's None, puts no name into the state_dict.
+    An empty Sequential is the identity and, like torchvision's None, adds no name to the state_dict.
     """
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
@@ -84,7 +87,7 @@ class ResNet(nn.Module):
     width           multiplies every channel count (1/8 of a ResNet-18 is 8, 16, 32, 64 channels)
     cifar_stem      a 3x3 convolution of stride 1 and no max-pool, for 32-pixel images (SimSiam, supplement D)
 
-    Raises ValueError where the width leaves a stage without channels.
+    Raises ValueError if the width leaves a stage without channels.
     """
 
     def __init__(self, block, blocks, num_classes=1000, width=1.0, cifar_stem=False):
@@ -121,8 +124,8 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x):
-        """Images (N, 3, H, W), normalised -> pooled features (N, num_features). Shapes: ResNet-50 at 224
-        pixels."""
+        """Normalised images (N, 3, H, W) -> pooled features (N, num_features)."""
+        # The shapes are ResNet-50's at 224 pixels.
         x = self.relu(self.bn1(self.conv1(x)))  # (N,   64, 112, 112)
         x = self.maxpool(x)                     # (N,   64,  56,  56)
         x = self.layer1(x)                      # (N,  256,  56,  56)
@@ -134,8 +137,7 @@ class ResNet(nn.Module):
         return x
 
     def forward(self, x):
-        """Images (N, 3, H, W), normalised -> whatever fc makes of the features: (N, num_classes), or z in
-        SimSiam."""
+        """Normalised images (N, 3, H, W) -> fc of their features: (N, num_classes), or z in SimSiam."""
         return self.fc(self.features(x))
 
 

@@ -1,4 +1,4 @@
-"""Pre-training by SimSiam (Chen & He 2020, "Exploring Simple Siamese Representation Learning", 2011.10566).
+"""SimSiam pre-training (Chen & He 2020, "Exploring Simple Siamese Representation Learning", 2011.10566).
 
     python simsiam.py                                 no data needed: drawn shapes, minutes on a laptop
     python simsiam.py CIFAR                           a CIFAR-10 folder; any small images of one size
@@ -6,25 +6,25 @@
     torchrun --nproc-per-node 8 simsiam.py IMAGENET   one machine with 8 GPUs
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 simsiam.py IMAGENET
                                                       the same line on each of 4 machines; HOST is one of them
-    add --resume to continue a run that was interrupted; python simsiam.py --help lists the options
+    add --resume to continue an interrupted run; python simsiam.py --help lists the options
 
-Read top to bottom, beside the paper:
+Read it top to bottom, with the paper:
 
-    1. the loss, and one step of Algorithm 1        5. what is watched: std and collapse, kNN
+    1. the loss, and one step of Algorithm 1        5. monitoring: std and collapse, kNN
     2. the heads and the model                      6. other losses, for the ablations
     3. the optimiser and the schedule               7. Sec. 5: SimSiam as alternating optimisation
     4. the training loop, and a whole run           8. settings and experiments, with the paper's figures
 
-Sections 1 to 4 are SimSiam; you can stop there. 5 to 8 are the rest of the paper. 9 is what `pretrain` asks
-of SimSiam: its train_step calls the one in 1. The views are made in augment.py, the backbone is in resnet.py,
-and what any training program needs (processes, checkpoints, the log) is in harness/. related.py implements
-SimCLR, MoCo v2, BYOL, SwAV and CLIP beside it.
+Sections 1 to 4 are SimSiam; you can stop there. 5 to 8 are the rest of the paper. 9 is what `pretrain` needs
+from SimSiam; its train_step calls the one in 1. augment.py makes the views, resnet.py has the backbone, and
+harness/ has what any training program needs (processes, checkpoints, the log). related.py implements SimCLR,
+MoCo v2, BYOL, SwAV and CLIP.
 
-The paper's letters: x1, x2 two views of a batch of images (N, 3, S, S); f the encoder (backbone and
+The paper's symbols: x1, x2 two views of a batch of images (N, 3, S, S); f the encoder (backbone and
 projection MLP), h the prediction MLP; z1 = f(x1), p1 = h(z1), (N, d) each; D the negative cosine
-similarity. "Sec.", "Eq.", "Table": the paper's. A tag such as "Eq. (1)" after a line of code says that this
-line is the equation; README.md has the map. Where the paper, or the released code, differs from this file,
-the place is marked as a departure. "OURS": neither says it, so we chose.
+similarity. "Sec.", "Eq." and "Table" refer to the paper. A tag such as "Eq. (1)" after a line of code says
+that this line is the equation; README.md has the map. Where this file differs from the paper or the released
+code, the place is marked as a departure. "OURS": neither specifies it, so we chose.
 """
 import contextlib
 import copy
@@ -34,7 +34,7 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
-# harness comes before torch, because it says how torch's threads wait.
+# harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.files import save, save_picture
@@ -69,7 +69,7 @@ import resnet
 def D(p, z):
     """Negative cosine similarity, averaged over the batch: -p/|p| . z/|z|.
 
-    (N, d), (N, d) -> scalar in [-1, 1]. It does not detach: stop-gradient is a function of its own, applied
+    (N, d), (N, d) -> scalar in [-1, 1]. It does not detach: stop-gradient is a separate function, applied
     in `loss`.
     """
     return -(l2_normalize(p) * l2_normalize(z)).sum(dim=1).mean()     # Eq. (1): negative cosine
@@ -94,9 +94,9 @@ def loss(p1, p2, z1, z2):
 def train_step(network, optimizer, autocast, x1, x2, loss=loss):
     """One iteration of Algorithm 1, on two views (N, 3, S, S) of this process's share of the batch.
 
-    network     SimSiam, or its DistributedDataParallel, which averages the gradients over the processes
+    network     SimSiam, or SimSiam in DistributedDataParallel, which averages gradients over the processes
     autocast    the context that sets the precision of the forward pass
-    loss        another one of p1, p2, z1, z2, for the ablations
+    loss        a function of p1, p2, z1, z2; the ablations pass others
     Returns the loss, and z1, z2 for the monitors.
     """
     with autocast:
@@ -119,14 +119,14 @@ def l2_normalize(v):
 
 
 def as_float32(v):
-    """v in float32 at least, because bf16 would make the loss's third digit wrong. float64 stays."""
+    """v in at least float32, because bf16 would corrupt the loss's third digit; float64 stays float64."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 # --- 2. The heads and the model (Sec. 3, "Baseline settings") -------------------------------------------
 
 class BatchNorms(NamedTuple):
-    """Which fc layers of the two heads are followed by a BN. The defaults are the paper's; Table 3 varies."""
+    """Which fc layers of the two heads have a BN; the defaults are the paper's, and Table 3 varies them."""
     proj_hidden: bool = True
     proj_output: bool = True
     pred_hidden: bool = True
@@ -134,8 +134,8 @@ class BatchNorms(NamedTuple):
 
 
 def linear_and_bn(inputs, outputs, bn, affine=True):
-    """A fully-connected layer, and a BN if `bn`."""
-    if not bn:  # a bias only without a BN, which would subtract it again
+    """A fully connected layer, followed by a BN if `bn`."""
+    if not bn:  # only here is a bias useful: a BN would cancel it
         return [nn.Linear(inputs, outputs)]
     return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs, affine=affine)]
 
@@ -143,8 +143,8 @@ def linear_and_bn(inputs, outputs, bn, affine=True):
 def projection_mlp(features, hidden, dim, layers, hidden_bn=True, output_bn=True, affine=False):
     """The end of f: `layers` fc layers, BN on each, ReLU on all but the last. (N, features) -> (N, dim)
 
-    DEPARTURE: the output BN has no affine scale and offset, as in the released code. With them the paper
-    measured the same.
+    DEPARTURE: the output BN has no affine scale and offset, as in the released code. The paper
+    measured no difference with them.
 
     DEPARTURE: the first hidden width is the paper's 2048. The released code takes the backbone's, which is
     512 for ResNet-18.
@@ -169,7 +169,7 @@ def prediction_mlp(dim, hidden, hidden_bn=True, output_bn=False):
 class SimSiam(nn.Module):
     """The encoder f (a ResNet whose fc is the projection MLP) and the predictor h.
 
-    The parameters have the names of the released model.
+    The parameters have the released model's names.
 
     arch, width, cifar_stem           the backbone: see resnet.py
     proj_layers, proj_hidden, dim     the projection MLP: fc layers, hidden width, output width d
@@ -190,7 +190,7 @@ class SimSiam(nn.Module):
             self.encoder.num_features, proj_hidden, dim, proj_layers, bn.proj_hidden, bn.proj_output, affine)
         self.predictor = prediction_mlp(dim, pred_dim, bn.pred_hidden, bn.pred_output)
         if predictor == "none":
-            # p = z, and Eq. (4)'s gradient is half of that of D(z1, z2) without stop-gradient: the same
+            # p = z, and Eq. (4)'s gradient is half that of D(z1, z2) without stop-gradient: the same
             # direction.
             self.predictor = nn.Identity()                            # Sec. 4.2 (no h): p is z
         self.predictor.requires_grad_(predictor == "mlp")
@@ -202,7 +202,7 @@ class SimSiam(nn.Module):
     def forward(self, *views):
         """Two views (N, 3, S, S), or more -> (p1, p2), (z1, z2), (N, d) each, all with gradient.
 
-        Each view passes through f by itself, and so is normalised by its own batch statistics. One pass
+        Each view passes through f separately, so it is normalised by its own batch statistics. One pass
         over both views together would be faster, but a different method. h minimises E_z |h(z1) - z2|^2; the
         minimum is h(z1) = E_z[z2] = E_T[f(T(x))], the mean over the augmentations, which one sample z2 only
         approximates (Sec. 5.1).
@@ -216,9 +216,9 @@ class SimSiam(nn.Module):
 # --- 3. The optimiser and the schedule (Sec. 3) ---------------------------------------------------------
 
 def sgd(model, momentum, weight_decay):
-    """SGD over f and h: two groups, because h may have an lr schedule of its own.
+    """SGD over f and h: two groups, because h may have its own lr schedule.
 
-    The lr is set before every step. Weight decay is on *all* parameters, BN scales and biases included.
+    The lr is set before every step. Weight decay applies to *all* parameters, also BN scales and biases.
     """
     groups = [{"params": model.encoder.parameters()}, {"params": model.predictor.parameters()}]
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
@@ -237,7 +237,7 @@ def warmup(step, warmup_steps):
 def cosine(step, total_steps, warmup_steps):
     """The factor on the lr after the warm-up: half a cosine (Loshchilov & Hutter 2017).
 
-    DEPARTURE: set at every step, where the released code does so once an epoch; the paper doesn't say.
+    DEPARTURE: set at every step; the released code sets it once an epoch, and the paper doesn't say.
     """
     progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
     return (1 + math.cos(math.pi * progress)) / 2                     # Sec. 3 (schedule): cosine decay
@@ -246,7 +246,7 @@ def cosine(step, total_steps, warmup_steps):
 def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
     """Give f the decayed lr, and h the same ("cosine"), or a constant one ("constant", Table 1 c).
 
-    The constant one isn't warmed up either, as the authors answer in the released code's issue 11.
+    The constant lr isn't warmed up either, as the authors say in the released code's issue 11.
     """
     f, h = optimizer.param_groups
     f["lr"] = lr * warmup(step, warmup_steps) * cosine(step, total_steps, warmup_steps)
@@ -261,24 +261,24 @@ def set_lr(optimizer, lr, step, total_steps, warmup_steps, pred_lr):
 def distribute(model, device, compiled=False):
     """Make a model train as one over all processes: BN over the global batch (Sec. 3), averaged gradients.
 
-    compiled: whether torch.compile is going to see it
+    compiled: whether torch.compile will be applied
     """
     if dist.get_world_size() == 1:
         return model
     model = synchronize(model, device, compiled)
     network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    network.broadcast_buffers = False  # synchronised statistics are equal on all processes already
+    network.broadcast_buffers = False  # synchronised statistics are already equal on all processes
     return network
 
 
 def train(run, batches, set_lr, train_step, optimizer, progress, after_epoch):
-    """The training loop, over the steps and epochs that the run still needs.
+    """The training loop, over the run's remaining epochs and steps.
 
     run             the run's position, checkpoints and log (harness/training/run.py)
     batches         yields (indices of the images, their views) for each step
-    set_lr          called before each step, with its number in the whole run: sets the optimiser's lr
+    set_lr          called before each step with its number in the whole run; sets the optimiser's lr
     train_step      (number of the step, indices, views) -> loss, z
-    after_epoch     called when an epoch is done, and saved if that was due: measures, writes the log
+    after_epoch     called after each epoch, and after any save due then; measures and writes the log
     """
     while run.epoch < run.settings["epochs"]:
         for step, (index, views) in run.steps_of_epoch(batches):
@@ -296,13 +296,13 @@ def train(run, batches, set_lr, train_step, optimizer, progress, after_epoch):
 
 
 def gradient_norm(optimizer):
-    """The l2 norm of all gradients together, a tensor on the device."""
+    """The l2 norm of all gradients together, as a tensor on the device."""
     parameters = (w for group in optimizer.param_groups for w in group["params"])
     return nn.utils.get_total_norm([w.grad for w in parameters if w.grad is not None])
 
 
 def pretrain(args):
-    """A whole run: from the command line to backbone.pth. Raises Refused, and Stopped after a signal."""
+    """A whole run, from the command line to backbone.pth; raises Refused, and Stopped after a signal."""
     # Data, and the settings that suit it
     device, rank, world = join_world(torch.device(args.device))
     data = args.method.open(args.data, args.range)
@@ -312,7 +312,7 @@ def pretrain(args):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, args.data)
     out = args.out or default_folder(args)
-    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses what would overwrite a run
+    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
 
     # Model and optimiser
@@ -325,13 +325,13 @@ def pretrain(args):
     model.to(device, memory_format=layout)
     network = distribute(model, device, s["compile"])
     if s["compile"]:
-        network.compile()  # in place: the names in checkpoints stay
+        network.compile()  # in place: the names in checkpoints stay the same
         augment.compile_colours()
     optimizer = method.optimizer()
     parts = {"model": model, "optimizer": optimizer, **method.parts()}
 
-    # Where the run stands: at its beginning, or at its newest checkpoint
-    follow = ["amp"] if args.amp is None else []  # a run that goes on keeps its precision
+    # Where the run starts: at the beginning, or at its newest checkpoint
+    follow = ["amp"] if args.amp is None else []  # a resumed run keeps its precision
     run = Run(job, parts, method.steps_per_epoch, args.override, follow)
     progress = Progress(method.total_steps - run.position(), quiet=rank > 0)
     report = Report(run, job, method, partial(watch, job, method.autocast), progress)
@@ -343,7 +343,7 @@ def pretrain(args):
     if not run.log.epochs():  # new, or interrupted before this was measured
         report.untrained(model.encoder)
 
-    # From DATA to optimizer.step(). Worker processes decode and crop files; all else happens in this process,
+    # From DATA to optimizer.step(). Worker processes decode and crop files; the rest happens in this process,
     # on its share of each global batch. SimSiamMethod.train_step, in section 9, calls section 1's
     indices = index_batches(
         s["seed"], len(data.train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
@@ -363,13 +363,13 @@ def pretrain(args):
     progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 
 
-# --- 5. What is watched (Sec. 4.1): the std of z, a kNN classifier --------------------------------------
+# --- 5. Monitoring (Sec. 4.1): the std of z, a kNN classifier -------------------------------------------
 
 def feature_std(z, all_sum=lambda t: t):
     """Std over the samples of each channel of z/|z|, averaged over the channels: (N, d) -> scalar.
 
-    Collapsed, it is 0. Scattered over the sphere, it is 1/sqrt(d). all_sum adds a tensor up over the
-    processes, so that the samples are those of the global batch.
+    It is 0 after collapse, and 1/sqrt(d) if z/|z| is scattered over the sphere. all_sum sums a tensor over
+    the processes, so the samples are those of the global batch.
     """
     v = l2_normalize(z)                                               # (N, d)
     sums = torch.stack([torch.ones_like(v), v, v * v]).sum(dim=1)     # (3, d)
@@ -379,35 +379,35 @@ def feature_std(z, all_sum=lambda t: t):
 
 
 def mean_std(z):
-    """feature_std of the global batch, its mean over the views."""
+    """feature_std of the global batch, averaged over the views."""
     return sum(feature_std(stopgrad(z_i), all_sum) for z_i in z) / len(z)
 
 
 def collapsed(excess, std_sqrt_d, n):
-    """Whether a run has collapsed: by its loss's excess over the minimum, and std x sqrt(d), batches of n.
+    """Whether a run with batches of n has collapsed, by its loss's excess over the minimum and std x sqrt(d).
 
     Behind an output BN the outputs can't all be one point, because their mean is 0. At best n - 1 of them
-    meet at u, and one is at -u. There std x sqrt(d) is about 2/sqrt(n); the excess is 0 where the views
+    are at u, and one is at -u. Then std x sqrt(d) is about 2/sqrt(n); the excess is 0 where the views
     agree on which image is the odd one, and 4/n where they don't. The bounds leave some room beyond that. A
-    std of 0 is collapse whatever the loss: images that are all the same have it from the first step on.
+    std of 0 is collapse whatever the loss: identical images have it from the first step on.
     """
     std_bound = min(0.75, max(0.1, 3 / math.sqrt(n)))
     return std_sqrt_d < 0.01 or (excess < max(0.05, 5 / n) and std_sqrt_d < std_bound)
 
 
-RANKED = 2000       # training images whose features' rank is watched
-MOST_RAW = 100_000  # training images up to which raw pixels are measured too, to compare with
+RANKED = 2000       # training images used to measure the features' rank
+MOST_RAW = 100_000  # most training images for which kNN on raw pixels is measured too
 
 
 def effective_rank(v):
-    """In how many directions features v (N, D) spread, from 1 to D (RankMe, Garrido et al. 2023).
+    """The number of directions in which features v (N, D) spread, 1 to D (RankMe, Garrido et al. 2023).
 
     It is exp of the entropy of the normalised singular values of the centred features. It sees what
-    the std can't: a network whose outputs differ, but in a few directions only.
+    the std can't: a network whose outputs differ, but only in a few directions.
     """
     v = as_float32(v)
     v = v - v.mean(dim=0)                                             # (N, D)
-    if not v.any() or not v.isfinite().all():  # all the same, or beyond all numbers: not even one direction
+    if not v.any() or not v.isfinite().all():  # all the same, or not finite: not even one direction
         return v.new_zeros(())
     singular = torch.linalg.svdvals(v)                                # min(N, D) of them
     share = singular / singular.sum()
@@ -415,10 +415,10 @@ def effective_rank(v):
 
 
 def knn(bank, bank_labels, queries, k=200, temperature=0.1):
-    """Weighted kNN (Wu et al. 2018, Sec. 3.4): the k nearest vote with exp(cosine / temperature) each.
+    """Weighted kNN (Wu et al. 2018, Sec. 3.4): each of the k nearest has exp(cosine / temperature) votes.
 
     bank (B, d), queries (Q, d): l2-normalised features; bank_labels (B,) int64; k at most B.
-    Returns votes (Q, classes), -inf where a class got none.
+    Returns votes (Q, classes), -inf if a class got none.
     """
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
     piece = max(1, 2 ** 27 // len(bank))  # half a GiB of similarities at a time
@@ -429,23 +429,23 @@ def knn(bank, bank_labels, queries, k=200, temperature=0.1):
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k):
-    """kNN's top-1 and top-5 in percent, of features queries (Q, d) by those of the bank (B, d)."""
+    """kNN top-1 and top-5 in percent, of features queries (Q, d) among those of the bank (B, d)."""
     bank = l2_normalize(bank)
     queries = l2_normalize(queries)
     return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], k), labels)
 
 
 def watches_knn(job):
-    """Whether kNN is measured: there are labels, and a validation image for each process."""
+    """Whether kNN is measured: it needs labels, and a validation image for each process."""
     s = job.settings
     return s["knn_every"] > 0 and job.val is not None and len(job.val) >= s["world"]
 
 
 def watch(job, autocast, features):
-    """What the features (images -> (N, D)) of test views show of a network.
+    """Measure a network by the features (images -> (N, D)) of test views.
 
-    Returns {"knn": top-1 in percent, "knn_images": of so many, "rank": of up to RANKED training images}; only
-    the rank where there are no labels.
+    Returns {"knn": top-1 in percent, "knn_images": images judged, "rank": of up to RANKED training images};
+    without labels, only the rank.
     """
     if watches_knn(job):
         top1, judged, bank = knn_of(job, features, job.test_views, autocast)
@@ -458,10 +458,10 @@ def watch(job, autocast, features):
 
 
 def knn_of(job, features, views, autocast=contextlib.nullcontext()):
-    """kNN on all validation images, by all training images -> top-1 in percent, of how many, the bank.
+    """kNN of all validation images among all training images -> top-1 in percent, images judged, the bank.
 
     features: images -> (N, D). views: as Job.test_views. The replacement for an unreadable image has the
-    wrong label, so leave it out.
+    wrong label, so it is left out.
     """
     bank, voting = good_ones(job.train, extract(features, views, job.train, job.device, autocast))
     queries, judged = good_ones(job.val, extract(features, views, job.val, job.device, autocast))
@@ -472,7 +472,7 @@ def knn_of(job, features, views, autocast=contextlib.nullcontext()):
 
 
 def knn_of_pixels(job, policy):
-    """kNN's top-1 by raw pixels, to compare with: at 32 pixels where images are files. None: not measured."""
+    """kNN top-1 on raw pixels, for comparison: at 32 pixels if images are files; None if not measured."""
     if not watches_knn(job) or len(job.train) > MOST_RAW:
         return None
     views = job.test_views
@@ -492,7 +492,7 @@ def loss_without_stopgrad(p1, p2, z1, z2):
 def D_cross_entropy(p, z):
     """-softmax(z) . log softmax(p), over the channels, averaged over the batch.
 
-    (N, d), (N, d) -> scalar, 0 at least
+    (N, d), (N, d) -> scalar, at least 0
     """
     target = as_float32(z).softmax(dim=1)                             # (N, d)
     log_p = as_float32(p).log_softmax(dim=1)                          # (N, d)
@@ -510,7 +510,7 @@ def loss_asymmetric(p1, p2, z1, z2):
 
 
 def loss_asymmetric_2x(p1, p2, p3, p4, z1, z2, z3, z4):
-    """Two independent pairs of views an image: a fair comparison with the two symmetric terms."""
+    """Two independent pairs of views per image, to compare fairly with the two symmetric terms."""
     return loss_asymmetric(p1, p2, z1, z2) / 2 + loss_asymmetric(p3, p4, z3, z4) / 2
 
 
@@ -524,7 +524,7 @@ def train_step_2x(network, optimizer, autocast, x1, x2, x3, x4):
 
 
 class Objective(NamedTuple):
-    """A way to train: its step, how many views of an image that takes, and the loss's minimum."""
+    """A way to train: its step, the number of views per image, and the loss's minimum."""
     train_step: object
     views: int
     minimum: int
@@ -540,19 +540,19 @@ OBJECTIVES = {
 
 
 # --- 7. SimSiam as alternating optimisation (Sec. 5) ----------------------------------------------------
-# There, theta (the weights of F, which is f; here those of h too) is fitted to eta, one constant vector per
-# image. Then eta is computed from the new theta, and so on in turns. The paper's error is the squared one;
-# with normalised vectors (footnote 5) it is 2 D + 2.
+# Sec. 5 fits theta (the weights of F, which is f; here also those of h) to eta, one constant vector per
+# image. Then it computes eta from the new theta, and so on in turns. The paper's error is squared; with
+# normalised vectors (footnote 5) it is 2 D + 2.
 #
-# Plain training is the case eta_x = F_{theta^t}(T'(x)) of the current theta, which is what stopgrad(z) in
-# `loss` is, with inner loops of one step. That is Eq. (11), but for h and the symmetrisation; Sec. 5.1 says
-# why h is there. The two variants of Sec. 5.2 are steps of their own.
+# Plain training is the case with inner loops of one step: eta_x = F_{theta^t}(T'(x)) of the current theta,
+# which is stopgrad(z) in `loss`. That is Eq. (11), except for h and the symmetrisation; Sec. 5.1 says why h
+# is there. The two variants of Sec. 5.2 have their own steps.
 
 def loss_to_eta(p1, p2, eta1, eta2):
     """The loss for fitting theta while eta is held fixed: theta^t <- argmin_theta L(theta, eta^{t-1}).
 
     eta1, eta2 (N, d): each image's eta, computed from its view 1 and its view 2. Each view is fitted to the
-    other's. The symmetrised loss needs both; the paper has one eta an image.
+    other's. The symmetrised loss needs both; the paper has one eta per image.
     """
     return loss(p1, p2, eta1, eta2)                                   # Eq. (7): of theta; eta stays
 
@@ -569,11 +569,11 @@ def embed(model, autocast, x1, x2):
 
 
 def alternation_step(model, theta, k, network, optimizer, autocast, step, x1, x2):
-    """A step of Sec. 5.2's k-step alternation: outer loops of k steps, in which eta stays.
+    """A step of Sec. 5.2's k-step alternation: eta is constant during each outer loop of k steps.
 
     theta   a copy of the model, for theta^t. The paper caches the eta of all k steps before the first; we
-            keep theta^t, and compute each eta when its step comes. Both are F_{theta^t}(T'(x)), of the same
-            views. In the middle of an inner loop theta differs from the model: so it is in the checkpoint
+            keep theta^t, and compute each eta at its step. Both are F_{theta^t}(T'(x)), of the same views.
+            In the middle of an inner loop theta differs from the model, so the checkpoint holds it too
     """
     if step % k == 0:
         theta.load_state_dict(model.state_dict())
@@ -589,7 +589,7 @@ def moving_average_step(store, m, network, optimizer, autocast, index, x1, x2):
     """A step with Sec. 5.2's moving average, without a predictor: eta_x <- m eta_x + (1 - m) F(T'(x)).
 
     store: PerImageVectors. F's output and eta are normalised (footnote 5). Before an image's first visit
-    its stored vector is 0. So eta is (1 - m) z, not of length 1; D normalises it. OURS, because the paper
+    its stored vector is 0, so eta is (1 - m) z, which D normalises to length 1. OURS, because the paper
     doesn't say: both views start from the image's one vector, and the normalised sum of both is stored.
     """
     with autocast:
@@ -604,8 +604,8 @@ def moving_average_step(store, m, network, optimizer, autocast, index, x1, x2):
 
 
 # --- 8. Settings and experiments ---------------------------------------------------------------------------
-# Each row of SETTINGS is an option of the command line (--base-lr, --area, ...): its type, its value in each
-# recipe, and where the paper has it. "shapes" has no counterpart in the paper: it is the smallest setting
+# Each row of SETTINGS is a command-line option (--base-lr, --area, ...): its type, its value in each recipe,
+# and where the paper gives it. "shapes" has no counterpart in the paper: it is the smallest setting
 # that shows the method in minutes on two cores.
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -662,10 +662,10 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
 
 HELP = {
     "arch": "the backbone",
-    "width": "of the backbone: a factor on all its channels",
+    "width": "a factor on all the backbone's channels",
     "cifar_stem": "a stem for small images: 3x3, stride 1, no max-pooling",
     "proj_layers": "fc layers of the projection MLP",
-    "proj_hidden": "their hidden width",
+    "proj_hidden": "hidden width of the projection MLP",
     "dim": "width d of z and p",
     "pred_dim": "hidden width of the predictor h",
     "predictor": "h trained, fixed as initialised, or left out",
@@ -675,30 +675,30 @@ HELP = {
     "objective": "the loss",
     "eta": "what a view is fitted to: the other view's z, Sec. 5.2's alternation or its moving average",
     "k": "steps of an inner loop of the alternation; 0: an epoch",
-    "m": "how much of the moving average stays",
-    "epochs": "of training",
-    "batch": "images of a step, over all processes",
+    "m": "share of the moving average that is kept",
+    "epochs": "training epochs",
+    "batch": "images per step, over all processes",
     "base_lr": "lr = base lr x batch / 256",
-    "momentum": "of SGD",
+    "momentum": "SGD's momentum",
     "weight_decay": "on all parameters",
     "warmup": "epochs of warm-up",
-    "pred_lr": "h's lr stays, or follows the cosine",
-    "size": "of a view, in pixels",
+    "pred_lr": "h's lr is constant, or follows the cosine",
+    "size": "side of a view, in pixels",
     "area": "share of the image that a crop covers",
     "aspect": "width / height of a crop",
     "jitter": "probability of the colour changes",
-    "strength": "of brightness, contrast, saturation, hue",
+    "strength": "strengths of brightness, contrast, saturation, hue",
     "gray": "probability of grayscale",
     "blur": "probability of blur",
     "sigma": "std of the blur, in pixels",
     "flip": "probability of the horizontal flip",
     "vflip": "probability of the vertical flip",
-    "mean": "subtracted from each channel, of values in [0, 1]",
-    "std": "by which each channel is divided",
+    "mean": "subtracted from each channel (values in [0, 1])",
+    "std": "divisor of each channel",
     "centre": "share of the shorter side that a test view keeps",
-    "knn_every": "epochs between two measurements of kNN and rank; 0: never",
+    "knn_every": "epochs between measurements of kNN and rank; 0: never",
 }
-ABLATIONS = ("predictor", "bn", "affine", "fc_std", "objective", "eta", "k", "m")  # only they need these
+ABLATIONS = ("predictor", "bn", "affine", "fc_std", "objective", "eta", "k", "m")  # only ablations use these
 
 CHOICES = {
     "arch": tuple(resnet.ARCHS),
@@ -708,9 +708,9 @@ CHOICES = {
     "pred_lr": ("constant", "cosine"),
 }
 
-# A row of the paper each: what the paper measured (linear top-1 on ImageNet, if no more is said), and what
-# changes against the recipe. The values are those for ImageNet: smaller recipes scale batch, widths and
-# epochs down in proportion. lr, weight decay and k, the steps of an inner loop, stay as they are.
+# One row per result of the paper: what it measured (linear top-1 on ImageNet, unless noted), and what
+# changes from the recipe. The values are those for ImageNet: smaller recipes scale batch, widths and epochs
+# down in proportion. lr, weight decay and k, the steps of an inner loop, are unchanged.
 DECAYED = {"pred_lr": "cosine"}
 NO_H = {"predictor": "none"}
 WARMUP = {"warmup": 10}
@@ -760,7 +760,7 @@ EXPERIMENTS = {
 # --- 9. SimSiam as a method, and the options --------------------------------------------------------------
 
 class SimSiamMethod(Method):
-    """SimSiam, as a run asks for it (harness/training/method.py). related.py has others."""
+    """SimSiam as a run needs it (harness/training/method.py); related.py has other methods."""
     NAME = "simsiam"
     SETTINGS = SETTINGS
     HELP = HELP
@@ -824,7 +824,7 @@ OF_THE_MODEL = ("arch", "width", "cifar_stem", "proj_layers", "proj_hidden", "di
 
 
 def parse(argv=None):
-    """The command line -> options. `--experiment list` prints the table and ends."""
+    """The command line -> options; `--experiment list` prints the table and exits."""
     parser = options(
         "simsiam.py", "SimSiam pre-training. The recipe's options default to the paper's settings for the "
                       "data at hand.", SimSiamMethod)
@@ -841,7 +841,7 @@ def test_views(policy, device, workers):
 
 
 def check_same_on_all_processes(method, data):
-    """Raise Refused where the processes see different images, or have chosen different precisions."""
+    """Raise Refused if the processes see different images, or have chosen different precisions."""
     train, val = method.data.train, method.data.val
     method.s["content"] = train.fingerprint()
     seen = [method.s["content"], val.fingerprint() if val else 0, *method.numbers()]

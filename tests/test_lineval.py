@@ -297,9 +297,9 @@ REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-1
     "epochs of knn": ("{ten} {untrained} --knn --epochs 3", "--epochs: --knn trains nothing"),
     "folder with a result": ("{ten} {untrained} --cached --out {files}", "another folder with --out"),
     "resuming the cached protocol": (
-        "{ten} {untrained} --cached --resume", "--cached is not done in parts"),
+        "{ten} {untrained} --cached --resume", "--cached can't be resumed"),
     "features in a file that is there": (
-        "{ten} {untrained} --knn --features {files}/good.pth", "good.pth: exists already"),
+        "{ten} {untrained} --knn --features {files}/good.pth", "good.pth already exists"),
 }
 
 

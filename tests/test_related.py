@@ -1101,7 +1101,7 @@ DEPARTURES = [  # (words in the line with the mark, first cell of its row in res
     ("resized bilinearly", "resizing"),
     ("brightness is a factor", "brightness and contrast"),
     ("each view passes", "views"),
-    ("in proportion to the batch", "lr by batch; set"),
+    ("proportional to the batch", "lr by batch; set"),
     ("warm-up starts", "warm-up"),
     ("pixels are standardised", "pixels"),
     ("the loss is the mean", "sum or mean; weight decay"),
