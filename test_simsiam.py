@@ -1004,8 +1004,9 @@ def paper_map():
 SETTINGS_MAP = {
     "crop": ("supp. A", "augment.py", "def draw_crop(",
              "tests/test_augment.py", "test_crops_are_distributed_as_random_resized_crop_draws_them"),
-    "jitter, grayscale, blur": ("supp. A", "augment.py", "    if colour.jitter:",
-                                "tests/test_augment.py", "test_changes_are_exact_and_come_in_each_views_own_order"),
+    "jitter, grayscale, blur": (
+        "supp. A", "augment.py", "    if colour.jitter:",
+        "tests/test_augment.py", "test_changes_are_exact_and_come_in_each_views_own_order"),
     "flip": ("supp. A", "augment.py", "        x = x.flip(2)",
              "tests/test_one_view.py", "test_crop_resize_and_flip_agree_with_pillow"),
     "the two heads": ("Sec. 3", "simsiam.py", "def projection_mlp(",

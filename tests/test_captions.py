@@ -37,7 +37,8 @@ def test_a_caption_says_what_was_drawn():
     for i, caption in enumerate(source.captions):
         kind = source.classes[source.labels[i]]
         assert words_in(caption, source.classes) == kind
-        if kind in ("crescent", "arrow", "dots", "triangle", "corner", "pair"):  # their middle isn't their centre
+        if kind in ("crescent", "arrow", "dots", "triangle", "corner", "pair"):
+            # Their middle isn't their centre.
             continue
         image = source.image(i).numpy()
         object_ = image.min(axis=2) >= 140

@@ -37,7 +37,7 @@ def test_a_page_is_what_its_script_makes_of_the_logs(script):
 
 
 def test_the_demo_keeps_its_promises():
-    """Each of five seeds learns, far above raw pixels and the untrained network; none without stop-gradient."""
+    """All five seeds learn, far above raw pixels and the untrained network; none without stop-gradient."""
     runs = demo.KEPT.of(demo.WITH.name).values()
     knn = [last(run, "knn") for run in runs]
     assert len(knn) == 5

@@ -211,9 +211,10 @@ def test_threads_are_omps_or_the_cores_but_few_for_tiny_networks(monkeypatch, gi
     """On a machine of six cores."""
     monkeypatch.setattr(machine, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    before = torch.get_num_threads()
+        torch.set_num_threads(int(given))  # as torch does when it is imported
     try:
         machine.set_threads(width, size)
         assert machine.device_name(CPU) == f"CPU, {threads} threads"

@@ -40,17 +40,17 @@ def quota(root):
     return allowed
 
 
+TINY = 64  # width of a network x pixels of a view, up to which two threads are enough
+
+
 def set_threads(width, size):
     """Choose how many threads compute on a CPU, for a network of this width and views of `size` pixels.
 
-    OMP_NUM_THREADS decides if it is set. Otherwise all our cores compute, but for tiny networks at most two:
-    their operations are too short to be shared among more.
+    All our cores compute, but for tiny networks at most two: their operations are too short to be shared
+    among more. If OMP_NUM_THREADS is set, torch has taken its number already.
     """
-    threads = min(cores(), 2) if width * size ** 2 <= TINY else cores()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or threads))
-
-
-TINY = 64  # width x pixels of a view
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(cores(), 2) if width * size ** 2 <= TINY else cores())
 
 
 def device_name(device):

@@ -1,4 +1,6 @@
 """The pictures that the programs draw: contact sheets, training curves, nearest neighbours."""
+import math
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -56,30 +58,37 @@ def draw_curves(path, records, knn_pixels, minimum, low_rank):
     minimum     of the loss
     low_rank    the rank below which the run warns, or None
     """
-    image = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), "white")
-    pen = ImageDraw.Draw(image)
-    # Each panel: key in the log, title, the ends of its axis, the value of the red line.
     panels = [
         ("loss", f"training loss (minimum {minimum:.4g})", minimum, minimum + 1, None),
         ("std", "std x sqrt(d)  (red: scattered, 0: collapsed)", 0, 1.1, 1),
         ("knn", "kNN top-1 in percent  (red: raw pixels)", 0, 100, knn_pixels),
         ("rank", "effective rank of the features  (red: too low)", 0, 1, low_rank),
     ]
-    last_epoch = max(1, records[-1]["epoch"])
-    for k, (key, title, low, high, red) in enumerate(panels):
-        corner = k % 2 * WIDTH, k // 2 * HEIGHT
-        draw_panel(pen, corner, title, [(records, BLUE)], key, last_epoch, low, high, red)
+    draw_panels(path, panels, [(records, BLUE)], columns=2)
+
+
+def draw_panels(path, panels, runs, columns):
+    """A picture of panels, so many in a row.
+
+    panels      [(key in a record, title, the ends of the axis, the value of a red line or None)]
+    runs        [(records of its epochs, colour)]
+    """
+    rows = math.ceil(len(panels) / columns)
+    image = Image.new("RGB", (columns * WIDTH, rows * HEIGHT), "white")
+    pen = ImageDraw.Draw(image)
+    for k, panel in enumerate(panels):
+        corner = k % columns * WIDTH, k // columns * HEIGHT
+        draw_panel(pen, corner, runs, *panel)
     save_picture(image, path)
 
 
-def draw_panel(pen, corner, title, runs, key, last_epoch, low, high, red):
+def draw_panel(pen, corner, runs, key, title, low, high, red):
     """One panel: a line for each run, and a red one at the value `red`, unless None.
 
     corner      the left upper one
-    runs        [(records of its epochs, colour)]
-    key         of the value in a record
     low, high   ends of the vertical axis, which goes further if a value does
     """
+    last_epoch = max(1, runs[0][0][-1]["epoch"])
     left, top = corner
     font = ImageFont.load_default(15)
     values = [r[key] for records, _ in runs for r in records if r[key] is not None]
