@@ -145,6 +145,14 @@ def test_members_that_are_no_images_are_counted(tmp_path, packed):
         "links and the like in a tar file": 3, "hidden or a system's": 2, ".tar": 1, ".txt": 1}
 
 
+def test_a_folder_and_a_tar_file_of_one_name_in_one_tar(tmp_path, packed):
+    """Both are read: they are one class."""
+    folder = tmp_path / "more" / "a"
+    save_image(folder / "x.png", torch.zeros(70, 90, 3, dtype=torch.uint8))
+    with_member(packed, "a.tar", pack(folder, tmp_path / "a.tar").read_bytes())
+    assert len(find_data(packed.parent).train) == 13
+
+
 def test_a_bad_image_in_a_tar_file_is_told_as_in_a_folder(tmp_path):
     """The same file in both: the same words."""
     odd_files(tmp_path / "odd")

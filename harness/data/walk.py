@@ -101,8 +101,9 @@ def walk_tar(path):
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         read = functools.partial(list_members, path)
         for found, _ in pool.map(read, inner.keys(), inner.values()):
-            listing.tree.update(found.tree)
             listing.left_out.update(found.left_out)
+            for inside, names in found.tree.items():
+                listing.tree.setdefault(inside, []).extend(names)
     return listing
 
 
@@ -111,19 +112,19 @@ def list_members(path, place, span):
     tar files inside. Those two levels down are not looked into."""
     listing = Listing(as_folder(path), {}, collections.Counter())
     inner = {}
-    for member in members(path, span):
-        *folders, name = os.path.normpath(os.fsencode(member.name)).lstrip(b"/").split(b"/")
+    for inside, offset, size, is_file in members(path, span):
+        *folders, name = os.path.normpath(inside).lstrip(b"/").split(b"/")
         folder = (*place, *folders)
         if any(map(is_left_behind, (*folders, name))):
             listing.left_out[LEFT_BEHIND] += 1
-        elif not member.isreg() or member.issparse():
+        elif not is_file:
             listing.left_out["links and the like in a tar file"] += 1
         elif is_tar(name) and span is None:
-            inner[*folder, as_folder(name)] = member.offset_data, member.offset_data + member.size
+            inner[*folder, as_folder(name)] = offset, offset + size
         elif not is_image(name):
             listing.left_out[suffix_of(name)] += 1
         else:
-            listing.tree.setdefault(folder, []).append(member_name(path, name, member))
+            listing.tree.setdefault(folder, []).append(member_name(path, name, offset, size))
     return listing, inner
 
 
