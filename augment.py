@@ -626,7 +626,9 @@ def check(data):
         print("no image files: all pixels are in memory, and good")
         return
     files = torch.utils.data.ConcatDataset(files)
-    bad = check_files(files, data.train.value_range)
+    bad, frames = check_files(files, data.train.value_range)
+    if frames:
+        print(f"{sum(frames)} further frames in {len(frames)} files are not read", file=sys.stderr)
     if bad:
         raise Refused(f"{bad} of {len(files)} image files are bad")
     print(f"all {len(files)} image files are good")

@@ -34,7 +34,7 @@ from harness.common.errors import Refused
 from harness.common.machine import set_threads, to_device
 from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
-from harness.data.opening import open_data
+from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, hits, neighbours
 from harness.evaluation.result import describe_evaluation, describe_sweep, last_lines, save_features
@@ -429,12 +429,16 @@ def open_all(args):
         if not saved and not args.data:
             raise Refused(f"{args.ckpt} doesn't say what it was trained on; name the DATA (shapes: the "
                           "drawn ones)")
-    args.data = None if args.data == "shapes" else args.data or saved.get("data")
-    data = open_data(args.data, args.range or saved.get("range"))
+    if args.data is None:
+        args.data = saved.get("knn_data") or saved.get("data")
+        if not args.val and not args.val_share:  # else the images that pre-training held out judge
+            args.val, args.val_share = saved.get("val"), saved.get("val_share")
+    args.data = None if args.data == "shapes" else args.data
+    wanted = Validation(args.val, args.val_share, saved.get("seed", args.seed))
+    data = open_data(args.data, args.range or saved.get("range"), wanted)
     if not data.can_judge() and not args.features:
-        why = "".join(f"; {note}" for note in data.found.notes)
-        raise Refused(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., "
-                      f"or CIFAR-10 (--features needs none){why}")
+        data.refuse(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., or "
+                    "CIFAR-10 (--features needs none)")
     recipe = saved or recipe_for(args.data, data.train, None, SETTINGS)
     if is_random:
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
@@ -455,6 +459,8 @@ def describe(args, backbone, data, recipe, world):
         "cifar_stem": cifar_stem,
         "recipe": recipe["recipe"],
         "data": args.data,                     # None: the drawn shapes
+        "val": args.val,
+        "val_share": args.val_share,
         "range": data.train.value_range,
         # How images are shown to the network: as in its pre-training, or as the command line says.
         "size": recipe["size"],

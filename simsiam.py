@@ -41,7 +41,7 @@ from harness.common.files import save, save_picture
 from harness.common.machine import fastest_layout, set_threads, to_device
 from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
-from harness.data.opening import open_data
+from harness.data.opening import Validation, open_data
 from harness.evaluation.backbones import load_init
 from harness.evaluation.features import accuracy, check_same_images, extract, good_ones, neighbours
 from harness.evaluation.report import Report, describe_run
@@ -49,7 +49,7 @@ from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter
 from harness.training.method import Method
-from harness.training.options import number
+from harness.training.options import check_limits, number
 from harness.training.per_image import PerImageVectors
 from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
 from harness.training.recipes import default_folder, list_experiments, options, settings_for
@@ -305,7 +305,7 @@ def pretrain(args):
     """A whole run, from the command line to backbone.pth; raises Refused, and Stopped after a signal."""
     # Data, and the settings that suit it
     device, rank, world = join_world(torch.device(args.device))
-    data = args.method.open(args.data, args.range)
+    data, judge = open_both(args)
     s = settings_for(args, data.train, world)
     set_threads(s["width"], s["size"])
     method = args.method(s, data, device)
@@ -314,6 +314,7 @@ def pretrain(args):
     out = args.out or default_folder(args)
     resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
+    watched = job._replace(train=judge.train, val=judge.val)
 
     # Model and optimiser
     torch.manual_seed(s["seed"])
@@ -334,10 +335,10 @@ def pretrain(args):
     follow = ["amp"] if args.amp is None else []  # a resumed run keeps its precision
     run = Run(job, parts, method.steps_per_epoch, args.override, follow)
     progress = Progress(method.total_steps - run.position(), quiet=rank > 0)
-    report = Report(run, job, method, partial(watch, job, method.autocast), progress)
-    rows |= describe_run(job, method, watches_knn(job))
+    report = Report(run, job, method, partial(watch, watched, method.autocast), progress)
+    rows |= describe_run(watched, method, watches_knn(watched))
     progress.line("\n".join([start_block(rows), *run.notes]))
-    run.begin(knn_pixels=None if resuming else knn_of_pixels(job, policy))
+    run.begin(knn_pixels=None if resuming else knn_of_pixels(watched, policy))
     if rank == 0 and not resuming:
         save_picture(augment.contact_sheet(data.train, policy, s["seed"]), run.path("views.png"))
     if not run.log.epochs():  # new, or interrupted before this was measured
@@ -348,8 +349,7 @@ def pretrain(args):
     indices = index_batches(
         s["seed"], len(data.train), s["batch"], s["epochs"], run.epoch, run.step, rank, world)
     batches = augment.load_views(
-        data.train, policy, s["seed"], indices, device, s["workers"], method.views, run.waiting_for,
-        layout)
+        data.train, policy, s["seed"], indices, device, s["workers"], method.views, run.waiting_for, layout)
     set_lr = partial(method.set_lr, optimizer)
     train_step = partial(method.train_step, network, optimizer)
     after_epoch = partial(report.epoch, model.encoder, optimizer)
@@ -361,6 +361,19 @@ def pretrain(args):
         save(backbone, run.path("backbone.pth"))
     run.log.add("end", epochs=run.epoch, knn=run.log.epochs()[-1]["knn"], backbone="backbone.pth")
     progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
+
+
+def open_both(args):
+    """DATA, and the data set with which kNN and rank are measured: the same, unless there is --knn-data."""
+    check_limits(vars(args))
+    wanted = Validation(args.val, args.val_share, args.seed)
+    path = [args.data, *args.more] if args.more or args.knn_data else args.data
+    data = judge = args.method.open(path, args.range, Validation() if args.knn_data else wanted)
+    if args.knn_data:
+        judge = open_data(args.knn_data, args.range or data.train.value_range, wanted)
+        if not judge.can_judge():
+            judge.refuse(f"--knn-data {args.knn_data}: needs labels: train/<class>/... and val/<class>/...")
+    return data, judge
 
 
 # --- 5. Monitoring (Sec. 4.1): the std of z, a kNN classifier -------------------------------------------

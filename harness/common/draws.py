@@ -6,9 +6,10 @@ epoch again.
 """
 import numpy as np
 
-# Two streams per image that aren't views. These numbers stand for the view's.
+# Three streams per image that aren't views. These numbers stand for the view's.
 SHUFFLE = 1000
 SHAPES = 1001
+HELD_OUT = 1002
 
 
 def mix(h):

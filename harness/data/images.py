@@ -108,6 +108,11 @@ def read_or_replace(files, i, value_range=None):
     raise BadImage(f"{len(bad)} files in a row can't be read as images, the first: {bad[i]}")
 
 
+def further_frames(image):
+    """How many frames an open file (PIL) has besides the first: a stack of a microscope, an animation."""
+    return getattr(image, "n_frames", 1) - 1
+
+
 # --- More than 8 bits -----------------------------------------------------------------------------------
 # A camera, a microscope or a satellite writes 12 bits in a file of 16, floating point from 0 to 1, Hounsfield
 # units from -1024 on. Nothing in such a file says which value is black and which is white. So we look at a
@@ -119,13 +124,15 @@ OUTLIERS = 0.01  # percent of the values at either end that don't count: hot pix
 
 
 def sample(files):
-    """Look at some files -> {(width, height)}, and a list of values of those with more than 8 bits
+    """Look at some files -> {(width, height)}, a list of values of those with more than 8 bits, and how many
+    frames they have besides the first
 
     Bad files are passed over: whoever reads them says what is wrong. The same files give the same sample, so
     a run that is resumed finds the same range.
     """
     sizes = set()
     values = []
+    frames = 0
     spread = np.linspace(0, len(files) - 1, SAMPLE)
     for i in np.unique(spread.astype(int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
@@ -133,7 +140,8 @@ def sample(files):
             if is_deep(image):
                 pixels = deep_values(files[i], image).ravel()
                 values.append(pixels[::1 + len(pixels) // 2 ** 16])  # some of a large picture's
-    return sizes, values
+            frames += further_frames(image)
+    return sizes, values, frames
 
 
 def range_of(values):
@@ -222,6 +230,7 @@ def raw_mode(image):
 MEND = "repair it or remove it"
 BEGINNINGS = {  # what some files that aren't pictures begin with, in lower case
     b"git-lfs": "a git-LFS pointer: git lfs pull",
+    b"/annex/objects/": "a git-annex pointer: datalad get",
     b"html": "a web page: download the picture again",
     b"ftyp": "a HEIC picture, or a video: convert it to JPEG or PNG",
 }
@@ -251,29 +260,34 @@ def what_is_wrong(path, error):
 
 # --- python augment.py DATA --check ---------------------------------------------------------------------
 
-def line_about(value_range, path):
-    """One line about a bad file, or None for a good one."""
+def look_at(value_range, path):
+    """One line about a bad file, or None for a good one; and how many frames it has besides the first."""
     try:
         read_image(path, value_range)
+        with open_image(path) as image:
+            return None, further_frames(image)
     except BadImage as error:
-        return printable(error)
-    return None
+        return printable(error), 0
 
 
 def check_files(files, value_range=None):
-    """Read all files, on all cores, and print a line for each bad one. Returns how many are bad.
+    """Read all files, on all cores, and print a line for each bad one. Returns how many are bad, and [further
+    frames of each file that has any].
 
     On a terminal a line with the time left is redrawn. Elsewhere stdout holds nothing but the list.
     """
     bad = 0
+    frames = []
     on_terminal = sys.stdout.isatty()
     progress = Progress(len(files), quiet=not on_terminal)
     say = progress.line if on_terminal else partial(print, flush=True)
     # A multiprocessing.Pool would wait for ever for a process that was killed.
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        for problem in pool.map(partial(line_about, value_range), files, chunksize=16):
+        for problem, further in pool.map(partial(look_at, value_range), files, chunksize=16):
+            if further:
+                frames.append(further)
             if problem:
                 bad += 1
                 say(problem)
             progress.step(lambda: f"{len(files)} files, {bad} bad so far")
-    return bad
+    return bad, frames

@@ -3,15 +3,18 @@
     nothing                                 the drawn shapes (shapes.py)
     a folder of CIFAR-10 or CIFAR-100       or one that holds such a folder (cifar.py)
     train/<class>/..., val/<class>/...      an image folder with labels; val/ is optional
+    <class>/..., or train/<class>/... alone     the same, if a share of each class is to be held out
     train/ without class folders            all images below train/, at any depth, without labels
     any other folder                        all images below it, at any depth, without labels
     an uncompressed tar file                as the folder whose place it takes; so is a tar file below DATA
     an image file                           itself
     any other file                          a list: a path on each line, relative to the list
+    several of them                         their training images, without labels
 
 The rule: every file below DATA is used, or counted in one line that says why not. Images of one size up to 64
 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
+import collections
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..common.draws import HELD_OUT, uniforms
 from ..common.errors import Refused
 from . import cifar
 from .captions import read_captions
@@ -26,7 +30,7 @@ from .images import is_image, range_of, sample
 from .lists import KINDS, read_list
 from .shapes import draw_data_set
 from .source import Source
-from .splits import find_splits
+from .splits import Validation, find_splits
 from .tars import is_tar
 from .walk import describe, walk, walk_tar
 
@@ -50,6 +54,10 @@ class Data(NamedTuple):
         """Whether there are labels and validation images, which an accuracy needs."""
         return self.train.labels is not None and self.val is not None
 
+    def refuse(self, text):
+        """Raise Refused, and add what was found to the text."""
+        raise Refused("; ".join([text, *self.found.notes]))
+
     def rows(self):
         """What a run says about it: {heading: text}"""
         train, found = self.train, self.found
@@ -65,25 +73,28 @@ class Data(NamedTuple):
         return {heading: text for heading, text in rows.items() if text}
 
 
-def open_data(path, value_range=None):
-    """DATA as given by the user -> Data, small images in memory. None: the drawn shapes.
+def open_data(path, value_range=None, wanted=Validation()):
+    """DATA as given by the user -> Data, small images in memory. None: the drawn shapes. A list: several.
 
     value_range     two numbers, which become 0 to 255 in files of more than 8 bits; by default a sample of
                     both splits decides
+    wanted          which images judge (splits.Validation)
     Raises Refused if nothing there can be used.
     """
-    return settle(find(path), value_range, hold=True)
+    return settle(with_validation(find(path, wanted), wanted), value_range, hold=True)
 
 
 def find_data(path, value_range=None):
     """The same, but image files stay files."""
-    return settle(find(path), value_range, hold=False)
+    return settle(find(path, Validation()), value_range, hold=False)
 
 
-def open_captions(path, value_range=None):
+def open_captions(path, value_range=None, wanted=Validation()):
     """The same of a list of images with captions (captions.py), or of the drawn shapes."""
     if path is None:
-        return open_data(None)
+        return open_data(None, None, wanted)
+    if isinstance(path, list) or wanted.name or wanted.share:
+        raise Refused("captions come in one list, without --val, --val-share and --knn-data")
     files, captions = read_captions(path)
     train = Source(files=np.array(files), captions=captions, where=os.fsdecode(path))
     return settle(Data(train, None, Found("a list of images with captions")), value_range, hold=True)
@@ -91,9 +102,11 @@ def open_captions(path, value_range=None):
 
 # --- What is at DATA ------------------------------------------------------------------------------------
 
-def find(path):
-    """What is at a path (text or bytes) -> Data. It reads names, and labels in text files, but no image
-    files."""
+def find(path, wanted):
+    """What is at a path (text or bytes), or at several -> Data. It reads names, and labels in text files, but
+    no image files."""
+    if isinstance(path, list):
+        return together(path)
     if path is None:
         return Data(*draw_data_set(), Found("the drawn shapes"))
     path = os.fsencode(path)
@@ -102,9 +115,9 @@ def find(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
     if os.path.isdir(path):
-        return find_in_folder(path)
+        return find_in_folder(path, wanted)
     if is_tar(path):
-        return find_images("a tar file", walk_tar(path))
+        return find_images("a tar file", walk_tar(path), wanted)
     if is_image(path):
         layout, files = "one image", [path]
     else:
@@ -113,7 +126,7 @@ def find(path):
     return Data(train, None, Found(layout))
 
 
-def find_in_folder(path):
+def find_in_folder(path, wanted):
     """A folder of CIFAR, one around it, or one of images."""
     layout = cifar.layout_of(path)
     if layout:
@@ -122,14 +135,14 @@ def find_in_folder(path):
     inside = [os.path.join(path, name) for name in cifar.FOLDERS]
     inside = [folder for folder in inside if cifar.layout_of(folder)]
     if listing.tree or not inside:
-        return find_images("an image folder", listing)
+        return find_images("an image folder", listing, wanted)
     if len(inside) > 1:
         names = ", ".join(map(os.fsdecode, inside))
         raise Refused(f"{os.fsdecode(path)}: has several data sets in it; name one of them: {names}")
-    return find_in_folder(inside[0])
+    return find_in_folder(inside[0], wanted)
 
 
-def find_images(layout, listing):
+def find_images(layout, listing, wanted):
     """A folder of images, or a tar file in its place: with splits and classes, or without (splits.py)."""
     if not listing.tree:
         advice = "give a folder of JPEG, PNG or other image files"
@@ -138,8 +151,39 @@ def find_images(layout, listing):
                 advice = f"{suffix}: {KINDS[suffix]}"
         raise Refused(f"{os.fsdecode(listing.root)}: no images there "
                       f"({describe(listing.left_out) or 'it is empty'}); {advice}")
-    train, val, notes = find_splits(listing)
+    train, val, notes = find_splits(listing, wanted)
     return Data(train, val, Found(layout, listing.left_out, tuple(notes)))
+
+
+def together(paths):
+    """The training images at these paths, without labels -> Data. A file that is at two of them counts once."""
+    parts = [find(path, Validation()) for path in paths]
+    if any(part.train.files is None for part in parts):
+        raise Refused("CIFAR and the drawn shapes can't be joined with other images, nor go with --knn-data")
+    files = np.unique(np.concatenate([part.train.files for part in parts]))
+    left_out = collections.Counter()
+    for part in parts:
+        left_out.update(part.found.left_out)
+        left_out["validation images"] += len(part.val or ())
+    train = Source(files=files, where=", ".join(paths[:9]))
+    return Data(train, None, Found("training images alone", left_out))
+
+
+def with_validation(data, wanted):
+    """The same data, judged by the images that are wanted. Raises Refused if there are none."""
+    train, val, found = data
+    if wanted.name and val is None:
+        data.refuse(f"--val {wanted.name}: must be a folder beside train/, with images of its classes")
+    if not wanted.share:
+        return data
+    if train.labels is None or val is not None:
+        data.refuse("--val-share needs class folders, alone or in train/")
+    # Every fifth, for instance, of the images sorted by class, and within a class at random.
+    chance = uniforms(wanted.seed, 0, np.arange(len(train)), HELD_OUT, 0)
+    order = np.lexsort((chance, train.labels))
+    held = order[np.arange(0, len(train), 1 / wanted.share).astype(int)]
+    val = replace(train.only(np.sort(held)), where=f"{wanted.share:g} of each class there")
+    return Data(train.only(np.setdiff1d(order, held)), val, found)
 
 
 # --- What a sample of the files decides -----------------------------------------------------------------
@@ -154,13 +198,17 @@ def settle(data, value_range, hold):
         return data
     sources = [source for source in (data.train, data.val) if source]
     samples = [sample(source.files) for source in sources]
-    values = [deep for _, values in samples for deep in values]
+    values = [deep for _, values, _ in samples for deep in values]
+    found = data.found
+    if frames := sum(frames for *_, frames in samples):
+        note = f"in a sample of the files, {frames} further frames are not read (augment.py --check counts all)"
+        found = found._replace(notes=(*found.notes, note))
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))
     sources = [replace(source, value_range=value_range) for source in sources]
     if hold:
-        sources = [in_memory(source, sizes) for source, (sizes, _) in zip(sources, samples)]
-    return Data(sources[0], sources[1] if data.val else None, data.found)
+        sources = [in_memory(source, sizes) for source, (sizes, *_) in zip(sources, samples)]
+    return Data(sources[0], sources[1] if data.val else None, found)
 
 
 def in_memory(source, sizes):

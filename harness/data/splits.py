@@ -3,10 +3,13 @@
 A class is a folder of the training split that has images below. One class alone is nothing to classify. A
 folder called images, alone or beside masks/ and the like, isn't a class: it holds the images. If a validation
 split can't be used, a note says why: pre-training goes on without it, and an evaluation ends with the same
-words.
+words. Class folders alone have no validation split: they are classes only if a share of each is to be held
+out.
 """
 import os
 import re
+import unicodedata
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +27,7 @@ def named(words):
 
 
 TRAIN = named("train|training")
+PARTS = re.compile(r"(part|shard|chunk)[-_]?\d\d+")  # names of folders of any images: part-0012
 VAL = [named("val"), named("valid|validation"), named("test|testing")]  # the first that is there
 # A folder of the first names holds the images of the folder that it is in, alone or beside one of the second.
 IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
@@ -31,7 +35,14 @@ BESIDE = {"labels", "masks", "mask", "annotations", "segmentation", "segmentatio
           "segmentationobject", "depth", "trimaps", "gt", "ground_truth", "groundtruth"}
 
 
-def find_splits(listing):
+class Validation(NamedTuple):
+    """Which images judge: by default those of the first of VAL that is there."""
+    name: object = None   # of the folder, beside train/
+    share: object = None  # of each class, held out of the training images
+    seed: int = 0         # chooses which
+
+
+def find_splits(listing, wanted):
     """What is below a folder (walk.Listing) -> training Source, validation Source or None, notes
 
     What a split takes leaves the listing's tree; the images that are still there at the end count as left
@@ -40,11 +51,12 @@ def find_splits(listing):
     val = None
     parent = parent_of_splits(listing)
     if parent is None:
-        train, notes = without_splits(listing)
+        train, notes = without_splits(listing, wanted)
     else:
-        train, notes = training_split(listing, parent)
-        val, more = validation_split(listing, parent, train.classes)
-        notes += more
+        train, notes = training_split(listing, parent, wanted)
+        if not wanted.share:
+            val, more = validation_split(listing, parent, train.classes, wanted.name)
+            notes += more
         if parent:
             notes.insert(0, f"the splits were found in {shown(*parent)}/")
     depth = 2 if len(listing.tree) <= REASONS // 2 else 1  # what a line can hold
@@ -87,7 +99,7 @@ def parent_of_splits(listing):
     if len(parents) > 1:
         names = ", ".join(sorted(shown(*parent) for parent in parents))
         raise Refused(f"{os.fsdecode(listing.root)}: several folders in it have a training split: {names}; "
-                      "name one of them")
+                      f"name one of them, or train on all without labels: {listing.shell_path()}/*/")
     return parents.pop() if parents else None
 
 
@@ -106,17 +118,40 @@ def holding_place(listing, place):
 
 # --- What they are --------------------------------------------------------------------------------------
 
-def without_splits(listing):
-    """All images at any depth, without labels -> Source, notes. Of a folder with images/ beside masks/, only
-    the images."""
+HOLD_OUT = "--val-share 0.2 holds out a fifth of each class, for kNN and lineval.py"
+
+
+def class_name(folder):
+    """The class of a folder (bytes), in one Unicode form: Linux and macOS write accents in different ones."""
+    return unicodedata.normalize("NFC", os.fsdecode(folder))
+
+
+def class_folders(listing, place):
+    """The classes whose folders are in a place, sorted, and notes. Shards and numbered parts are none."""
+    names = sorted(listing.names(place))
+    for name in names:
+        if (*place, name) in listing.shards or PARTS.fullmatch(shown(name).lower()):
+            return [], [f"{shown(name)} is no class, but a shard or a part of the images: no labels"]
+    return sorted(set(map(class_name, names))), []
+
+
+def without_splits(listing, wanted):
+    """All images at any depth -> Source, notes. Of a folder with images/ beside masks/, only the images. They
+    have labels, of class folders, if a share of each class is to be held out."""
     place = holding_place(listing, ())
-    notes = []
+    while place not in listing.tree and len(listing.names(place)) == 1:
+        place = (*place, *listing.names(place))
     if names := ", ".join(map(shown, candidates(listing.names(place)))):
-        notes.append(f"no train/ there: the images in {names}/ are trained on too")
+        return by_folder(listing, place), [f"no train/ there: the images in {names}/ are trained on too"]
+    classes, notes = class_folders(listing, place)
+    if len(classes) > 1 and wanted.share:
+        return by_folder(listing, place, classes), notes
+    if len(classes) > 1:
+        notes.append(f"{len(classes)} folders look like classes ({', '.join(classes[:2])}, ...): {HOLD_OUT}")
     return by_folder(listing, place), notes
 
 
-def training_split(listing, parent):
+def training_split(listing, parent, wanted):
     """The images of train/, and its classes if there are two or more -> Source, notes
 
     An image outside the class folders has no class, and is left out. Raises Refused if two folders could be
@@ -129,32 +164,36 @@ def training_split(listing, parent):
         raise Refused(f"{os.fsdecode(listing.path(parent))}: several training splits: {names}; name one of "
                       "them")
     place = holding_place(listing, (*parent, name))
-    classes = sorted(map(os.fsdecode, listing.names(place)))
+    classes, notes = class_folders(listing, place)
+    others = beside - {name, *candidates(beside), os.fsencode(wanted.name or "")}
+    if others:
+        advice = f"{listing.shell_path(*parent, min(others))} --knn-data {listing.shell_path(*parent)}"
+        notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out; to "
+                     f"train on them, and judge by these: {advice}")
     if len(classes) > 1:
-        return by_folder(listing, place, classes), []
-    notes = [f"one class ({printable(name)}): nothing to classify" for name in classes]
-    if len(beside) > 1 and not candidates(beside):
-        notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out")
+        return by_folder(listing, place, classes), notes
+    notes += [f"one class ({printable(name)}): nothing to classify" for name in classes]
     return by_folder(listing, place), notes
 
 
-def validation_split(listing, parent, classes):
+def validation_split(listing, parent, classes, wanted):
     """The images of val/ that have labels, by their folders or by a text file -> Source or None, notes
 
     classes     of the training split: nothing was learned of a class that it lacks
+    wanted      the name of the folder to take, or None
     """
-    names = candidates(listing.names(parent))
+    names = listing.names(parent)
+    names = [name for name in names if name == os.fsencode(wanted)] if wanted else candidates(names)
     if not names:
-        return None, ["no validation split (val/ with images)"] if classes else []
+        return None, [f"no validation split (val/ with images): {HOLD_OUT}"] if classes else []
     name = shown(names[0])
     place = holding_place(listing, (*parent, names[0]))
-    folders = listing.names(place)
-    unknown = sorted(folders - set(map(os.fsencode, classes or [])))
+    folders = set(map(class_name, listing.names(place)))
     val = problem = None
     if classes is None:
         problem = "the training images have no labels"
-    elif unknown:
-        problem = f"{shown(unknown[0])} is not a class of the training split"
+    elif folders and not folders & set(classes):
+        problem = f"{min(folders)} is not a class of the training split"
     elif folders:
         val = by_folder(listing, place, classes)
     else:
@@ -171,13 +210,13 @@ def by_folder(listing, place, classes=None):
 
     classes     with these, only the images in class folders: the others have no class
     """
-    numbers = {os.fsencode(name): k for k, name in enumerate(classes or [])}
+    numbers = {name: k for k, name in enumerate(classes or [])}
     taken = {}
     for inside in listing.inside(place):
-        if classes is None:
+        if not classes:
             taken |= dict.fromkeys(listing.take(inside))
-        elif inside != place:
-            taken |= dict.fromkeys(listing.take(inside), numbers[inside[len(place)]])
+        elif inside != place and (name := class_name(inside[len(place)])) in numbers:
+            taken |= dict.fromkeys(listing.take(inside), numbers[name])
     return source_of(listing, place, taken, classes)
 
 
@@ -208,12 +247,12 @@ def by_text(listing, parent, name, place, classes):
     class_of = {}
     for line in read_lines(paths[0]):
         image, *more = line.split()
-        class_of[os.path.basename(image)] = more[0] if more else b""
+        class_of[os.path.basename(image)] = class_name(more[0]) if more else ""
     images = listing.tree[place]
     said = {image: class_of[plain(image)] for image in images if plain(image) in class_of}
-    numbers = {os.fsencode(folder): k for k, folder in enumerate(classes)}
-    if b"0" in said.values() and not any(map(bytes.isdigit, numbers)):
-        numbers = {str(k).encode(): k for k in range(len(classes))}
+    numbers = {name: k for k, name in enumerate(classes)}
+    if "0" in said.values() and not any(map(str.isdecimal, numbers)):
+        numbers = {str(k): k for k in range(len(classes))}
     if not said or not set(said.values()) <= numbers.keys():
         return None, (f"{shown(os.path.basename(paths[0]))} must have an image and its class on each line: a "
                       "folder of train/, or its number from 0")

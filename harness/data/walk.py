@@ -2,11 +2,15 @@
 
 Systems and tools leave files behind, hidden ones and others, and so do our own programs: none of them is
 data. Every file that is passed over is counted, with the reason.
+
+A tar file takes the place of a folder, and so may be a class. But webdataset writes shards: tar files with
+some images of any class, KEY.jpg, and beside each what is known of it, KEY.cls or KEY.json.
 """
 import collections
 import concurrent.futures
-import functools
+import contextlib
 import os
+import shlex
 from typing import NamedTuple
 
 from ..common.errors import Refused, printable
@@ -23,6 +27,7 @@ SYSTEMS = {
 }
 REASONS = 12  # shown; the others are added up
 LEFT_BEHIND = "hidden or a system's"
+BESIDE_IMAGES = (b".cls", b".json", b".txt")  # what a shard has for each image
 READERS = 8   # threads that read the headers of tar files: they mostly wait for the disk
 
 
@@ -31,6 +36,7 @@ class Listing(NamedTuple):
     root: bytes
     tree: dict     # {place: names of the images that are in it directly}
     left_out: collections.Counter  # {reason: files}
+    shards: set    # the places of tar files with images of any class
 
     def inside(self, place):
         """The places at and below a place."""
@@ -44,20 +50,29 @@ class Listing(NamedTuple):
         """Where a place is on the disk."""
         return os.path.join(self.root, *place)
 
+    def shell_path(self, *place):
+        """The same for a command line."""
+        return shlex.quote(os.fsdecode(self.path(place)))
+
     def take(self, place):
         """Take the images of a place out of the tree -> their paths"""
         folder = self.path(place)
         return [os.path.join(folder, name) for name in self.tree.pop(place)]
 
 
+def new_listing(root):
+    """A Listing without files"""
+    return Listing(root, collections.defaultdict(list), collections.Counter(), set())
+
+
 def walk(root):
     """All files below a folder (its path: bytes), at any depth, and in tar files there -> Listing
 
     Links to folders are followed, but never into a folder that they are in, nor from one link into another:
-    links across class folders could lead round in any order. A hidden folder isn't entered: it counts as one
-    file. Raises Refused if a folder can't be listed.
+    links across class folders could lead round in any order. A folder that isn't entered counts as the files
+    in it. Raises Refused if a folder can't be listed.
     """
-    listing = Listing(root, {}, collections.Counter())
+    listing = new_listing(root)
     waiting = [((), frozenset(), False)]  # place, identities of the folders above, whether a link led there
     while waiting:
         place, above, linked = waiting.pop()
@@ -67,23 +82,22 @@ def walk(root):
         for entry in entries(folder):
             kind = kind_of(entry)
             if is_left_behind(entry.name):
-                listing.left_out[LEFT_BEHIND] += 1
+                listing.left_out[LEFT_BEHIND] += files_in(entry.path)
             elif kind == "folder":
                 is_link = entry.is_symlink()
-                if is_link and (linked or identity(entry.path) in above):
-                    listing.left_out["links that lead back, or on to links"] += 1
+                if is_link and identity(entry.path) in above:
+                    listing.left_out["links that lead back"] += 1
+                elif is_link and linked:
+                    listing.left_out["behind links below links"] += files_in(entry.path)
                 else:
                     waiting.append(((*place, entry.name), above, linked or is_link))
-            elif kind == "neither":
-                listing.left_out["links to nothing, or pipes"] += 1
+            elif kind != "file":
+                listing.left_out[kind] += 1
             elif is_tar(entry.name):
                 if os.path.exists(as_folder(entry.path)):
                     raise Refused(f"{os.fsdecode(entry.path)}: the folder unpacked from it is there too; "
                                   "move one of them away")
-                found = walk_tar(entry.path)
-                listing.left_out.update(found.left_out)
-                for inside, names in found.tree.items():
-                    listing.tree[*place, as_folder(entry.name), *inside] = names
+                walk_tar(entry.path, listing, (*place, as_folder(entry.name)))
             elif not is_image(entry.name):
                 listing.left_out[suffix_of(entry.name)] += 1
             elif entry.name in OURS and has_mark(entry.path):
@@ -91,41 +105,54 @@ def walk(root):
             else:
                 images.append(entry.name)
         if images:
-            listing.tree[place] = images
+            listing.tree[place] += images
     return listing
 
 
-def walk_tar(path):
-    """A tar file, and the tar files inside it, as the folder whose place it takes -> Listing"""
-    listing, inner = list_members(path, (), None)
-    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        read = functools.partial(list_members, path)
-        for found, _ in pool.map(read, inner.keys(), inner.values()):
-            listing.left_out.update(found.left_out)
-            for inside, names in found.tree.items():
-                listing.tree.setdefault(inside, []).extend(names)
-    return listing
+def walk_tar(path, listing=None, place=()):
+    """A tar file, and the tar files inside it, as the folder at this place of a Listing -> Listing
 
-
-def list_members(path, place, span):
-    """A tar file, or the one inside it that has this place and this span -> Listing, and {place: span} of the
-    tar files inside. Those two levels down are not looked into."""
-    listing = Listing(as_folder(path), {}, collections.Counter())
+    listing     to add to; None: a new one
+    """
+    listing = listing or new_listing(as_folder(path))
     inner = {}
-    for inside, offset, size, is_file in members(path, span):
+    add_members(listing, place, path, members(path), inner)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        headers = pool.map(lambda span: list(members(path, span)), inner.values())
+        for folder, found in zip(inner, headers):
+            add_members(listing, folder, path, found, None)
+    return listing
+
+
+def add_members(listing, place, path, found, inner):
+    """Add to a Listing the members of a tar file, or of one inside it, as the folder at this place.
+
+    inner   {place: span} of the tar files inside it, which this fills. None: they are not looked into
+    """
+    beside = set()  # (folder, KEY)
+    for inside, offset, size, is_file in found:
         *folders, name = os.path.normpath(inside).lstrip(b"/").split(b"/")
         folder = (*place, *folders)
         if any(map(is_left_behind, (*folders, name))):
             listing.left_out[LEFT_BEHIND] += 1
         elif not is_file:
             listing.left_out["links and the like in a tar file"] += 1
-        elif is_tar(name) and span is None:
+        elif is_tar(name) and inner is not None:
             inner[*folder, as_folder(name)] = offset, offset + size
-        elif not is_image(name):
-            listing.left_out[suffix_of(name)] += 1
+        elif is_image(name):
+            listing.tree[folder].append(member_name(path, name, offset, size))
         else:
-            listing.tree.setdefault(folder, []).append(member_name(path, name, offset, size))
-    return listing, inner
+            listing.left_out[suffix_of(name)] += 1
+            if name.endswith(BESIDE_IMAGES):
+                beside.add((folder, key(name)))
+    folders = listing.inside(place) if beside else ()
+    if beside and all((folder, key(image)) in beside for folder in folders for image in listing.tree[folder]):
+        listing.shards.add(place)
+
+
+def key(name):
+    """KEY of KEY.jpg: webdataset's name for an image and all that belongs to it"""
+    return name.partition(b".")[0]
 
 
 def entries(folder):
@@ -146,13 +173,20 @@ def identity(folder):
 
 
 def kind_of(entry):
-    """Whether an entry, or what it links to, is a "folder", a "file" or "neither"."""
-    try:
+    """Whether an entry, or what it links to, is a "folder" or a "file"; else what it is, as a reason."""
+    with contextlib.suppress(OSError):  # a link to itself, or no link
         if entry.is_dir():
             return "folder"
-        return "file" if entry.is_file() else "neither"
-    except OSError:  # a link to itself
-        return "neither"
+        if entry.is_file():
+            return "file"
+        if b".git/annex/" in os.readlink(entry.path):
+            return "links to nothing: datalad get"
+    return "links to nothing, or pipes"
+
+
+def files_in(path):
+    """How many files lie at a path that isn't entered. Links to folders below it aren't followed."""
+    return sum(len(files) for _, _, files in os.walk(path)) if os.path.isdir(path) else 1
 
 
 def is_left_behind(name):

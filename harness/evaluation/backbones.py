@@ -84,7 +84,6 @@ def checked(settings, recipes, path):
         if settings["recipe"] not in recipes:
             raise ValueError(f"recipe {settings['recipe']}")
         needed = {
-            "data": settings["data"] and str(settings["data"]),
             "seed": int(settings["seed"]),
             "size": int(settings["size"]),
             "width": float(settings["width"]),
@@ -93,6 +92,9 @@ def checked(settings, recipes, path):
             "centre": float(settings["centre"]),
             "range": settings.get("range") and floats(settings["range"], 2),
         }
+        for name, kind in (("data", str), ("knn_data", str), ("val", str), ("val_share", float)):
+            value = settings.get(name)
+            needed[name] = value and kind(value)
         settings = {**settings, **needed}
         check_limits(settings)
     return settings

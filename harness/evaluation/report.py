@@ -137,7 +137,7 @@ def describe_run(job, method, watches_knn):
     """What to know about a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
     s = job.settings
     world = s["world"]
-    recipe = recipe_for(s["data"], job.train, s["recipe"], method.SETTINGS)
+    recipe = recipe_for(s["data"], method.data.train, s["recipe"], method.SETTINGS)
     on_its_own = own_steps(s, method)
     changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
     rows = {"recipe": ", ".join([s["recipe"], *changed])}
@@ -179,4 +179,5 @@ def describe_knn(job, watches_knn):
     if not watches_knn:
         return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes))
-    return f"every {every} epochs, k {k} (a fifth of a class, at most 200), on {len(job.val)} images"
+    return (f"every {every} epochs, k {k} (a fifth of a class, at most 200), on {len(job.val)} images, from "
+            f"{job.val.where}")

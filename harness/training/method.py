@@ -51,8 +51,8 @@ class Method:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.s["amp"])
 
     @staticmethod
-    def open(data, value_range):
-        """DATA -> the data set that the method trains on."""
+    def open(data, value_range, wanted):
+        """DATA -> the data set that the method trains on (opening.open_data)."""
         raise NotImplementedError
 
     @staticmethod

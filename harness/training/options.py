@@ -66,6 +66,7 @@ LIMITS = {
     "centre": (0.01, 1),
     # Of the run itself.
     "knn_every": (0, math.inf),  # 0: never
+    "val_share": (0, 0.5),       # 0: none
     "workers": (0, 1024),
     "seed": (0, 2 ** 63 - 1),
     "save_minutes": (0, 1e9),
@@ -127,6 +128,12 @@ def new_parser(script, description, data, out, amp):
                         help="an image folder (train/<class>/..., val/<class>/..., or any folder of "
                              "images), a text file with one path per line, or a CIFAR-10 folder (default: "
                              f"{data})")
+    judges = parser.add_mutually_exclusive_group()
+    judges.add_argument("--val", metavar="NAME",
+                        help="the folder beside train/ that judges (default: val, else valid, else test)")
+    judges.add_argument("--val-share", type=number, metavar="SHARE",
+                        help="hold out this share of each class, such as 0.2, to judge by; --seed chooses "
+                             "the images, and class folders need no train/ (default: none)")
     parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="after DATA: continue the run in --out; auto: continue it if there is one, "

@@ -27,6 +27,11 @@ def options(script, description, method):
         out="runs/<name of the data>, and -<method> or -<experiment>",
         amp="on cuda, and on a CPU with instructions for bf16 from --width 1/4 up")
     parser.set_defaults(method=method)
+    parser.add_argument("more", nargs="*", metavar="MORE",
+                        help="more such DATA: the training images of all are used, without labels")
+    parser.add_argument("--knn-data", metavar="DATA",
+                        help="measure kNN with this data set, and use only training images of DATA (default: "
+                             "DATA itself)")
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: shapes without DATA, cifar10 for images of one size up to "
                              "64 pixels a side, else imagenet")
@@ -111,9 +116,10 @@ def settings_for(args, train, world):
     settings |= named(args, method.SETTINGS)
     if args.warmup is None:  # a short run must not end before its warm-up does
         settings["warmup"] = min(settings["warmup"], settings["epochs"] - 1)
-    for name in ("experiment", "init", "seed", "data", "device", "compile", "workers", "save_minutes",
-                 "keep_every"):
+    for name in ("experiment", "init", "seed", "data", "val", "val_share", "knn_data", "device", "compile",
+                 "workers", "save_minutes", "keep_every"):
         settings[name] = getattr(args, name)
+    settings["more"] = args.more or None
     settings["images"] = len(train)
     settings["range"] = train.value_range
     settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
