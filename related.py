@@ -930,7 +930,7 @@ def parse(argv=None):
     parser = options("related.py", METHODS[name].__doc__.splitlines()[0], METHODS[name])
     parser.add_argument("--method", dest="method_name", choices=METHODS,
                         help="the method whose settings are below (default: the experiment's)")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def pretrain(args):
     set_threads(s["width"], s["size"])
     method = args.method(s, data, device)
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
-    check_same_on_all_processes(method, args.data)
+    check_same_on_all_processes(method, judge, args.data)
     out = args.out or default_folder(args)
     resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
@@ -841,7 +841,7 @@ def parse(argv=None):
     parser = options(
         "simsiam.py", "SimSiam pre-training. The recipe's options default to the paper's settings for the "
                       "data at hand.", SimSiamMethod)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # DATA may stand on both sides of an option
     if args.experiment == "list":
         list_experiments([SimSiamMethod])
         sys.exit()
@@ -853,11 +853,11 @@ def test_views(policy, device, workers):
     return lambda source, batches: augment.load_centres(source, policy, batches, device, workers)
 
 
-def check_same_on_all_processes(method, data):
+def check_same_on_all_processes(method, judge, data):
     """Raise Refused if the processes see different images, or have chosen different precisions."""
-    train, val = method.data.train, method.data.val
-    method.s["content"] = train.fingerprint()
-    seen = [method.s["content"], val.fingerprint() if val else 0, *method.numbers()]
+    method.s["content"] = method.data.train.fingerprint()
+    judges = [source.fingerprint() for source in (judge.train, judge.val) if source]
+    seen = [method.s["content"], *judges, *method.numbers()]
     check_same_images(seen, data, method.device)
     check_same_precision(method.s["amp"], method.device)
 

@@ -115,8 +115,8 @@ RUN_KEYS = {  # event: keys of its records in the log of a run
     "end": {"event", "epochs", "knn", "backbone"},
 }
 RUN_SETTINGS = RECIPE_SETTINGS | set("""
-    recipe experiment init seed data images content range device amp compile world workers save_minutes
-    keep_every
+    recipe experiment init seed data more val val_share knn_data images content range device amp compile world
+    workers save_minutes keep_every
 """.split())
 CHECKPOINT = set("format model optimizer epoch step sums seconds waited wall settings".split())
 EVALUATION_KEYS = {  # event: keys of its records in the log of an evaluation
@@ -126,7 +126,7 @@ EVALUATION_KEYS = {  # event: keys of its records in the log of an evaluation
 }
 EVALUATION_SETTINGS = set("""
     protocol note backbone sha256 pretrained_epochs arch width cifar_stem recipe
-    data range content images val_images classes size mean std centre views_given
+    data val val_share range content images val_images classes size mean std centre views_given
     seed device amp world workers save_minutes keep_every
 """.split())
 TRAINING = {"base_lr", "lr", "batch", "epochs"}

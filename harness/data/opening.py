@@ -156,7 +156,7 @@ def find_images(layout, listing, wanted):
 
 
 def together(paths):
-    """The training images at these paths, without labels -> Data. A file that is at two of them counts once."""
+    """The training images at these paths, without labels -> Data. A file at two of them counts once."""
     parts = [find(path, Validation()) for path in paths]
     if any(part.train.files is None for part in parts):
         raise Refused("CIFAR and the drawn shapes can't be joined with other images, nor go with --knn-data")
@@ -201,7 +201,7 @@ def settle(data, value_range, hold):
     values = [deep for _, values, _ in samples for deep in values]
     found = data.found
     if frames := sum(frames for *_, frames in samples):
-        note = f"in a sample of the files, {frames} further frames are not read (augment.py --check counts all)"
+        note = f"of a sample of files, {frames} further frames are not read (augment.py --check counts all)"
         found = found._replace(notes=(*found.notes, note))
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))

@@ -182,8 +182,7 @@ def validation_split(listing, parent, classes, wanted):
     classes     of the training split: nothing was learned of a class that it lacks
     wanted      the name of the folder to take, or None
     """
-    names = listing.names(parent)
-    names = [name for name in names if name == os.fsencode(wanted)] if wanted else candidates(names)
+    names = [os.fsencode(wanted)] if wanted else candidates(listing.names(parent))
     if not names:
         return None, [f"no validation split (val/ with images): {HOLD_OUT}"] if classes else []
     name = shown(names[0])

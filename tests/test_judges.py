@@ -1,0 +1,301 @@
+"""Which images are trained on and which judge: --val, --val-share, several DATA, --knn-data.
+
+harness/data/opening.py, simsiam.py's open_both and lineval.py's open_all.
+"""
+import glob
+import io
+import shlex
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harness.common.errors import Refused
+from harness.data.opening import find_data, open_data
+from harness.data.splits import Validation
+from tests.helpers import EVALUATION, TINY, here, log_of, refusal, result_of, write_cifar, write_folder
+from tests.test_layouts import classes, many, plant
+
+pytest_plugins = ["tests.fixtures"]
+QUICK = [*TINY, "--epochs", 1, "--workers", 0, "--batch", 4]
+
+
+def settings_of_run(folder):
+    """The settings with which a run started."""
+    return log_of(folder)[0]["settings"]
+
+
+def knn_images(folder):
+    """How many images kNN judged in the last epoch."""
+    return log_of(folder)[-2]["knn_images"]
+
+
+def names_below(folder, source):
+    """A source's files, named from a folder on."""
+    return [name.decode().removeprefix(f"{folder}/") for name in source.names]
+
+
+# --- The split that judges ----------------------------------------------------------------------------------
+
+def test_val_names_the_folder_that_judges(tmp_path):
+    """Of three, against the images that lie there; val/ counts as left out then."""
+    plant(tmp_path, classes("train") | classes("val", count=4) | classes("test", count=2)
+          | classes("field trip", count=1))
+    for name, count in ((None, 12), ("val", 12), ("test", 6), ("field trip", 3)):
+        _, val, found = open_data(tmp_path, wanted=Validation(name))
+        assert len(val) == count
+        assert all(file.startswith(name or "val") for file in names_below(tmp_path, val))
+        assert sum(found.left_out.values()) == 12 + 6 + 3 - count
+
+
+@pytest.mark.parametrize("name, tree", [
+    ("nowhere", classes("train") | classes("val")),
+    ("test", classes("train") | classes("val") | many("test/{}.png", 3)),   # no labels
+    ("train", classes("train") | classes("val")),
+    ("a", classes(".", "ab")),
+    ("test", many("{}.png", 9)),
+])
+def test_a_folder_that_cannot_judge_is_refused(tmp_path, name, tree):
+    """In one line, by both programs."""
+    plant(tmp_path / "data", tree)
+    message = f"--val {name}: must be a folder beside train/, with images of its classes"
+    assert message in refusal("simsiam.py", tmp_path / "data", *QUICK, "--val", name)
+    assert message in refusal("lineval.py", tmp_path / "data", *EVALUATION, "--val", name)
+
+
+# --- A share that is held out -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.03])
+def test_a_share_of_each_class_is_held_out(tmp_path, share):
+    """To within an image, at random, by the seed; each image is in one split, under its class."""
+    sizes = {"a": 10, "b": 25, "c": 31}
+    for name, count in sizes.items():
+        plant(tmp_path, many(f"set/{name}/{{:02}}.png", count))
+    train, val, _ = open_data(tmp_path, wanted=Validation(None, share, 5))
+    assert train.classes == val.classes == list(sizes)
+    counts = np.bincount(val.labels, minlength=3)
+    assert np.all(abs(counts - share * np.array(list(sizes.values()))) < 1)
+    together = sorted(names_below(tmp_path, train) + names_below(tmp_path, val))
+    assert together == names_below(tmp_path, find_data(tmp_path).train)
+    for source in (train, val):
+        assert [name.split("/")[1] for name in names_below(tmp_path, source)] == [
+            source.classes[k] for k in source.labels]
+    again = open_data(str(tmp_path), wanted=Validation(None, share, 5)).val
+    other = open_data(tmp_path, wanted=Validation(None, share, 6)).val
+    assert list(again.files) == list(val.files) != list(other.files)
+
+
+def test_an_evaluation_judges_by_what_pre_training_held_out(tmp_path):
+    """Both on class folders alone, seed 3: the same images as an untrained network's, and as kNN's."""
+    data = plant(tmp_path / "data", classes(".", "abc", count=10))
+    run = tmp_path / "run"
+    options = ["--val-share", "0.2"]
+    assert here("simsiam.py", data, *QUICK, *options, "--seed", 3, "--out", run) is None
+    assert settings_of_run(run)["images"] == 24
+    assert knn_images(run) == 6
+    commands = {
+        "own data": ["--ckpt", run / "checkpoint.pth", "--seed", 8],
+        "data named": [data, *options, "--ckpt", run / "checkpoint.pth", "--seed", 8],
+        "untrained": [data, *options, *EVALUATION, "--seed", 3],
+    }
+    saved = []
+    for name, command in commands.items():
+        features = tmp_path / f"{name}.npz"
+        out = tmp_path / name
+        more = ["--knn", "--workers", 0, "--features", features, "--out", out]
+        assert here("lineval.py", *command, *more) is None
+        assert result_of(out)["val_images"] == 6
+        saved.append([list(np.load(features)[f"{split}_files"]) for split in ("train", "val")])
+    expected = open_data(data, wanted=Validation(None, 0.2, 3))
+    assert saved == 3 * [[list(expected.train.files), list(expected.val.files)]]
+
+
+def test_a_share_beside_val_leaves_val_alone(tmp_path):
+    """The images that judge are from train/; those of val/ count as left out."""
+    plant(tmp_path, classes("train", count=10) | classes("val", count=4))
+    train, val, found = open_data(tmp_path, wanted=Validation(None, 0.2))
+    assert (len(train), len(val)) == (24, 6)
+    assert all(name.startswith("train/") for name in names_below(tmp_path, val))
+    assert sum(found.left_out.values()) == 12
+
+
+def test_a_note_names_the_option_and_it_can_be_followed(tmp_path):
+    """Class folders alone, one folder further down; and train/ without val/."""
+    for tree in (classes("2750", "abc", count=10), classes("train", "abc", count=10)):
+        data = plant(tmp_path / next(iter(tree))[:4], tree)
+        train, val, found = open_data(data)
+        assert (len(train), val) == (30, None)
+        note, = found.notes
+        assert "--val-share 0.2 holds out a fifth of each class" in note
+        if train.labels is None:
+            assert note.startswith("3 folders look like classes (a, b, ...)")
+        assert note in refusal("lineval.py", data, *EVALUATION)
+        assert len(open_data(data, wanted=Validation(None, 0.2)).val) == 6
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--val-share", "20"], "--val-share must be between 0 and 0.5, not 20"),
+    (["--val-share", "nan"], "--val-share must be between 0 and 0.5, not nan"),
+    (["--val-share", "0.2", "--val", "test"], "not allowed with argument"),
+    (["--val-share", "0.2"], "--val-share needs class folders, alone or in train/"),
+])
+def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, options, message):
+    """Also of images without classes."""
+    data = plant(tmp_path / "data", many("{}.png", 9))
+    assert message in refusal("simsiam.py", data, *QUICK, *options)
+    assert message in refusal("lineval.py", data, *EVALUATION, *options)
+
+
+# --- Several DATA, and another one for kNN --------------------------------------------------------------------
+
+def test_several_data_are_trained_on_together(tmp_path, monkeypatch, capsys):
+    """Folders, files and a list, one image twice, options between them: without labels; named after the first."""
+    plant(tmp_path, classes("A/train", "ab", count=3) | classes("A/val", "ab", count=2) | many("B/{}.png", 5)
+          | {"B/list.txt": b"0.png\n1.png\n"})
+    monkeypatch.chdir(tmp_path)
+    files = sorted(glob.glob("B/*.png"))
+    assert here("simsiam.py", "A", *files[:2], *QUICK, "B", "B/list.txt") is None
+    settings = settings_of_run(tmp_path / "runs" / "A")
+    assert settings["images"] == 6 + 5
+    assert settings["data"] == "A"
+    assert settings["more"] == [*files[:2], "B", "B/list.txt"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "training images alone: 11 images, no labels" in printed
+    assert "left out 5 files: 4 validation images, 1 .txt" in printed
+
+
+def test_cifar_among_several_is_refused(tmp_path):
+    """In one line."""
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    write_cifar(tmp_path, np.zeros((60, 3, 32, 32), np.uint8), np.zeros(60, np.uint8), 10, names)
+    plant(tmp_path, many("B/{}.png", 5))
+    message = refusal("simsiam.py", tmp_path / "B", tmp_path / "bin", *QUICK)
+    assert "CIFAR and the drawn shapes can't be joined with other images" in message
+
+
+def advised(message, start):
+    """The arguments in a line, from this word on to its end, with the shell's patterns filled in."""
+    words = shlex.split(message[message.index(start):])
+    return [path for word in words for path in sorted(glob.glob(word)) or [word]]
+
+
+def test_many_folders_with_a_training_split_each(tmp_path):
+    """MVTec's layout: the refusal names a line, which trains on all."""
+    tree = {"MVTec AD/license.txt": b"CC"}
+    for name in ("bottle", "cable", "capsule"):
+        tree |= many(f"MVTec AD/{name}/train/good/{{}}.png", 4) | many(f"MVTec AD/{name}/test/broken/{{}}.png", 2)
+    root = plant(tmp_path, tree) / "MVTec AD"
+    message = refusal("simsiam.py", root, *QUICK)
+    assert "several folders in it have a training split: bottle, cable, capsule" in message
+    data = advised(message, f"'{root}'/*/")
+    assert len(data) == 3
+    assert here("simsiam.py", *data, *QUICK, "--out", tmp_path / "run") is None
+    assert settings_of_run(tmp_path / "run")["images"] == 12
+
+
+def test_a_large_folder_without_labels_beside_a_small_one_with_labels(tmp_path):
+    """STL-10's layout: a note names a line, by which kNN and lineval.py judge with the labels."""
+    root = plant(tmp_path / "STL 10", classes("train", count=4) | classes("test", count=3)
+                 | many("unlabeled/{}.png", 20))
+    note = find_data(root).found.notes[0]
+    assert "train/ is used as the training split: the images beside it are left out" in note
+    run = tmp_path / "run"
+    assert here("simsiam.py", *advised(note, f"'{root}/unlabeled'"), *QUICK, "--out", run) is None
+    assert settings_of_run(run)["images"] == 20
+    assert knn_images(run) == 9
+    assert here("lineval.py", "--ckpt", run / "checkpoint.pth", "--knn", "--workers", 0) is None
+    assert result_of(run / "lineval-knn")["images"] == 12
+    assert result_of(run / "lineval-knn")["data"] == str(root)
+
+
+def test_knn_watches_a_share_of_another_data_set(tmp_path):
+    """The share is held out of that one; without labels it is refused."""
+    plant(tmp_path, many("photos/{}.png", 9) | classes("labelled", count=10))
+    options = [tmp_path / "photos", *QUICK, "--knn-data", tmp_path / "labelled", "--out", tmp_path / "run"]
+    assert "--knn-data" in (message := refusal("simsiam.py", *options))
+    assert "needs labels: train/<class>/... and val/<class>/...; 3 folders look like classes" in message
+    assert here("simsiam.py", *options, "--val-share", "0.2") is None
+    assert settings_of_run(tmp_path / "run")["images"] == 9
+    assert knn_images(tmp_path / "run") == 6
+
+
+def test_a_checkpoint_of_before_these_options_resumes(tmp_path, finished, small):
+    """It lacks their settings: nothing has changed."""
+    whole = torch.load(finished[0] / "checkpoint.pth", weights_only=True)
+    for name in ("val", "val_share", "knn_data", "more"):
+        assert whole["settings"].pop(name) is None
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(whole, run / "checkpoint.pth")
+    (run / "log.jsonl").write_bytes((finished[0] / "log.jsonl").read_bytes())
+    assert here("simsiam.py", small, *TINY, "--out", run, "--resume") is None
+    assert here("lineval.py", "--ckpt", run / "checkpoint.pth", "--knn") is None
+    assert result_of(run / "lineval-knn")["images"] == 50
+
+
+# --- Containers that are no classes -------------------------------------------------------------------------
+
+def shard(path, first, suffixes, count=4):
+    """A tar file as webdataset writes it: KEY.jpg, and KEY with each of these suffixes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i in range(first, first + count):
+            picture = io.BytesIO()
+            Image.new("L", (70, 72), i).save(picture, "jpeg")
+            parts = {".jpg": picture.getvalue()} | dict.fromkeys(suffixes, b"%d" % (i % 3))
+            for suffix, content in parts.items():
+                info = tarfile.TarInfo(f"{i:06}{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("suffixes", [[".cls"], [".cls", ".json"], [".json", ".txt"]])
+@pytest.mark.parametrize("places", [["train/{:05}.tar", "val/{:05}.tar"], ["{:05}.tar"], ["set-{:05}.tar"]])
+def test_a_shard_is_never_a_class(tmp_path, suffixes, places):
+    """As training and validation split, or at the top: images without labels, and a line."""
+    for place in places:
+        for k in range(3):
+            shard(tmp_path / place.format(k), 4 * k, suffixes)
+    train, val, found = find_data(tmp_path)
+    assert len(train) == 12
+    assert train.labels is None
+    assert val is None
+    assert "00000 is no class, but a shard or a part of the images: no labels" in found.notes[0]
+    with pytest.raises(Refused, match="--val-share needs class folders.* is no class, but a shard"):
+        open_data(tmp_path, wanted=Validation(None, 0.2))
+
+
+def test_a_class_in_a_tar_file_with_a_text_stays_a_class(tmp_path):
+    """With texts beside some images only."""
+    folder = write_folder(tmp_path / "folder", "train", 12, (70, 90))
+    (folder / "train" / "a" / "README.txt").write_text("the first class")
+    (folder / "train" / "a" / "000.txt").write_text("a box")
+    for name in "abc":
+        with tarfile.open(tmp_path / "folder" / "train" / f"{name}-1.tar", "w") as archive:
+            archive.add(folder / "train" / name, ".")
+    assert len(find_data(folder).train.classes) == 6
+
+
+# --- Frames ---------------------------------------------------------------------------------------------------
+
+def write_frames(folder, count=12, frames=20):
+    """Files of several frames each, in four formats."""
+    folder.mkdir()
+    first, *others = (Image.new("L", (70, 72), 12 * k) for k in range(frames))
+    for i in range(count):
+        suffix = [".tif", ".gif", ".png", ".webp"][i % 4]
+        first.save(folder / f"{i:02}{suffix}", save_all=True, append_images=others)
+
+
+def test_further_frames_are_counted(tmp_path, monkeypatch, capsys):
+    """12 files of 20: 228, by the check of all files and, of a sample, at the start of a run."""
+    import augment
+    write_frames(tmp_path / "data")
+    monkeypatch.setattr("sys.argv", ["augment.py", str(tmp_path / "data"), "--check"])
+    augment.main()
+    assert "228 further frames in 12 files are not read\n" in capsys.readouterr().err
+    assert here("simsiam.py", tmp_path / "data", *QUICK, "--out", tmp_path / "run") is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note of a sample of files, 228 further frames are not read (augment.py --check counts all)" in printed
