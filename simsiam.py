@@ -363,19 +363,6 @@ def pretrain(args):
     progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 
 
-def open_both(args):
-    """DATA, and the data set with which kNN and rank are measured: the same, unless there is --knn-data."""
-    check_limits(vars(args))
-    wanted = Validation(args.val, args.val_share, args.seed)
-    path = [args.data, *args.more] if args.more or args.knn_data else args.data
-    data = judge = args.method.open(path, args.range, Validation() if args.knn_data else wanted)
-    if args.knn_data:
-        judge = open_data(args.knn_data, args.range or data.train.value_range, wanted)
-        if not judge.can_judge():
-            judge.refuse(f"--knn-data {args.knn_data}: needs labels: train/<class>/... and val/<class>/...")
-    return data, judge
-
-
 # --- 5. Monitoring (Sec. 4.1): the std of z, a kNN classifier -------------------------------------------
 
 def feature_std(z, all_sum=lambda t: t):
@@ -851,6 +838,19 @@ def parse(argv=None):
 def test_views(policy, device, workers):
     """-> (source, batches of (epoch, indices)) -> yields (indices, test views)"""
     return lambda source, batches: augment.load_centres(source, policy, batches, device, workers)
+
+
+def open_both(args):
+    """DATA, and the data set with which kNN and rank are measured: the same, unless there is --knn-data."""
+    check_limits(vars(args))
+    wanted = Validation(args.val, args.val_share, args.seed)
+    path = [args.data, *args.more] if args.more or args.knn_data else args.data
+    data = judge = args.method.open(path, args.range, Validation() if args.knn_data else wanted)
+    if args.knn_data:
+        judge = open_data(args.knn_data, args.range or data.train.value_range, wanted)
+        if not judge.can_judge():
+            judge.refuse(f"--knn-data {args.knn_data}: needs labels: train/<class>/... and val/<class>/...")
+    return data, judge
 
 
 def check_same_on_all_processes(method, judge, data):

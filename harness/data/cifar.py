@@ -4,7 +4,6 @@ Python one.
 The Python layout is pickled, and a pickle can call any function that it names. So its unpickler admits only
 the few names that CIFAR's files have.
 """
-import contextlib
 import os
 import pickle
 from typing import NamedTuple
@@ -12,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..common.errors import Refused
+from ..common.files import refusing
 from .source import Source
 
+DAMAGED = "not a file of {}; unpack the archive again"
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 TEN = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 HUNDRED = ["train"], ["test"]
@@ -65,20 +65,10 @@ def read(folder, layout):
     return sources
 
 
-@contextlib.contextmanager
-def refused_if_damaged(path, layout):
-    """Turn whatever is raised within into Refused: a damaged pickle can raise anything."""
-    try:
-        yield
-    except Exception as error:
-        raise Refused(f"{path}: not a file of {layout.name} ({type(error).__name__}: {error}); unpack the "
-                      "archive again") from None
-
-
 def hundred_classes(folder, layout):
     """The names of CIFAR-100's classes, from the file beside the images"""
     path = os.path.join(folder, "meta" if layout.form == "Python" else "fine_label_names.txt")
-    with refused_if_damaged(path, layout):
+    with refusing(path, DAMAGED.format(layout.name)):
         if layout.form == "Python":
             names = unpickle(path)[b"fine_label_names"]
         else:
@@ -93,7 +83,7 @@ def read_batch(path, layout, classes):
     The binary layout has for each image its label, a byte, and 3072 bytes of pixels; CIFAR-100 has the number
     of a coarser class before it. The Python layout is a pickled dict.
     """
-    with refused_if_damaged(path, layout):
+    with refusing(path, DAMAGED.format(layout.name)):
         if layout.form == "binary":
             records = np.fromfile(path + ".bin", np.uint8).reshape(-1, layout.skip + 3073)
             data = records[:, layout.skip + 1:]

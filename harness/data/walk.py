@@ -129,7 +129,7 @@ def add_members(listing, place, path, found, inner):
 
     inner   {place: span} of the tar files inside it, which this fills. None: they are not looked into
     """
-    beside = set()  # (folder, KEY)
+    beside = set()  # folders and KEYs
     for inside, offset, size, is_file in found:
         *folders, name = os.path.normpath(inside).lstrip(b"/").split(b"/")
         folder = (*place, *folders)
