@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import augment
 from harness.common.errors import Refused
 from harness.data.opening import find_data, open_data
 from harness.data.splits import Validation
@@ -48,6 +49,7 @@ def test_val_names_the_folder_that_judges(tmp_path):
         assert len(val) == count
         assert all(file.startswith(name or "val") for file in names_below(tmp_path, val))
         assert sum(found.left_out.values()) == 12 + 6 + 3 - count
+        assert any("the images beside it are left out" in note for note in found.notes) == (count != 3)
 
 
 @pytest.mark.parametrize("name, tree", [
@@ -148,10 +150,10 @@ def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, options, message):
     assert message in refusal("lineval.py", data, *EVALUATION, *options)
 
 
-# --- Several DATA, and another one for kNN --------------------------------------------------------------------
+# --- Several DATA, and another one for kNN ------------------------------------------------------------------
 
 def test_several_data_are_trained_on_together(tmp_path, monkeypatch, capsys):
-    """Folders, files and a list, one image twice, options between them: without labels; named after the first."""
+    """Folders, files and a list, options between them, an image twice: no labels; named after the first."""
     plant(tmp_path, classes("A/train", "ab", count=3) | classes("A/val", "ab", count=2) | many("B/{}.png", 5)
           | {"B/list.txt": b"0.png\n1.png\n"})
     monkeypatch.chdir(tmp_path)
@@ -185,7 +187,8 @@ def test_many_folders_with_a_training_split_each(tmp_path):
     """MVTec's layout: the refusal names a line, which trains on all."""
     tree = {"MVTec AD/license.txt": b"CC"}
     for name in ("bottle", "cable", "capsule"):
-        tree |= many(f"MVTec AD/{name}/train/good/{{}}.png", 4) | many(f"MVTec AD/{name}/test/broken/{{}}.png", 2)
+        tree |= many(f"MVTec AD/{name}/train/good/{{}}.png", 4)
+        tree |= many(f"MVTec AD/{name}/test/broken/{{}}.png", 2)
     root = plant(tmp_path, tree) / "MVTec AD"
     message = refusal("simsiam.py", root, *QUICK)
     assert "several folders in it have a training split: bottle, cable, capsule" in message
@@ -208,6 +211,14 @@ def test_a_large_folder_without_labels_beside_a_small_one_with_labels(tmp_path):
     assert here("lineval.py", "--ckpt", run / "checkpoint.pth", "--knn", "--workers", 0) is None
     assert result_of(run / "lineval-knn")["images"] == 12
     assert result_of(run / "lineval-knn")["data"] == str(root)
+
+
+def test_a_folder_beside_train_that_has_no_labels(tmp_path):
+    """The line that a note names trains on both."""
+    root = plant(tmp_path / "vehicles", many("bus/{}.png", 5) | many("train/{}.png", 6))
+    data = advised(find_data(root).found.notes[0], f"{root}/bus")
+    assert here("simsiam.py", *data, *QUICK, "--out", tmp_path / "run") is None
+    assert settings_of_run(tmp_path / "run")["images"] == 11
 
 
 def test_knn_watches_a_share_of_another_data_set(tmp_path):
@@ -278,7 +289,7 @@ def test_a_class_in_a_tar_file_with_a_text_stays_a_class(tmp_path):
     assert len(find_data(folder).train.classes) == 6
 
 
-# --- Frames ---------------------------------------------------------------------------------------------------
+# --- Frames -------------------------------------------------------------------------------------------------
 
 def write_frames(folder, count=12, frames=20):
     """Files of several frames each, in four formats."""
@@ -291,11 +302,10 @@ def write_frames(folder, count=12, frames=20):
 
 def test_further_frames_are_counted(tmp_path, monkeypatch, capsys):
     """12 files of 20: 228, by the check of all files and, of a sample, at the start of a run."""
-    import augment
     write_frames(tmp_path / "data")
     monkeypatch.setattr("sys.argv", ["augment.py", str(tmp_path / "data"), "--check"])
     augment.main()
     assert "228 further frames in 12 files are not read\n" in capsys.readouterr().err
     assert here("simsiam.py", tmp_path / "data", *QUICK, "--out", tmp_path / "run") is None
     printed = " ".join(capsys.readouterr().out.split())
-    assert "note of a sample of files, 228 further frames are not read (augment.py --check counts all)" in printed
+    assert "note of a sample of files, 228 further frames are not read (augment.py --check" in printed

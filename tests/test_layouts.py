@@ -190,7 +190,7 @@ def test_every_file_is_used_or_counted(tmp_path, case):
     assert (walk.describe(found.left_out) or "") == left_out
     assert note in "; ".join(found.notes)
     if not note:
-        assert all(note.startswith("no validation split (val/ with images): --val-share 0.2") for note in found.notes)
+        assert all(note.startswith("no validation split (val/ with images): --val") for note in found.notes)
 
 
 LABELS = [  # classes, a text file beside three images of val/, their labels; None: val/ is not used

@@ -162,14 +162,16 @@ def training_split(listing, parent, wanted):
     if more and name.lower() not in (b"train", b"training"):
         names = ", ".join(map(shown, [name, *more]))
         raise Refused(f"{os.fsdecode(listing.path(parent))}: several training splits: {names}; name one of "
-                      "them")
+                      "them, or several to train on without labels")
     place = holding_place(listing, (*parent, name))
     classes, notes = class_folders(listing, place)
     others = beside - {name, *candidates(beside), os.fsencode(wanted.name or "")}
     if others:
-        advice = f"{listing.shell_path(*parent, min(others))} --knn-data {listing.shell_path(*parent)}"
+        # With labels and val/, it judges what was trained on the others; else the images of both are joined.
+        option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
+        advice = f"{listing.shell_path(*parent, min(others))} {option}{listing.shell_path(*parent)}"
         notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out; to "
-                     f"train on them, and judge by these: {advice}")
+                     f"train on them: {advice}")
     if len(classes) > 1:
         return by_folder(listing, place, classes), notes
     notes += [f"one class ({printable(name)}): nothing to classify" for name in classes]
