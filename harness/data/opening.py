@@ -16,6 +16,7 @@ pixels a side are held in memory; all others stay files, which worker processes 
 """
 import collections
 import os
+import textwrap
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -165,7 +166,7 @@ def together(paths):
     for part in parts:
         left_out.update(part.found.left_out)
         left_out["validation images"] += len(part.val or ())
-    train = Source(files=files, where=", ".join(paths[:9]))
+    train = Source(files=files, where=textwrap.shorten(", ".join(paths), 200))
     return Data(train, None, Found("training images alone", left_out))
 
 
@@ -182,7 +183,7 @@ def with_validation(data, wanted):
     chance = uniforms(wanted.seed, 0, np.arange(len(train)), HELD_OUT, 0)
     order = np.lexsort((chance, train.labels))
     held = order[np.arange(0, len(train), 1 / wanted.share).astype(int)]
-    val = replace(train.only(np.sort(held)), where=f"{wanted.share:g} of each class there")
+    val = replace(train.only(np.sort(held)), where=f"{wanted.share:g} of each class in {train.where}")
     return Data(train.only(np.setdiff1d(order, held)), val, found)
 
 
