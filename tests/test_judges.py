@@ -65,6 +65,7 @@ def test_a_folder_that_cannot_judge_is_refused(tmp_path, name, tree):
     message = f"--val {name}: must be a folder beside train/, with images of its classes"
     assert message in refusal("simsiam.py", tmp_path / "data", *QUICK, "--val", name)
     assert message in refusal("lineval.py", tmp_path / "data", *EVALUATION, "--val", name)
+    assert message in refusal("simsiam.py", *QUICK, "--val", name)  # the drawn shapes
 
 
 # --- A share that is held out -------------------------------------------------------------------------------

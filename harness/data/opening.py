@@ -173,7 +173,7 @@ def together(paths):
 def with_validation(data, wanted):
     """The same data, judged by the images that are wanted. Raises Refused if there are none."""
     train, val, found = data
-    if wanted.name and val is None:
+    if wanted.name and (val is None or train.pixels is not None):
         data.refuse(f"--val {wanted.name}: must be a folder beside train/, with images of its classes")
     if not wanted.share:
         return data
