@@ -14,6 +14,7 @@ from PIL import Image
 
 import augment
 from harness.common.errors import Refused
+from harness.data import shapes
 from harness.data.opening import find_data, open_data
 from harness.data.splits import Validation
 from tests.helpers import EVALUATION, TINY, here, log_of, refusal, result_of, write_cifar, write_folder
@@ -65,7 +66,15 @@ def test_a_folder_that_cannot_judge_is_refused(tmp_path, name, tree):
     message = f"--val {name}: must be a folder beside train/, with images of its classes"
     assert message in refusal("simsiam.py", tmp_path / "data", *QUICK, "--val", name)
     assert message in refusal("lineval.py", tmp_path / "data", *EVALUATION, "--val", name)
-    assert message in refusal("simsiam.py", *QUICK, "--val", name)  # the drawn shapes
+
+
+@pytest.mark.parametrize("wanted", [Validation("val"), Validation(None, 0.2)])
+def test_the_drawn_shapes_have_a_validation_split_of_their_own(monkeypatch, wanted):
+    """No option names another."""
+    monkeypatch.setattr(shapes, "TRAINING", 60)
+    monkeypatch.setattr(shapes, "VALIDATION", 20)
+    with pytest.raises(Refused, match="must be a folder beside train/|needs class folders"):
+        open_data(None, wanted=wanted)
 
 
 # --- A share that is held out -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import os
 from ..common.errors import Refused
 from ..common.machine import bf16_pays
 from .folder import folder_name
-from .options import add_prefix, add_setting, check_batch, check_limits, named, new_parser
+from .options import add_prefix, add_setting, check_batch, named, new_parser
 
 RECIPES = ("imagenet", "cifar10", "shapes")
 OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # in each recipe's own data
@@ -124,7 +124,6 @@ def settings_for(args, train, world):
     settings["range"] = train.value_range
     settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
     settings["world"] = world
-    check_limits(settings)
     check_together(settings)
     method.check(settings)
     return settings
