@@ -214,7 +214,7 @@ def by_folder(listing, place, classes=None):
     numbers = {name: k for k, name in enumerate(classes or [])}
     taken = {}
     for inside in listing.inside(place):
-        if not classes:
+        if classes is None:
             taken |= dict.fromkeys(listing.take(inside))
         elif inside != place and (name := class_name(inside[len(place)])) in numbers:
             taken |= dict.fromkeys(listing.take(inside), numbers[name])

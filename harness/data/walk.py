@@ -78,7 +78,6 @@ def walk(root):
         place, above, linked = waiting.pop()
         folder = listing.path(place)
         above |= {identity(folder)}
-        images = []
         for entry in entries(folder):
             kind = kind_of(entry)
             if is_left_behind(entry.name):
@@ -103,9 +102,7 @@ def walk(root):
             elif entry.name in OURS and has_mark(entry.path):
                 listing.left_out["pictures that our programs drew"] += 1
             else:
-                images.append(entry.name)
-        if images:
-            listing.tree[place] += images
+                listing.tree[place].append(entry.name)
     return listing
 
 
@@ -145,9 +142,10 @@ def add_members(listing, place, path, found, inner):
             listing.left_out[suffix_of(name)] += 1
             if name.endswith(BESIDE_IMAGES):
                 beside.add((folder, key(name)))
-    folders = listing.inside(place) if beside else ()
-    if beside and all((folder, key(image)) in beside for folder in folders for image in listing.tree[folder]):
-        listing.shards.add(place)
+    if beside:  # rare; the rest takes a while
+        images = [(folder, key(image)) for folder in listing.inside(place) for image in listing.tree[folder]]
+        if beside.issuperset(images):
+            listing.shards.add(place)
 
 
 def key(name):
@@ -186,7 +184,9 @@ def kind_of(entry):
 
 def files_in(path):
     """How many files lie at a path that isn't entered. Links to folders below it aren't followed."""
-    return sum(len(files) for _, _, files in os.walk(path)) if os.path.isdir(path) else 1
+    if not os.path.isdir(path):
+        return 1
+    return sum(len(files) for _, _, files in os.walk(path))
 
 
 def is_left_behind(name):
