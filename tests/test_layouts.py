@@ -202,6 +202,7 @@ LABELS = [  # classes, a text file beside three images of val/, their labels; No
     (["1", "2", "10"], b"0.png 0\n1.png 1\n2.png 2\n", None),                      # numbers, or names?
     ("abc", b"0.png a\n1.png 2\n2.png c\n", None),                                # names and numbers mixed
     ("abc", b"8.png a\n", None),
+    ("abc", b"0.png c\n1.png zebra\n2.png b\n", [2, 1]),                          # a class that train/ lacks
 ]
 
 

@@ -254,7 +254,9 @@ def by_text(listing, parent, name, place, classes):
     numbers = {name: k for k, name in enumerate(classes)}
     if "0" in said.values() and not any(map(str.isdecimal, numbers)):
         numbers = {str(k): k for k in range(len(classes))}
-    if not said or not set(said.values()) <= numbers.keys():
+    unknown = set(said.values()) - numbers.keys()
+    said = {image: text for image, text in said.items() if text in numbers}
+    if not said or any(map(str.isdecimal, unknown)):
         return None, (f"{shown(os.path.basename(paths[0]))} must have an image and its class on each line: a "
                       "folder of train/, or its number from 0")
     listing.left_out[suffix_of(paths[0])] -= 1

@@ -84,6 +84,7 @@ def checked(settings, recipes, path):
         if settings["recipe"] not in recipes:
             raise ValueError(f"recipe {settings['recipe']}")
         needed = {
+            "data": settings["data"] and str(settings["data"]),
             "seed": int(settings["seed"]),
             "size": int(settings["size"]),
             "width": float(settings["width"]),
@@ -92,7 +93,7 @@ def checked(settings, recipes, path):
             "centre": float(settings["centre"]),
             "range": settings.get("range") and floats(settings["range"], 2),
         }
-        for name, kind in (("data", str), ("knn_data", str), ("val", str), ("val_share", float)):
+        for name, kind in (("knn_data", str), ("val", str), ("val_share", float)):  # older files lack them
             value = settings.get(name)
             needed[name] = value and kind(value)
         settings = {**settings, **needed}
