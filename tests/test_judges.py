@@ -216,7 +216,7 @@ def test_many_folders_with_a_training_split_each(tmp_path):
 def test_a_large_folder_without_labels_beside_a_small_one_with_labels(tmp_path):
     """STL-10's layout: a note names a line, by which kNN and lineval.py judge with the labels."""
     root = plant(tmp_path / "STL 10", classes("train", count=4) | classes("test", count=3)
-                 | many("unlabeled/{}.png", 20))
+                 | many("unlabeled/{}.png", 17) | many("video/{}.png", 3))
     note = find_data(root).found.notes[0]
     assert "train/ is used as the training split: the images beside it are left out" in note
     run = tmp_path / "run"
@@ -314,6 +314,14 @@ def write_frames(folder, count=12, frames=20):
     for i in range(count):
         suffix = [".tif", ".gif", ".png", ".webp"][i % 4]
         first.save(folder / f"{i:02}{suffix}", save_all=True, append_images=others)
+
+
+def test_damage_behind_the_first_frame_is_no_matter(tmp_path):
+    """A stack that is cut off."""
+    write_frames(tmp_path / "data", count=1)
+    whole = (tmp_path / "data" / "00.tif").read_bytes()
+    (tmp_path / "data" / "00.tif").write_bytes(whole[:len(whole) // 2])
+    assert len(open_data(tmp_path).train) == 1
 
 
 def test_further_frames_are_counted(tmp_path, monkeypatch, capsys):

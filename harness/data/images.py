@@ -110,7 +110,9 @@ def read_or_replace(files, i, value_range=None):
 
 def further_frames(image):
     """How many frames an open file (PIL) has besides the first: a stack of a microscope, an animation."""
-    return getattr(image, "n_frames", 1) - 1
+    with contextlib.suppress(Exception):  # damage behind the first can raise anything, and doesn't matter
+        return getattr(image, "n_frames", 1) - 1
+    return 0
 
 
 # --- More than 8 bits -----------------------------------------------------------------------------------

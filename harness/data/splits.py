@@ -169,9 +169,9 @@ def training_split(listing, parent, wanted):
     if others:
         # With labels and val/, it judges what was trained on the others; else the images of both are joined.
         option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
-        advice = f"{listing.shell_path(*parent, min(others))} {option}{listing.shell_path(*parent)}"
+        folders = " ".join(listing.shell_path(*parent, other) for other in sorted(others))
         notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out; to "
-                     f"train on them: {advice}")
+                     f"train on them: {folders} {option}{listing.shell_path(*parent)}")
     if len(classes) > 1:
         return by_folder(listing, place, classes), notes
     notes += [f"one class ({printable(name)}): nothing to classify" for name in classes]
