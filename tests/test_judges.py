@@ -316,6 +316,7 @@ def write_frames(folder, count=12, frames=20):
         first.save(folder / f"{i:02}{suffix}", save_all=True, append_images=others)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damage_behind_the_first_frame_is_no_matter(tmp_path):
     """A stack that is cut off."""
     write_frames(tmp_path / "data", count=1)
