@@ -381,7 +381,7 @@ def evaluate(args):
     # 2. Settings, all of them checked before the work begins
     s = settings_for(args, s, policy, data)
     protocol = PROTOCOLS[s["protocol"]]
-    out = args.out or default_folder(args, s)
+    out = args.out or default_folder(args, s, backbone)
     resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     say(start_block(describe_evaluation(job, backbone, data.rows())))
@@ -489,8 +489,7 @@ def settings_for(args, described, policy, data):
     if given and not protocol.epochs:
         raise Refused(f"--{'/--'.join(given)}: --{name} trains nothing")
     if args.resume == "yes" and not protocol.optimizer:
-        raise Refused(f"--resume: --{name} can't be resumed; give another --out, or nothing, to do it "
-                      "again")
+        raise Refused(f"--resume: --{name} can't be resumed; leave it out, and give a new folder with --out")
     s = {"protocol": name, "note": protocol.note}
     if protocol.epochs:
         s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
@@ -511,12 +510,21 @@ def settings_for(args, described, policy, data):
     return s
 
 
-def default_folder(args, s):
-    """Next to the checkpoint, or under runs/ for an untrained network."""
+def default_folder(args, s, backbone):
+    """Next to the checkpoint, or under runs/ for an untrained network.
+
+    Each file and each data set has its own folder, or a second evaluation would meet the first one's result.
+    """
     folder = os.path.dirname(args.ckpt)
+    name = f"lineval-{s['protocol']}"
     if s["sha256"] is None:  # random:resnet18 has no folder
         folder = os.path.join("runs", f"{folder_name(args.data)}-{args.ckpt.replace(':', '-')}")
-    return os.path.join(folder, f"lineval-{s['protocol']}")
+        return os.path.join(folder, name)
+    if folder_name(args.ckpt) != "checkpoint":
+        name += f"-{folder_name(args.ckpt)}"
+    if args.data != backbone.settings.get("data"):
+        name += f"-{folder_name(args.data)}"
+    return os.path.join(folder, name)
 
 
 def record_images(job):
@@ -538,7 +546,8 @@ def parse(argv=None):
     parser = new_parser(
         "lineval.py", "Evaluate a frozen backbone.",
         data="what the checkpoint was trained on; shapes: the drawn ones",
-        out="lineval-<protocol>, next to the checkpoint", amp="off")
+        out="next to the checkpoint, lineval-<protocol>, and -<file> if it isn't checkpoint.pth, and -<data> if "
+            "it was trained on other data", amp="off")
     parser.add_argument("--ckpt", required=True, metavar="FILE",
                         help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")

@@ -35,7 +35,7 @@ RUN_DEFAULTS = {
 EVALUATION_OPTIONS = "--ckpt --lars --sgd --cached --knn --features --export".split()
 OF_PRETRAINING = "(default: the pre-training's, or else the recipe's)"
 EVALUATION_DEFAULTS = {
-    "--out": "(default: lineval-<protocol>, next to the checkpoint)",
+    "--out": "(default: next to the checkpoint, lineval-<protocol>, and -<file>",
     "--amp": "(default: off)",
     "--base-lr": "lars 0.1, sgd 30.0, cached by a sweep",
     "--batch": "lars 4096, sgd 256, cached 256",

@@ -17,7 +17,7 @@ import simsiam
 from harness.common.errors import BadImage, Refused
 from harness.data import images, loading, opening
 from harness.training.run import Job
-from tests.helpers import CPU, TINY, decompression_bomb, here, log_of, png_chunk, result_of
+from tests.helpers import CPU, TINY, decompression_bomb, here, log_of, png_chunk, refusal, result_of
 from tests.helpers import save_image, slow
 
 pytest_plugins = ["tests.fixtures"]
@@ -451,6 +451,23 @@ def test_every_nth_checkpoint_is_kept(tmp_path, small):
     assert content["epoch"] == 1
     assert content["step"] == 3
     assert lineval.read_backbone(str(kept)).epochs is not None
+
+
+def test_each_file_and_each_data_set_has_its_own_evaluation(tmp_path, small, ten):
+    """Two files of --keep-every, and other data, without --out: the folders. For the same once more, the
+    refusal's advice is followed to its end."""
+    options = ["--epochs", 2, "--keep-every", 1, "--knn-every", 0, "--workers", 0, "--out", tmp_path]
+    assert here("simsiam.py", small, *TINY, *options) is None
+    for name in ("checkpoint", "checkpoint-0001", "checkpoint-0002"):
+        assert here("lineval.py", "--ckpt", tmp_path / f"{name}.pth", "--knn") is None
+    assert here("lineval.py", ten, "--ckpt", tmp_path / "checkpoint.pth", "--knn") is None
+    folders = [f"lineval-knn{rest}" for rest in ("", "-checkpoint-0001", "-checkpoint-0002", "-ten")]
+    assert sorted(path.name for path in tmp_path.glob("lineval-*")) == folders
+    again = ["--ckpt", tmp_path / "checkpoint.pth", "--knn"]
+    said = refusal("lineval.py", *again)
+    assert said.endswith("holds a run already (lineval.json); give another folder with --out")
+    assert "leave it out, and give a new folder with --out" in refusal("lineval.py", *again, "--resume")
+    assert here("lineval.py", *again, "--out", tmp_path / "another") is None
 
 
 # --- Strips -------------------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def enter(out, names, resume, device):
 
 def look(out, names, resume, device):
     """Whether a folder holds a run. Raises Refused if that is not what --resume expects."""
-    found = any(os.path.exists(os.path.join(out, name)) for name in names)
+    there = [name for name in names if os.path.exists(os.path.join(out, name))]
+    found = bool(there)
     if not same_everywhere(found, device):
         raise Refused(f"{out}: some processes see a run there and some don't; --out must be a folder that "
                       "all machines share")
@@ -71,8 +72,8 @@ def look(out, names, resume, device):
     if all_sum(restarts) > 0:
         return found
     if found and not resume:
-        raise Refused(f"{out}: holds a run already; continue it with --resume, or give another folder with "
-                      "--out")
+        more = "; a run can also be continued, with --resume" if NEWEST in there else ""
+        raise Refused(f"{out}: holds a run already ({there[0]}); give another folder with --out{more}")
     if resume == "yes" and not found:
         raise Refused(f"{out}: nothing to resume; leave out --resume to start, or name the run's folder with "
                       "--out")
