@@ -42,6 +42,7 @@ from harness.evaluation.result import save_features_alone, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, folder_name
 from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
+from harness.training.options import weights_file
 from harness.training.processes import all_sum, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
 from harness.training.run import Job, Run
@@ -548,7 +549,7 @@ def parse(argv=None):
         data="what the checkpoint was trained on; shapes: the drawn ones",
         out="next to the checkpoint, lineval-<protocol>, and -<file> if it isn't checkpoint.pth, and -<data> if "
             "it was trained on other data", amp="off")
-    parser.add_argument("--ckpt", required=True, metavar="FILE",
+    parser.add_argument("--ckpt", type=weights_file, required=True, metavar="FILE",
                         help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")
     # Not --protocol NAME, so each has its own line in the help, which says whose it is.

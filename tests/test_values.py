@@ -460,7 +460,7 @@ def test_each_file_and_each_data_set_has_its_own_evaluation(tmp_path, small, ten
     assert here("simsiam.py", small, *TINY, *options) is None
     for name in ("checkpoint", "checkpoint-0001", "checkpoint-0002"):
         assert here("lineval.py", "--ckpt", tmp_path / f"{name}.pth", "--knn") is None
-    assert here("lineval.py", ten, "--ckpt", tmp_path / "checkpoint.pth", "--knn") is None
+    assert here("lineval.py", ten, "--ckpt", tmp_path, "--knn") is None  # its checkpoint.pth
     folders = [f"lineval-knn{rest}" for rest in ("", "-checkpoint-0001", "-checkpoint-0002", "-ten")]
     assert sorted(path.name for path in tmp_path.glob("lineval-*")) == folders
     again = ["--ckpt", tmp_path / "checkpoint.pth", "--knn"]

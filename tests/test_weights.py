@@ -401,6 +401,13 @@ def test_init_takes_a_backbone_alone(tmp_path, exported):
     assert "left out: encoder_q.fc.* (3)" in said
 
 
+def test_init_takes_a_runs_folder(tmp_path, small, finished, capsys):
+    """The weights of its checkpoint.pth, at lr 0."""
+    options = ["--init", finished[0], "--base-lr", 0, "--weight-decay", 0, "--epochs", 1, "--out", tmp_path]
+    assert here("simsiam.py", small, *TINY, *options) is None
+    assert f"init {finished[0]}/checkpoint.pth, backbone and heads" in " ".join(capsys.readouterr().out.split())
+
+
 def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported):
     """Three layers have all the names of two. The run loads the backbone alone, and says so."""
     longer = copy.deepcopy(exported[1])
