@@ -47,7 +47,7 @@ from harness.evaluation.features import accuracy, check_same_images, extract, go
 from harness.evaluation.report import Report, describe_run
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, enter
+from harness.training.folder import CHECKPOINTS, enter, look
 from harness.training.method import Method
 from harness.training.options import number
 from harness.training.per_image import PerImageVectors
@@ -312,8 +312,7 @@ def pretrain(args):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, args.data)
     out = args.out or default_folder(args)
-    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
-    job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
+    resuming = look(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
 
     # Model and optimiser
     torch.manual_seed(s["seed"])
@@ -321,6 +320,8 @@ def pretrain(args):
     rows = data.rows()
     if args.init and not resuming:
         rows["init"] = load_init(model, s, args.prefix)
+    resuming = enter(out, CHECKPOINTS, args.resume, device)  # a refusal above leaves no folder
+    job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
     layout = fastest_layout(model.encoder, device)
     model.to(device, memory_format=layout)
     network = distribute(model, device, s["compile"])

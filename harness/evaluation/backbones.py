@@ -29,6 +29,7 @@ from torch import nn
 
 from ..common.errors import Refused
 from ..common.files import refusing, save
+from ..training.folder import make_folder
 from ..training.options import check_limits
 from .weights import describe_found, find_resnet, load_strictly, read_weights, whole_model
 
@@ -163,7 +164,7 @@ def export(backbone, path, layout, out):
     target = os.path.join(out or os.path.dirname(path), name)
     if os.path.exists(target):
         raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    make_folder(os.path.dirname(target) or ".")
     save(content, target)
     print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
     print(f"  {describe_found(backbone.found)}")

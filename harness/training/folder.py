@@ -82,7 +82,7 @@ def look(out, names, resume, device):
 
 def lock(out):
     """Make a folder and lock it, if need be when another process ends -> None, or who has the lock."""
-    os.makedirs(out, exist_ok=True)
+    make_folder(out)
     file = open(os.path.join(out, LOCK), "a+")  # it says who has the lock: only the owner may empty it
     locked.append(file)
     holder = try_to_lock(file, out)
@@ -93,6 +93,14 @@ def lock(out):
         time.sleep(0.1)
         holder = try_to_lock(file, out)
     return holder
+
+
+def make_folder(out):
+    """Make the folder of --out, unless it is there. Raises Refused if it can't be made."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out}: can't be made a folder ({error.strerror}); name another one") from None
 
 
 def try_to_lock(file, out):
