@@ -247,7 +247,7 @@ REFUSALS = {  # id: (arguments, what the one line says)
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
-    "a run is there": ("{small} --out {whole}", "holds a run already"),
+    "a run is there": ("{small} --out {whole}", "holds a run or a result already"),
     "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),
     "a folder in a file": (
         "{small} --out {small}/train/a/000.png/run", "000.png/run: can't be made a folder (Not a directory)"),

@@ -208,7 +208,8 @@ def test_resume_with_a_file_is_told_how_to_go_on(tmp_path, small, finished):
     shutil.copytree(finished[0], out)
     options = [small, *TINY]
     said = refusal("simsiam.py", *options, "--resume", out / "checkpoint.pth")
-    assert f"DATA --out {out} --resume (from an older checkpoint: copy it, as checkpoint.pth, and log" in said
+    assert "here it is --out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth" in said
+    assert "(from an older checkpoint: copy it, by this name, and log.jsonl to a new folder)" in said
     assert here("simsiam.py", *options, "--out", out, "--resume") is None
     older = tmp_path / "older"
     older.mkdir()

@@ -61,8 +61,7 @@ def enter(out, names, resume, device):
 
 def look(out, names, resume, device):
     """Whether a folder holds a run. Raises Refused if that is not what --resume expects."""
-    there = [name for name in names if os.path.exists(os.path.join(out, name))]
-    found = bool(there)
+    found = any(os.path.exists(os.path.join(out, name)) for name in names)
     if not same_everywhere(found, device):
         raise Refused(f"{out}: some processes see a run there and some don't; --out must be a folder that "
                       "all machines share")
@@ -72,8 +71,8 @@ def look(out, names, resume, device):
     if all_sum(restarts) > 0:
         return found
     if found and not resume:
-        more = "; a run can also be continued, with --resume" if NEWEST in there else ""
-        raise Refused(f"{out}: holds a run already ({there[0]}); give another folder with --out{more}")
+        raise Refused(f"{out}: holds a run or a result already; give another folder with --out, or continue "
+                      "a run with --resume")
     if resume == "yes" and not found:
         raise Refused(f"{out}: nothing to resume; leave out --resume to start, or name the run's folder with "
                       "--out")

@@ -21,24 +21,26 @@ from ..common.errors import Refused
 from ..common.machine import cores
 from .folder import NEWEST
 
-# What an option is called elsewhere, and here.
-ELSEWHERE = {
-    "lr learning-rate base-learning-rate blr": "--base-lr, and lr = base lr x batch / 256",
-    "batch-size bs b": "--batch, of all processes together",
-    "num-workers n-workers j": "--workers",
-    "epoch num-epochs n-epochs e": "--epochs",
+# What people give (a regular expression), and how it is said here.
+SAID_HERE = {
+    "lr|learning.rate|base.learning.rate|blr": "--base-lr, and lr = base lr x batch / 256",
+    "batch.size|bs|b": "--batch, of all processes together",
+    "(num|n).workers|j": "--workers",
+    "epoch|(num|n).epochs|e": "--epochs",
     "wd": "--weight-decay",
-    "model backbone network a": "--arch",
-    "image-size img-size input-size crop-size resolution": "--size",
-    "output output-dir out-dir save-dir log-dir exp-dir o": "--out",
-    "pretrained checkpoint weights load": "--init, and --ckpt of lineval.py",
-    "save-freq save-every": "--keep-every",
-    "eval-freq eval-every": "--knn-every",
-    "fp16 bf16 mixed-precision": "--amp",
-    "data data-dir data-path dataset root i": "DATA, the path alone",
-    "gpu gpus gpu-id device-id": "--device cuda; CUDA_VISIBLE_DEVICES=0 chooses which, torchrun takes several",
+    "model|backbone|network|a": "--arch",
+    "(image|img|input|crop).size|resolution": "--size",
+    "output|(output|out|save|log|exp).dir|o": "--out",
+    "pretrained|checkpoint|weights|load": "--init, and --ckpt of lineval.py",
+    "save.(freq|every|interval)": "--keep-every",
+    "eval.(freq|every|interval)": "--knn-every",
+    "fp16|bf16|mixed.precision": "--amp",
+    "data|data.(dir|path|root)|dataset|root|i": "DATA, the path alone",
+    "gpus?|gpu.ids?|device.id": "--device cuda; CUDA_VISIBLE_DEVICES=0 chooses which, and torchrun takes several",
+    "resume": "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
+              "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
+    "[a-z]+_[a-z_]+": "- in place of _",
 }
-HERE = {theirs: ours for names, ours in ELSEWHERE.items() for theirs in names.split()}
 
 # The lowest and the highest value that an option takes. An upper limit is either a matter of meaning (a
 # probability) or far beyond what anybody needs; it catches a typing error before a run has started.
@@ -144,14 +146,14 @@ def new_parser(script, description, data, out, amp):
         allow_abbrev=False,  # --knn 20 must not mean --knn-every 20
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
     # argparse would print the usage too, which is two screens long here.
-    parser.error = lambda message: sys.exit(f"{script}: {message}{names_here(parser, message)}; see --help")
+    parser.error = lambda message: sys.exit(f"{script}: {in_our_words(parser, message)}; see --help")
     parser.add_argument("data", nargs="?", metavar="DATA",
                         help="an image folder (train/<class>/..., val/<class>/..., or any folder of "
                              "images), a text file with one path per line, or a CIFAR-10 folder (default: "
                              f"{data})")
     parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's
-    parser.add_argument("--resume", nargs="?", const="yes", type=way_to_resume, metavar="auto",
+    parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="after DATA: continue the run in --out; auto: continue it if there is one, "
                              "else start")
     add_range(parser)
@@ -174,32 +176,18 @@ def new_parser(script, description, data, out, amp):
     return parser
 
 
-def names_here(parser, message):
-    """What the options are called here that argparse's message doesn't recognize; empty if it names none."""
-    ours = re.findall(r"[\w-]+", parser.format_usage())
-    said = ""
-    if message.startswith("unrecognized"):
-        for option in re.findall(r"(?<!\S)-[\w-]+", message):
-            name = option.strip("-").replace("_", "-")
-            here = HERE.get(name, f"--{name}")
-            if re.match(r"[\w-]+", here)[0] in ours:
-                said += f"; {option}: here it is {here}"
-    return said
+def in_our_words(parser, message):
+    """argparse's message, and what the option in it is here, if we can tell."""
+    for theirs, ours in SAID_HERE.items():
+        option = ours.split()[0].strip(",;")
+        if re.search(rf" --?({theirs})(?![\w-])", message) and option in parser.format_usage():
+            return f"{message}; here it is {ours}"
+    return message
 
 
 def weights_file(text):
     """--ckpt, --init: a file of weights; of a run's folder, its newest checkpoint."""
     return os.path.join(text, NEWEST) if os.path.isdir(text) else text
-
-
-def way_to_resume(text):
-    """--resume: yes or auto. Raises ArgumentTypeError for a file or a folder, which says what to do."""
-    if text in ("yes", "auto"):
-        return text
-    folder = text if os.path.isdir(text) else os.path.dirname(text)
-    raise argparse.ArgumentTypeError(
-        f"{text}: a run continues from {NEWEST} in --out: DATA --out {folder or '.'} --resume (from an older "
-        f"checkpoint: copy it, as {NEWEST}, and log.jsonl to a new folder)")
 
 
 def device_name(text):
