@@ -116,7 +116,7 @@ def test_an_option_by_another_name_is_told_by_ours(theirs, ours):
     """The refusal has each of our options for theirs; and ours can be parsed."""
     said = refusal("simsiam.py", *theirs.split())
     for option in re.findall(r"--[\w-]+|DATA", ours):
-        assert f": here it is {option}" in said
+        assert f"; here it is {option}" in said
     simsiam.parse(ours.split())
 
 

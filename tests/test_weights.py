@@ -5,6 +5,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -202,6 +203,37 @@ def test_the_run_says_what_it_took_and_left(tmp_path):
                     f"hyper.seed, state_dict.ema.* ({n}), state_dict.head.* (3)")
 
 
+def as_transformers(state):
+    """A backbone under the names of transformers' ResNetModel, which count from 0."""
+    found = {}
+    for name, t in state.items():
+        name = re.sub(r"^conv1\.", "embedder.embedder.convolution.", name)
+        name = re.sub(r"^bn1\.", "embedder.embedder.normalization.", name)
+        name = re.sub(r"\.conv(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.convolution.", name)
+        name = re.sub(r"\.bn(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.normalization.", name)
+        name = name.replace(".downsample.0.", ".shortcut.convolution.")
+        name = name.replace(".downsample.1.", ".shortcut.normalization.")
+        name = re.sub(r"^layer(\d)\.", lambda match: f"encoder.stages.{int(match[1]) - 1}.layers.", name)
+        found[name] = t
+    return found
+
+
+@pytest.mark.parametrize("arch, last", [
+    ("resnet18", "encoder.stages.3.layers.1.layer.1.normalization.running_var"),
+    ("resnet50", "encoder.stages.3.layers.2.layer.2.normalization.running_var"),
+])
+def test_transformers_names_are_read(tmp_path, arch, last):
+    """The same tensors, beside a classifier, as in ResNetForImageClassification."""
+    network = untrained(arch, 1 / 64, False)
+    state = as_transformers(network.state_dict())
+    assert {last, "encoder.stages.1.layers.0.shortcut.convolution.weight"} <= state.keys()
+    torch.save(prefixed("resnet.", state) | {"classifier.1.weight": torch.ones(3, 8)}, tmp_path / "model.bin")
+    backbone = lineval.read_backbone(str(tmp_path / "model.bin"))
+    assert backbone.shape == (arch, 1 / 64, False)
+    assert equal(backbone.network.state_dict(), network.state_dict())
+    assert list(backbone.found.left_out) == ["classifier.1.weight"]
+
+
 # --- Files that are refused ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["zip", "before torch 1.6"])
@@ -288,7 +320,15 @@ ODD = {  # what is put into a good file, and what is said
     "without a statistic": (
         {"layer2.0.bn1.running_var": None}, r'Missing key\(s\) in state_dict: "layer2.0.bn1.running_var"'),
     "with a tensor more": (
-        {"layer2.0.se.weight": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "layer2.0.se.weight"'),
+        {"layer2.0.odd.weight": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "layer2.0.odd.weight"'),
+    "grey": ({"conv1.weight": torch.ones(4, 1, 3, 3)}, "made for 1-channel images; ours has 3 channels"),
+    "13 bands": ({"conv1.weight": torch.ones(4, 13, 3, 3)}, "made for 13-channel images; ours has 3 channels"),
+    "ResNeXt": ({"layer1.0.conv2.weight": torch.ones(4, 1, 3, 3)}, "convolutions have groups"),
+    "Wide ResNet": (
+        {"layer1.0.conv1.weight": torch.ones(8, 4, 3, 3), "layer1.0.conv2.weight": torch.ones(4, 8, 3, 3)},
+        "blocks are wider inside"),
+    "GroupNorm": ({"bn1.running_mean": None}, r"norms keep no statistics \(GroupNorm\); ours are BN"),
+    "squeeze and excitation": ({"layer2.0.se.fc1.weight": torch.ones(1)}, r"blocks weigh their channels \(SE\)"),
     "another stem": (
         {"bn2.weight": torch.ones(4)}, "bn2.weight: the paper's ResNets have no such tensor"),
     "not finite": ({"bn1.bias": torch.full((4,), math.nan)}, "bn1.bias has values that are not finite"),
@@ -308,13 +348,18 @@ def test_a_file_without_a_resnet_is_refused(tmp_path):
     """Against the names in it."""
     path = str(tmp_path / "file.pth")
     head = {"state_dict": prefixed("module.encoder.fc.", HEAD)}
+    deep_stem = {name.replace("conv1.weight", "conv1.0.weight"): t for name, t in GOOD.items()}
     shown = {"state_dict.module.encoder.fc.* (3)": head, "no named tensors": torch.ones(3)}
     for names, content in shown.items():
         torch.save(content, path)
         with pytest.raises(Refused) as refused:
             lineval.read_backbone(path)
-        assert str(refused.value).startswith(f"{path}: no ResNet in it: it must have conv1.weight")
+        said = f"{path}: no ResNet in it: it must have conv1.weight (a stem of one convolution)"
+        assert str(refused.value).startswith(said)
         assert str(refused.value).endswith(f"; it has {names}")
+    torch.save(deep_stem, path)
+    with pytest.raises(Refused, match="a stem of one convolution"):
+        lineval.read_backbone(path)
 
 
 # Parts of a checkpoint that an evaluation doesn't need.

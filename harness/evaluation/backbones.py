@@ -13,6 +13,7 @@ The same network has many names in files:
     MoCo's                  module.encoder_q.conv1.weight  and a second network, which we leave: encoder_k
     torchvision's           conv1.weight                   and fc, which we leave
     lightly's               backbone.0.weight              numbers for conv1, bn1, layer1, ...
+    transformers'           embedder.embedder.convolution.weight, encoder.stages.0.layers. ...
 
 So weights.py looks for it in any nesting of dicts and under any prefix, and of two networks takes the one
 that was trained. Architecture, width and stem follow from names and shapes.

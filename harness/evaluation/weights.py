@@ -39,6 +39,16 @@ FORMS = [
     ("0", "1", "3", "4", "5", "6"),
     ("0", "1", "4", "5", "6", "7"),
 ]
+TRANSFORMERS = {  # the names in a ResNet of HuggingFace's transformers: torchvision's
+    "embedder.embedder.convolution.": "conv1.",
+    "embedder.embedder.normalization.": "bn1.",
+    ".shortcut.convolution.": ".downsample.0.",
+    ".shortcut.normalization.": ".downsample.1.",
+}
+for k in range(4):
+    TRANSFORMERS[f"encoder.stages.{k}.layers."] = f"layer{k + 1}."
+    TRANSFORMERS[f".layer.{k}.convolution."] = f".conv{k + 1}."
+    TRANSFORMERS[f".layer.{k}.normalization."] = f".bn{k + 1}."
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 # These are left out of names. A whole pickled network keeps its tensors in the first three; torch.compile,
 # FSDP and gradient checkpointing add the others.
@@ -72,6 +82,8 @@ def read_weights(path):
             epochs = state.get("epoch")
             if type(epochs) is not int:
                 epochs = None
+        for theirs, ours in TRANSFORMERS.items():
+            state = {name.replace(theirs, ours): value for name, value in state.items()}
         return fold_biases(state), epochs, settings, sha256
 
 
@@ -194,8 +206,8 @@ def find_resnet(state, path, prefix=None):
         forms = prefixes(state)
         if not forms:
             shown = ", ".join(name_groups(state))[:200] or "no named tensors"
-            raise Refused(f"{path}: no ResNet in it: it must have conv1.weight and layer1 to layer4 under "
-                          f"one prefix; it has {shown}")
+            raise Refused(f"{path}: no ResNet in it: it must have conv1.weight (a stem of one "
+                          f"convolution) and layer1 to layer4 under one prefix; it has {shown}")
         chosen = choose(forms, state, path, prefix)
         tensors, left_out = parts_of(state, chosen, forms[chosen])
         for name, value in tensors.items():
@@ -204,7 +216,9 @@ def find_resnet(state, path, prefix=None):
         for name, value in left_out.items():
             if more.match(name) and isinstance(value, torch.Tensor):
                 raise Refused(f"{path}: {name}: the paper's ResNets have no such tensor")
-        return FoundResNet(*shape_of(tensors, path), chosen, tensors, left_out)
+        shape = shape_of(tensors, path)
+        check_variant(tensors, path)
+        return FoundResNet(*shape, chosen, tensors, left_out)
 
 
 def shape_of(tensors, path):
@@ -218,6 +232,24 @@ def shape_of(tensors, path):
         raise Refused(f"{path}: its stages have {blocks} blocks, unlike any of {', '.join(ARCHS.values())}")
     stem = tensors["conv1.weight"].shape
     return arch, stem[0] / 64, stem[-1] == 3  # a stem has 64 channels, times the width; CIFAR's is 3 x 3
+
+
+def check_variant(tensors, path):
+    """Raise Refused for a ResNet of another kind than the paper's, and say which."""
+    channels = tensors["conv1.weight"].shape[1]
+    width = len(tensors["conv1.weight"])
+    outer = len(tensors["layer1.0.conv1.weight"])
+    variants = {
+        f"its first convolution is made for {channels}-channel images; ours has 3 channels": channels != 3,
+        "its convolutions have groups (ResNeXt); ours don't":
+            tensors["layer1.0.conv2.weight"].shape[1] != outer,
+        "its blocks are wider inside (Wide ResNet) than ours": outer != width,
+        "its norms keep no statistics (GroupNorm); ours are BN": "bn1.running_mean" not in tensors,
+        "its blocks weigh their channels (SE); ours don't": any(".se" in name for name in tensors),
+    }
+    for problem, is_so in variants.items():
+        if is_so:
+            raise Refused(f"{path}: {problem}")
 
 
 def check_tensor(name, t, path):
