@@ -1,17 +1,22 @@
 """harness, images.py, augment.py --check: odd files become RGB or are bad; a bad one is replaced."""
+import errno
+import io
 import os
 import re
+import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 import augment
-from harness.common.errors import BadImage, printable
+from harness.common.errors import Away, BadImage, printable
 from harness.data import images
 from harness.data.source import Source
-from tests.helpers import bad_levels, odd_files
+from harness.evaluation.features import share_bad
+from tests.helpers import CPU, TINY, bad_levels, before_each_step, here, log_of, odd_files, refusal
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -53,6 +58,69 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_and_named_once(tmp_path, c
     lines = capsys.readouterr().err
     assert re.fullmatch(line * 3, lines).groups() == ("001", "002", "005")
     assert sorted(source.bad) == [1, 2, 5]
+
+
+def test_a_file_that_is_away_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    """The waits are a second in all. It comes back in the last of them."""
+    source = bad_levels(tmp_path)
+    file = tmp_path / "003.png"
+    file.rename(tmp_path / "away")
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == len(images.WAITS):
+            (tmp_path / "away").rename(file)
+
+    monkeypatch.setattr(images, "time", types.SimpleNamespace(sleep=sleep))
+    assert source.image(3).max() == 30
+    assert sum(waited) == pytest.approx(1)
+    assert source.bad == {}
+
+
+def test_a_file_that_is_away_for_longer_is_not_bad_for_ever(tmp_path, monkeypatch, world_of_one, capsys):
+    """It is replaced and counted once, with the one that is damaged; then it is forgotten."""
+    monkeypatch.setattr(images, "WAITS", ())
+    source = bad_levels(tmp_path, bad=[1])
+    file = tmp_path / "003.png"
+    file.rename(tmp_path / "away")
+    assert [source.image(i).max() for i in (1, 3)] == [20, 40]
+    assert f"{file}: can't be read (No such file or directory)\n" in capsys.readouterr().err
+    assert share_bad(source, CPU) == [1, 3]
+    (tmp_path / "away").rename(file)
+    assert source.image(3).max() == 30
+    assert share_bad(source, CPU) == [1]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_an_error_of_the_system_while_reading_says_nothing_about_the_file(tmp_path, monkeypatch, number):
+    """As a network disk gives it, in the middle of a file."""
+    class Stale(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(number, "gone")
+
+    source = bad_levels(tmp_path)
+    monkeypatch.setattr(images, "open_bytes", lambda path: Stale())
+    with pytest.raises(Away, match=r"002.png: can't be read \(gone\)"):
+        images.read_image(source.files[2])
+
+
+def test_data_that_is_gone_ends_a_run_which_can_go_on(tmp_path, large, monkeypatch):
+    """The folder is moved away before the second step. Its advice is followed: it is back, and --resume."""
+    monkeypatch.setattr(images, "WAITS", ())
+    data = shutil.copytree(large, tmp_path / "data")
+    options = [data, *TINY, "--batch", 6, "--epochs", 1, "--size", 24, "--workers", 0, "--out", tmp_path / "run"]
+
+    def move(step):
+        if step == 1:
+            data.rename(tmp_path / "away")
+
+    with before_each_step(move):
+        said = refusal("simsiam.py", *options)
+    assert "; DATA is gone, or a part of it; when it is back, --resume goes on" in said
+    (tmp_path / "away").rename(data)
+    assert here("simsiam.py", *options, "--resume") is None
+    assert log_of(tmp_path / "run")[-2]["bad_images"] == 0
 
 
 def test_more_bad_images_than_ten_and_one_in_a_hundred_are_too_many():

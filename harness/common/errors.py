@@ -22,6 +22,10 @@ class BadImage(Refused):
     """A file that Pillow can't read as an image."""
 
 
+class Away(BadImage):
+    """A file that the system can't read: that may pass, and says nothing about the file."""
+
+
 class Stopped(Exception):
     """A signal has ended a run, and everything is saved. Arguments: the signal's number, and the text."""
 

@@ -56,7 +56,7 @@ class Report:
             lr=optimizer.param_groups[0]["lr"],
             memory_mb=peak_memory(self.job.device),
             collapsed=collapsed,
-            bad_images=sum(share_bad(source, self.job.device) for source in sources),
+            bad_images=sum(len(share_bad(source, self.job.device)) for source in sources),
             **watched,
             **self.run.speed())
 
