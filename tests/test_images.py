@@ -87,9 +87,28 @@ def test_a_file_that_is_away_for_longer_is_not_bad_for_ever(tmp_path, monkeypatc
     assert [source.image(i).max() for i in (1, 3)] == [20, 40]
     assert f"{file}: can't be read (No such file or directory)\n" in capsys.readouterr().err
     assert share_bad(source, CPU) == [1, 3]
+    source.forget_away()
     (tmp_path / "away").rename(file)
     assert source.image(3).max() == 30
     assert share_bad(source, CPU) == [1]
+
+
+def test_files_that_were_away_count_in_their_epoch_alone(tmp_path, large, monkeypatch, capsys):
+    """A class is gone in the second of three steps of the first epoch."""
+    monkeypatch.setattr(images, "WAITS", ())
+    data = shutil.copytree(large, tmp_path / "data")
+    places = [data / "train/a", tmp_path / "away"]
+
+    def move(step):
+        if step in (0, 1):
+            places[step].rename(places[1 - step])
+
+    options = "--batch 6 --epochs 2 --size 24 --workers 0".split()
+    with before_each_step(move):
+        assert here("simsiam.py", data, *TINY, *options, "--out", tmp_path / "run") is None
+    one, two = [record["bad_images"] for record in log_of(tmp_path / "run")[2:4]]
+    assert one == capsys.readouterr().err.count("can't be read (No such file or directory)") > 0
+    assert two == 0
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])

@@ -119,14 +119,13 @@ def neighbours(images, classes):
 def share_bad(source, device):
     """Tell all processes which files any of them has found bad -> their indices.
 
-    Raises BadImage on all of them where too many are bad. Those that the system couldn't read are forgotten.
+    Raises BadImage on all of them where too many are bad.
     """
     flags = torch.zeros(len(source), dtype=torch.uint8, device=device)
     flags[list(source.bad)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     found = flags.nonzero().flatten().tolist()
     source.check_bad(len(found))
-    source.forget_away()
     return found
 
 
