@@ -55,6 +55,8 @@ def decode(source, cut, batches, device, workers, waiting=iter):
     for epoch, index, is_last, cuts, bad in waiting(in_our_words(iter(loader))):
         if isinstance(bad, Refused):
             raise bad
+        for i in set(index) - bad.keys():
+            source.bad.pop(i, None)  # the system can read it again
         source.note(bad)
         indices.append(index)
         views.append([x.to(device, non_blocking=True) for x in cuts])

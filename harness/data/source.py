@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..common.errors import Away, BadImage, printable
+from ..common.errors import BadImage, printable
 from ..common.progress import warn
 from .images import read_or_replace, what_to_do
 from .tars import plain
@@ -23,7 +23,7 @@ class Source:
     where       the folder or the file that they come from
     captions    list of texts, one an image, or None
     value_range (low, high), which become 0 to 255 in files of more than 8 bits; or None
-    bad         {index: BadImage that says what is wrong with that file}, of the files met so far
+    bad         {index: BadImage that says what is wrong with that file}, of the files, as last read
     """
     pixels: object = None
     files: object = None
@@ -63,12 +63,6 @@ class Source:
         if count > 10 + len(self) / 100:
             raise BadImage(f"{count} of {len(self)} images can't be read, which is too many; "
                            f"{what_to_do(self.bad)}")
-
-    def forget_away(self):
-        """Forget the files that the system couldn't read: they are tried again, unless all is in memory."""
-        if self.pixels is None:
-            for i in [i for i, error in self.bad.items() if isinstance(error, Away)]:
-                del self.bad[i]
 
     def only(self, good):
         """The same split with these images only (indices), none of which is bad -> Source"""

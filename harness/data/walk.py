@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..common.errors import Refused, printable
 from ..common.files import OURS, has_mark
 from .images import is_image
+from .lists import suffix_of
 from .tars import as_folder, is_tar, member_name, members
 
 # Besides all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
@@ -68,7 +69,7 @@ def walk(root):
             kind = kind_of(entry)
             if is_left_behind(entry.name):
                 listing.left_out[LEFT_BEHIND] += 1
-            elif kind == "folder":
+            elif kind == "folder" and not entry.name.endswith(b".zarr"):
                 is_link = entry.is_symlink()
                 if is_link and (linked or identity(entry.path) in above):
                     listing.left_out["links that lead back, or on to links"] += 1
@@ -85,7 +86,7 @@ def walk(root):
                 for inside, names in found.tree.items():
                     listing.tree[*place, as_folder(entry.name), *inside] = names
             elif not is_image(entry.name):
-                listing.left_out[suffix_of(entry.name)] += 1
+                listing.left_out[suffix_of(entry.path)] += 1
             elif entry.name in OURS and has_mark(entry.path):
                 listing.left_out["pictures that our programs drew"] += 1
             else:
@@ -159,12 +160,6 @@ def is_left_behind(name):
     """Whether a name (bytes) is hidden, or one that a system has made for itself."""
     name = os.fsdecode(name)
     return name.startswith(".") or name.lower() in SYSTEMS
-
-
-def suffix_of(name):
-    """The suffix of a file's name, as the reason why it isn't an image."""
-    _, suffix = os.path.splitext(os.fsdecode(name).lower())
-    return suffix or "without a suffix"
 
 
 def describe(left_out):

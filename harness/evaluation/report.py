@@ -59,8 +59,6 @@ class Report:
             bad_images=sum(len(share_bad(source, self.job.device)) for source in sources),
             **watched,
             **self.run.speed())
-        for source in sources:
-            source.forget_away()
 
     def measured(self, encoder):
         """How good an encoder is: {"knn": ..., "rank": ..., the method's own measures}"""

@@ -39,17 +39,22 @@ FORMS = [
     ("0", "1", "3", "4", "5", "6"),
     ("0", "1", "4", "5", "6", "7"),
 ]
-TRANSFORMERS = {  # the names in a ResNet of HuggingFace's transformers: torchvision's
+# Names in a ResNet of HuggingFace's transformers, where all numbers are one lower: torchvision's.
+RENAMED = {
     "embedder.embedder.convolution.": "conv1.",
     "embedder.embedder.normalization.": "bn1.",
     ".shortcut.convolution.": ".downsample.0.",
     ".shortcut.normalization.": ".downsample.1.",
+    ".shortcut.": ".downsample.",  # lightly's
 }
 for k in range(4):
-    TRANSFORMERS[f"encoder.stages.{k}.layers."] = f"layer{k + 1}."
-    TRANSFORMERS[f".layer.{k}.convolution."] = f".conv{k + 1}."
-    TRANSFORMERS[f".layer.{k}.normalization."] = f".bn{k + 1}."
+    RENAMED[f"encoder.stages.{k}.layers."] = f"layer{k + 1}."
+    RENAMED[f".layer.{k}.convolution."] = f".conv{k + 1}."
+    RENAMED[f".layer.{k}.normalization."] = f".bn{k + 1}."
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+WHY_NOT = ("can't be read: it is damaged, or torch.save did not write it (safetensors: load it with that "
+           "package, and torch.save what you get), or it holds more than tensors, numbers and words, which could "
+           "run code; if you trust it, load it with weights_only=False, and torch.save its state_dict")
 # These are left out of names. A whole pickled network keeps its tensors in the first three; torch.compile,
 # FSDP and gradient checkpointing add the others.
 BETWEEN = {"_modules", "_parameters", "_buffers",
@@ -82,7 +87,7 @@ def read_weights(path):
             epochs = state.get("epoch")
             if type(epochs) is not int:
                 epochs = None
-        for theirs, ours in TRANSFORMERS.items():
+        for theirs, ours in RENAMED.items():
             state = {name.replace(theirs, ours): value for name, value in state.items()}
         return fold_biases(state), epochs, settings, sha256
 
@@ -100,7 +105,7 @@ def load(data, path):
         with torch.serialization.safe_globals(stand_ins(data)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # a foreign file can raise anything
-        raise Refused(f"{path}: {why_not(path)}") from None
+        raise Refused(f"{path}: {WHY_NOT}") from None
 
 
 def stand_ins(data):
@@ -126,15 +131,6 @@ class Number:
 
     def __setstate__(self, state):
         pass
-
-
-def why_not(path):
-    """Why torch can't read a file, and what to do."""
-    if str(path).endswith(".safetensors"):
-        return "can't read safetensors; load it with that package, and torch.save what you get"
-    return ("can't be read: it is damaged, or torch.save did not write it, or it holds more than tensors, "
-            "numbers and words, which could run code; if you trust it, load it with weights_only=False, and "
-            "torch.save its state_dict")
 
 
 def flatten(value, name="", above=()):
@@ -216,9 +212,7 @@ def find_resnet(state, path, prefix=None):
         for name, value in left_out.items():
             if more.match(name) and isinstance(value, torch.Tensor):
                 raise Refused(f"{path}: {name}: the paper's ResNets have no such tensor")
-        shape = shape_of(tensors, path)
-        check_variant(tensors, path)
-        return FoundResNet(*shape, chosen, tensors, left_out)
+        return FoundResNet(*shape_of(tensors, path), chosen, tensors, left_out)
 
 
 def shape_of(tensors, path):
@@ -231,25 +225,11 @@ def shape_of(tensors, path):
     if arch is None:
         raise Refused(f"{path}: its stages have {blocks} blocks, unlike any of {', '.join(ARCHS.values())}")
     stem = tensors["conv1.weight"].shape
+    if stem[1] != 3:
+        raise Refused(f"{path}: its first convolution is made for {stem[1]}-channel images; ours has 3 channels")
+    if len(tensors["layer1.0.conv1.weight"]) != stem[0]:
+        raise Refused(f"{path}: its blocks are wider inside than ours (as in Wide ResNet and ResNeXt)")
     return arch, stem[0] / 64, stem[-1] == 3  # a stem has 64 channels, times the width; CIFAR's is 3 x 3
-
-
-def check_variant(tensors, path):
-    """Raise Refused for a ResNet of another kind than the paper's, and say which."""
-    channels = tensors["conv1.weight"].shape[1]
-    width = len(tensors["conv1.weight"])
-    outer = len(tensors["layer1.0.conv1.weight"])
-    variants = {
-        f"its first convolution is made for {channels}-channel images; ours has 3 channels": channels != 3,
-        "its convolutions have groups (ResNeXt); ours don't":
-            tensors["layer1.0.conv2.weight"].shape[1] != outer,
-        "its blocks are wider inside (Wide ResNet) than ours": outer != width,
-        "its norms keep no statistics (GroupNorm); ours are BN": "bn1.running_mean" not in tensors,
-        "its blocks weigh their channels (SE); ours don't": any(".se" in name for name in tensors),
-    }
-    for problem, is_so in variants.items():
-        if is_so:
-            raise Refused(f"{path}: {problem}")
 
 
 def check_tensor(name, t, path):
@@ -312,7 +292,6 @@ def parts_of(state, prefix, form):
         # A pickled network has numbers, words and None among its tensors.
         is_meant = isinstance(value, torch.Tensor) or last in TENSORS and value is not None
         if name.startswith(prefix) and part in parts and is_meant:
-            rest = rest.replace("shortcut.", "downsample.")  # lightly says shortcut
             tensors[f"{parts[part]}.{rest}"] = value
         else:
             others[name] = value
@@ -372,5 +351,6 @@ def load_strictly(module, state, path):
         module.load_state_dict(state)
     except RuntimeError as error:
         _, _, found = str(error).partition("\n\t")
-        found = " ".join(found.split())[:600]
-        raise Refused(f"{path}: doesn't fit the network asked for: {found}") from None
+        found = " ".join(found.split())[:300]
+        raise Refused(f"{path}: doesn't fit the network asked for (the paper's ResNets have BN, and no GroupNorm, "
+                      f"SE or other parts): {found}") from None

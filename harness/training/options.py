@@ -23,20 +23,20 @@ from .folder import NEWEST
 
 # What people give (a regular expression), and how it is said here.
 SAID_HERE = {
-    "lr|learning.rate|base.learning.rate|blr": "--base-lr, and lr = base lr x batch / 256",
-    "batch.size|bs|b": "--batch, of all processes together",
+    "lr|learning.rate|base.learning.rate|blr": "--base-lr (lr = base lr x batch / 256)",
+    "batch.size|bs|b": "--batch (of all processes together)",
     "(num|n).workers|j": "--workers",
     "epoch|(num|n).epochs|e": "--epochs",
     "wd": "--weight-decay",
     "model|backbone|network|a": "--arch",
     "(image|img|input|crop).size|resolution": "--size",
     "output|(output|out|save|log|exp).dir|o": "--out",
-    "pretrained|checkpoint|weights|load": "--init, and --ckpt of lineval.py",
+    "pretrained|checkpoint|weights|load": "--init (in lineval.py --ckpt)",
     "save.(freq|every|interval)": "--keep-every",
     "eval.(freq|every|interval)": "--knn-every",
     "fp16|bf16|mixed.precision": "--amp",
-    "data|data.(dir|path|root)|dataset|root|i": "DATA, the path alone",
-    "gpus?|gpu.ids?|device.id": "--device cuda; CUDA_VISIBLE_DEVICES=0 chooses which, and torchrun takes several",
+    "data|data.(dir|path|root)|dataset|root|i": "DATA (the path alone)",
+    "gpus?|gpu.ids?|device.id": "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses which; torchrun takes several)",
     "resume": "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
               "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
     "[a-z]+_[a-z_]+": "- in place of _",
@@ -179,7 +179,7 @@ def new_parser(script, description, data, out, amp):
 def in_our_words(parser, message):
     """argparse's message, and what the option in it is here, if we can tell."""
     for theirs, ours in SAID_HERE.items():
-        option = ours.split()[0].strip(",;")
+        option, *_ = ours.split()
         if re.search(rf" --?({theirs})(?![\w-])", message) and option in parser.format_usage():
             return f"{message}; here it is {ours}"
     return message
