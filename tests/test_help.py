@@ -107,6 +107,7 @@ def test_help_has_every_setting_of_a_recipe_with_its_defaults(capsys):
     ("--learning_rate=0.1", "--base-lr=0.1"),
     ("--batch-size 64", "--batch 64"),
     ("-j 4", "--workers 4"),
+    ("-j4", "--workers 4"),
     ("--num-workers 4", "--workers 4"),
     ("--arch resnet18 --bs 64", "--batch 64"),
     ("--gpu 0", "--device cuda"),

@@ -122,7 +122,7 @@ def load_init(model, s, prefix):
     here = s["arch"], round(64 * s["width"]) / 64, s["cifar_stem"]
     if there != here:
         raise Refused(f"--init {path}: its network is {in_words(*there)}, the run's is {in_words(*here)}; "
-                      "set --arch, --width and --cifar-stem as in the file")
+                      "set --arch, --width, and --cifar-stem or --no-cifar-stem, as in the file")
     around = whole_model(found, path)
     mine = model.state_dict()
     # A projector of more layers has all the names of a shorter one.

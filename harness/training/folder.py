@@ -165,5 +165,6 @@ def compare_settings(then, now, override, path):
     forbidden = [text for name, text in changed.items() if name not in {*MAY_CHANGE, *override}]
     if forbidden:
         raise Refused(f"{path}: was made with other settings ({'; '.join(forbidden)}); repeat its command, "
-                      f"give another --out, or name what may change: --override {' '.join(to_name)}")
+                      "start in another --out without --resume, or name what may change (nothing that shapes "
+                      f"the network): --override {' '.join(to_name)}")
     return "; ".join(changed.values())

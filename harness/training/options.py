@@ -180,7 +180,7 @@ def in_our_words(parser, message):
     """argparse's message, and what the option in it is here, if we can tell."""
     for theirs, ours in SAID_HERE.items():
         option, *_ = ours.split()
-        if re.search(rf" --?({theirs})(?![\w-])", message) and option in parser.format_usage():
+        if re.search(rf" --?({theirs})(?![a-z_-])", message) and option in parser.format_usage():
             return f"{message}; here it is {ours}"
     return message
 
