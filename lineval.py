@@ -547,8 +547,8 @@ def parse(argv=None):
     parser = new_parser(
         "lineval.py", "Evaluate a frozen backbone.",
         data="what the checkpoint was trained on; shapes: the drawn ones",
-        out="next to the checkpoint, lineval-<protocol>, and -<file> if it isn't checkpoint.pth, and -<data> if "
-            "it was trained on other data", amp="off")
+        out="next to the checkpoint, lineval-<protocol>, and -<file> if it isn't checkpoint.pth, and -<data> "
+            "if it was trained on other data", amp="off")
     parser.add_argument("--ckpt", type=weights_file, required=True, metavar="FILE",
                         help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")

@@ -312,15 +312,14 @@ def pretrain(args):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, args.data)
     out = args.out or default_folder(args)
-    resuming = look(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
 
     # Model and optimiser
     torch.manual_seed(s["seed"])
     model = method.build()
     rows = data.rows()
-    if args.init and not resuming:
+    if args.init and not look(out, CHECKPOINTS, args.resume, device):
         rows["init"] = load_init(model, s, args.prefix)
-    resuming = enter(out, CHECKPOINTS, args.resume, device)  # a refusal above leaves no folder
+    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
     layout = fastest_layout(model.encoder, device)
     model.to(device, memory_format=layout)

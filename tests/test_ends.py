@@ -251,7 +251,7 @@ REFUSALS = {  # id: (arguments, what the one line says)
     "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),
     "a folder in a file": (
         "{small} --out {small}/train/a/000.png/run", "000.png/run: can't be made a folder (Not a directory)"),
-    "a file": ("{small} --out {small}/train/a/000.png", "000.png: can't be made a folder (File exists); name"),
+    "a file": ("{small} --out {small}/train/a/000.png", "000.png: can't be made a folder (File exists)"),
 }
 
 

@@ -131,7 +131,7 @@ def test_data_that_is_gone_ends_a_run_which_can_go_on(tmp_path, large, monkeypat
     """The folder is moved away before the second step. Its advice is followed: it is back, and --resume."""
     monkeypatch.setattr(images, "WAITS", ())
     data = shutil.copytree(large, tmp_path / "data")
-    options = [data, *TINY, "--batch", 6, "--epochs", 1, "--size", 24, "--workers", 0, "--out", tmp_path / "run"]
+    options = [data, *TINY, *"--batch 6 --epochs 1 --size 24 --workers 0".split(), "--out", tmp_path / "run"]
 
     def move(step):
         if step == 1:
@@ -186,7 +186,7 @@ FORMATS = {  # {name: content}, DATA, a part of the line
     "a volume": ({"x/a.nii.gz": b"\x1f\x8b"}, "x/a.nii.gz", ".nii: a medical image; SimpleITK."),
     "volumes": ({"x/a.nii.gz": b"\x1f\x8b"}, "x", "(1 file: 1 .nii); .nii: a medical image"),
     "DICOM without a suffix": ({"x/IM0001": DICOM}, "x/IM0001", ".dcm: a medical image"),
-    "DICOM by its number": ({"x/1.2.840.37": DICOM, "x/IM1": DICOM}, "x", "(2 files: 2 .dcm); .dcm: a medical"),
+    "DICOM by its number": ({"x/1.2.840.37": DICOM, "x/IM1": DICOM}, "x", "(2 files: 2 .dcm); .dcm: a"),
     "a slide": ({"x/a.ndpi": b"II"}, "x", ".ndpi: a whole slide; vips dzsave FILE FOLDER"),
     "a microscope's": ({"x/a.nd2": b""}, "x/a.nd2", ".nd2: a microscope's file; bfconvert FILE"),
     "Zarr": ({"x.zarr/.zarray": b"{}", "x.zarr/0.0": b"\0"}, "x.zarr", "x.zarr: .zarr: arrays; scale"),

@@ -244,7 +244,8 @@ def test_a_tar_file_that_has_vanished_is_refused_by_name(packed, monkeypatch):
     train = find_data(packed.parent).train
     tars.opened.cache_clear()
     packed.unlink()
-    with pytest.raises(Refused, match=r"train.tar: can't be read \(No such file or directory\); DATA is gone"):
+    message = r"train.tar: can't be read \(No such file or directory\); DATA is gone"
+    with pytest.raises(Refused, match=message):
         train.image(0)
 
 

@@ -263,10 +263,10 @@ def test_a_file_that_torch_cannot_read_is_refused_in_one_line(tmp_path):
     torch.save(with_more, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save({"state_dict": Hostile(os.system, ("true",))}, tmp_path / "code.pth")
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    words = r"\(safetensors: load it with that package, and torch.save what you get\).*; if you trust it, load it "
+    words = r"\(safetensors: load it with that package, and torch.save what you get\).*; if you trust it, "
     for name in ("photos.zip", "text.pth", "old.pth", "code.pth", "model.safetensors"):
         path = tmp_path / name
-        with pytest.raises(Refused, match=rf"\A{path}: can't.*{words}with weights_only=False, and.*\Z"):
+        with pytest.raises(Refused, match=rf"\A{path}: can't.*{words}load it with weights_only=False, and.*\Z"):
             lineval.read_backbone(str(path))
 
 
@@ -320,7 +320,7 @@ ODD = {  # what is put into a good file, and what is said
     "with a tensor more": (
         {"layer2.0.odd.weight": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "layer2.0.odd.weight"'),
     "grey": ({"conv1.weight": torch.ones(4, 1, 3, 3)}, "made for 1-channel images; ours has 3 channels"),
-    "13 bands": ({"conv1.weight": torch.ones(4, 13, 3, 3)}, "made for 13-channel images; ours has 3 channels"),
+    "13 bands": ({"conv1.weight": torch.ones(4, 13, 3, 3)}, "made for 13-channel images; ours has 3"),
     "ResNeXt": (
         {"layer1.0.conv1.weight": torch.ones(8, 4, 3, 3), "layer1.0.conv2.weight": torch.ones(4, 2, 3, 3)},
         r"blocks are wider inside than ours \(as in Wide ResNet and ResNeXt\)"),
@@ -448,7 +448,8 @@ def test_init_takes_a_runs_folder(tmp_path, small, finished, capsys):
     """The weights of its checkpoint.pth, at lr 0."""
     options = ["--init", finished[0], "--base-lr", 0, "--weight-decay", 0, "--epochs", 1, "--out", tmp_path]
     assert here("simsiam.py", small, *TINY, *options) is None
-    assert f"init {finished[0]}/checkpoint.pth, backbone and heads" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"init {finished[0]}/checkpoint.pth, backbone and heads" in printed
 
 
 def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported):

@@ -111,7 +111,8 @@ def read_or_replace(files, i, value_range=None):
             return read_again(files[place], value_range), bad
         except BadImage as error:
             bad[place] = error
-    raise BadImage(f"{len(bad)} files in a row can't be read as images, the first: {bad[i]}; {what_to_do(bad)}")
+    raise BadImage(f"{len(bad)} files in a row can't be read as images, the first: {bad[i]}; "
+                   f"{what_to_do(bad)}")
 
 
 def what_to_do(bad):

@@ -14,8 +14,8 @@ from ..common.errors import Refused, printable
 ARCHIVE = "an archive; unpack it, and name the folder"
 ARRAYS = ("arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
           "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')")
-MEDICAL = ("a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; write "
-           "each slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')")
+MEDICAL = ("a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; "
+           "write each slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')")
 MICROSCOPE = "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes"
 SLIDE = "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles"
 TABLE = "a table; give a list with a path alone on each line, or class folders: train/<class>/..."

@@ -51,8 +51,8 @@ class Source:
         return image
 
     def note(self, bad):
-        """Remember bad files, {index: BadImage}, and name each once on stderr. Raises BadImage if they are too
-        many."""
+        """Remember bad files, {index: BadImage}, and name each once on stderr. Raises BadImage if they are
+        too many."""
         for i in bad.keys() - self.bad.keys():
             warn(f"bad image, replaced by the next good one: {printable(bad[i])}")
         self.bad.update(bad)

@@ -53,8 +53,8 @@ for k in range(4):
     RENAMED[f".layer.{k}.normalization."] = f".bn{k + 1}."
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 WHY_NOT = ("can't be read: it is damaged, or torch.save did not write it (safetensors: load it with that "
-           "package, and torch.save what you get), or it holds more than tensors, numbers and words, which could "
-           "run code; if you trust it, load it with weights_only=False, and torch.save its state_dict")
+           "package, and torch.save what you get), or it holds more than tensors, numbers and words, which "
+           "could run code; if you trust it, load it with weights_only=False, and torch.save its state_dict")
 # These are left out of names. A whole pickled network keeps its tensors in the first three; torch.compile,
 # FSDP and gradient checkpointing add the others.
 BETWEEN = {"_modules", "_parameters", "_buffers",
@@ -226,7 +226,8 @@ def shape_of(tensors, path):
         raise Refused(f"{path}: its stages have {blocks} blocks, unlike any of {', '.join(ARCHS.values())}")
     stem = tensors["conv1.weight"].shape
     if stem[1] != 3:
-        raise Refused(f"{path}: its first convolution is made for {stem[1]}-channel images; ours has 3 channels")
+        raise Refused(f"{path}: its first convolution is made for {stem[1]}-channel images; ours has 3 "
+                      "channels")
     if len(tensors["layer1.0.conv1.weight"]) != stem[0]:
         raise Refused(f"{path}: its blocks are wider inside than ours (as in Wide ResNet and ResNeXt)")
     return arch, stem[0] / 64, stem[-1] == 3  # a stem has 64 channels, times the width; CIFAR's is 3 x 3
@@ -352,5 +353,5 @@ def load_strictly(module, state, path):
     except RuntimeError as error:
         _, _, found = str(error).partition("\n\t")
         found = " ".join(found.split())[:300]
-        raise Refused(f"{path}: doesn't fit the network asked for (the paper's ResNets have BN, and no GroupNorm, "
-                      f"SE or other parts): {found}") from None
+        raise Refused(f"{path}: doesn't fit the network asked for (the paper's ResNets have BN, and no "
+                      f"GroupNorm, SE or other parts): {found}") from None

@@ -36,7 +36,7 @@ SAID_HERE = {
     "eval.(freq|every|interval)": "--knn-every",
     "fp16|bf16|mixed.precision": "--amp",
     "data|data.(dir|path|root)|dataset|root|i": "DATA (the path alone)",
-    "gpus?|gpu.ids?|device.id": "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses which; torchrun takes several)",
+    "gpus?|gpu.ids?|device.id": "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses; torchrun takes several)",
     "resume": "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
               "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
     "[a-z]+_[a-z_]+": "- in place of _",
