@@ -516,16 +516,16 @@ def default_folder(args, s, backbone):
 
     Each file and each data set has its own folder, or a second evaluation would meet the first one's result.
     """
-    folder = os.path.dirname(args.ckpt)
     name = f"lineval-{s['protocol']}"
+    data = folder_name(args.data)
+    file = folder_name(args.ckpt)
     if s["sha256"] is None:  # random:resnet18 has no folder
-        folder = os.path.join("runs", f"{folder_name(args.data)}-{args.ckpt.replace(':', '-')}")
-        return os.path.join(folder, name)
-    if folder_name(args.ckpt) != "checkpoint":
-        name += f"-{folder_name(args.ckpt)}"
+        return os.path.join("runs", f"{data}-{args.ckpt.replace(':', '-')}", name)
+    if file != "checkpoint":
+        name += f"-{file}"
     if args.data != backbone.settings.get("data"):
-        name += f"-{folder_name(args.data)}"
-    return os.path.join(folder, name)
+        name += f"-{data}"
+    return os.path.join(os.path.dirname(args.ckpt), name)
 
 
 def record_images(job):

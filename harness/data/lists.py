@@ -10,31 +10,32 @@ import os
 
 from ..common.errors import Refused, printable
 
-# What a file is, and what to do, by suffix in lower case.
-ARCHIVE = "an archive; unpack it, and name the folder"
-ARRAYS = ("arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
-          "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')")
-MEDICAL = ("a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; "
-           "write each slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')")
-MICROSCOPE = "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes"
-SLIDE = "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles"
-TABLE = "a table; give a list with a path alone on each line, or class folders: train/<class>/..."
-VIDEO = "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg"
-SHARDS = "a container of records; write its images as files, in train/<class>/..."
-WEIGHTS = "weights, not images; lineval.py --ckpt takes those"
-DOCUMENT = "not an image format that we read; convert it to PNG or JPEG"
-KINDS = {
-    **dict.fromkeys((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"), ARCHIVE),
-    **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr"), ARRAYS),
-    **dict.fromkeys((".nii", ".dcm", ".mha", ".nrrd"), MEDICAL),
-    **dict.fromkeys((".nd2", ".czi", ".lif"), MICROSCOPE),
-    **dict.fromkeys((".ndpi", ".svs", ".mrxs"), SLIDE),
-    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl", ".xlsx"), TABLE),
-    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), VIDEO),
-    **dict.fromkeys((".parquet", ".arrow", ".tfrecord", ".lmdb", ".beton"), SHARDS),
-    **dict.fromkeys((".pth", ".pt", ".ckpt", ".safetensors"), WEIGHTS),
-    **dict.fromkeys((".heic", ".svg", ".pdf", ".dng"), DOCUMENT),
+# What files are, and what to do: their suffixes in lower case.
+FORMATS = {
+    "an archive; unpack it, and name the folder": (
+        ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"),
+    "arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
+    "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')": (
+        ".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr"),
+    "a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; write each "
+    "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')": (
+        ".nii", ".dcm", ".mha", ".nrrd"),
+    "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes": (
+        ".nd2", ".czi", ".lif"),
+    "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles": (
+        ".ndpi", ".svs", ".mrxs"),
+    "a table; give a list with a path alone on each line, or class folders: train/<class>/...": (
+        ".csv", ".tsv", ".json", ".jsonl", ".xlsx"),
+    "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg": (
+        ".mp4", ".avi", ".mov", ".mkv", ".webm"),
+    "a container of records; write its images as files, in train/<class>/...": (
+        ".parquet", ".arrow", ".tfrecord", ".lmdb", ".beton"),
+    "weights, not images; lineval.py --ckpt takes those": (
+        ".pth", ".pt", ".ckpt", ".safetensors"),
+    "not an image format that we read; convert it to PNG or JPEG": (
+        ".heic", ".svg", ".pdf", ".dng"),
 }
+KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes}
 
 
 def suffix_of(path):
