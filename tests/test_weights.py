@@ -314,7 +314,7 @@ ODD = {  # what is put into a good file, and what is said
     "whole numbers": (
         {"bn1.weight": torch.ones(4, dtype=torch.int64)}, "bn1.weight in it must be a plain tensor of float"),
     "another depth": (
-        {"layer3.2.conv1.weight": torch.ones(1)}, r"\[2, 2, 3, 2\] blocks, unlike any of resnet18"),
+        {"layer3.2.conv1.weight": torch.ones(1)}, r"\[2, 2, 3, 2\] blocks of 2 convolutions, unlike any of resnet18"),
     "without a statistic": (
         {"layer2.0.bn1.running_var": None}, r'Missing key\(s\) in state_dict: "layer2.0.bn1.running_var"'),
     "with a tensor more": (
