@@ -35,13 +35,22 @@ HINTS = {  # words of torch's message (a regular expression): what to do
 
 
 def run_and_leave(script, run, args):
-    """Run a program, run(args), and end the process with what comes of it."""
+    """Run a program, run(args), and end the process with what comes of it, or only the program if another one
+    runs it."""
+    if has_host():
+        sys.exit(launch(script, run, args))
     try:
         status = launch(script, run, args)
     except Exception:  # a bug
         traceback.print_exc()
         status = 1
     leave(status)
+
+
+def has_host():
+    """Whether a notebook's %run, runpy or a profiler runs the script, whose first frame is then not the
+    process's first."""
+    return sys._getframe(2).f_back is not None
 
 
 def launch(script, run, args):
@@ -74,6 +83,8 @@ def launch(script, run, args):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         folder.unlock()
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()  # the same Python may start another run
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # The first process of a machine usually has the same trouble, and says so. Then torchrun ends this
         # one.
