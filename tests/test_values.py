@@ -240,7 +240,7 @@ def test_workers_read_with_the_same_range(deep):
     """A batch from a worker against the main process's reading."""
     train, *_ = opening.open_data(deep)
     batches = [(0, np.arange(8))]
-    (_, _, (by_worker, )), = loading.decode(train, as_it_is, batches, CPU, 1)
+    (_, _, (by_worker, )), = loading.decode(train, as_it_is, 1, batches, CPU, 1)
     in_here = [train.image(k).permute(2, 0, 1) for k in range(8)]
     assert torch.equal(by_worker, torch.stack(in_here))
 

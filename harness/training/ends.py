@@ -29,7 +29,7 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "out of memory|ALLOC_FAILED|[Uu]nable to find an engine": "use a smaller --batch, or more GPUs",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
-    "DataLoader worker .* (killed|exited)": WORKER_KILLED,
+    "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
 }
 
