@@ -316,6 +316,11 @@ class Run:
         self.saving = self.saved - began
         self.saved_at = self.epoch, self.step
 
+    def save_result(self, model, name):
+        """Write a state dict with the run's settings, under the names that a checkpoint has for them."""
+        save({"format": FORMAT, "model": model, "epoch": self.epoch, "step": 0, "settings": self.settings},
+             self.path(name))
+
     # --- Where it is -------------------------------------------------------------------------------------
 
     def position(self):
