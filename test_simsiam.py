@@ -1044,7 +1044,7 @@ READING = [  # what to read, the file, the beginnings of its first line and of t
     ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: ablations, the hypothesis"),
     ("the protocols", "lineval.py", '"""', "# --- 6. The program", "supplement A: linear evaluation"),
     ("", "related.py", '"""', None, "Sec. 6.2, Table 4: SimCLR, MoCo v2, BYOL, SwAV"),
-    ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, against something independent"),
+    ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, checked independently"),
 ]
 
 
