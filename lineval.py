@@ -33,6 +33,7 @@ from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import set_threads, to_device
 from harness.common.progress import Progress, start_block
+from harness.data.images import read_image
 from harness.data.loading import index_batches
 from harness.data.opening import open_data
 from harness.evaluation import backbones
@@ -353,6 +354,28 @@ def knn(job, bank, queries):
 # harness knows neither our networks nor the names of our recipes.
 untrained = partial(backbones.untrained, resnet.ARCHS)
 read_backbone = partial(backbones.read_backbone, resnet.ARCHS, DEFAULT)
+
+
+def open_network(path):
+    """A checkpoint.pth or backbone.pth of a run -> its network, frozen, and view(file) -> (1, 3, S, S).
+
+    The network takes views to features (1, D), in eval mode. view opens an image file as the run's test views
+    do, with its size, mean, std, centre and range: the features are those of --features. Raises Refused if
+    the file has no such settings, and BadImage.
+    """
+    backbone = read_backbone(path)
+    s = backbone.settings
+    if not s:
+        raise Refused(f"{path}: doesn't say how its network saw images; give a checkpoint.pth or backbone.pth "
+                      "of simsiam.py")
+    policy = views_of(s)
+
+    def view(file):
+        image = read_image(os.fsencode(file), s["range"])
+        x, = augment.cut_centre(policy, image, 0, 0)
+        return augment.normalize(x[None].float(), policy)
+
+    return backbone.network.eval().requires_grad_(False), view
 
 
 def evaluate(args):

@@ -37,7 +37,7 @@ from typing import NamedTuple
 # harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
-from harness.common.files import save, save_picture
+from harness.common.files import save_picture
 from harness.common.machine import fastest_layout, set_threads, to_device
 from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
@@ -355,10 +355,10 @@ def pretrain(args):
     after_epoch = partial(report.epoch, model.encoder, optimizer)
     train(run, batches, set_lr, train_step, optimizer, progress, after_epoch)
 
-    # The result: the backbone alone, under torchvision's names
+    # The result: the backbone alone, under torchvision's names, and the settings that its features depend on
     backbone = {name: t for name, t in model.encoder.state_dict().items() if not name.startswith("fc.")}
     if rank == 0:
-        save(backbone, run.path("backbone.pth"))
+        run.save_result(backbone, "backbone.pth")
     run.log.add("end", epochs=run.epoch, knn=run.log.epochs()[-1]["knn"], backbone="backbone.pth")
     progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 

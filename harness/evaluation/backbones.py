@@ -8,7 +8,7 @@
 The same network has many names in files:
 
     our checkpoint.pth      encoder.conv1.weight           and the settings of its run, and the heads
-    our backbone.pth        conv1.weight                   nothing else
+    our backbone.pth        conv1.weight                   and the settings of its run
     the authors' file       module.encoder.conv1.weight    and the heads
     MoCo's                  module.encoder_q.conv1.weight  and a second network, which we leave: encoder_k
     torchvision's           conv1.weight                   and fc, which we leave

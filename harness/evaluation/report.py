@@ -63,7 +63,8 @@ class Report:
     def measured(self, encoder):
         """How good an encoder is: {"knn": ..., "rank": ..., the method's own measures}"""
         encoder.eval()
-        found = self.watch(encoder.features) | self.method.measure(encoder, self.job)
+        found = self.watch(self.run.unless_stopped(encoder.features))
+        found |= self.method.measure(encoder, self.job)
         encoder.train()
         return found
 
