@@ -80,6 +80,11 @@ def test_a_file_that_is_away_for_a_moment_is_read_again(tmp_path, monkeypatch):
     assert source.bad == {}
 
 
+def as_it_is(image, epoch, i):
+    """One "view" of an image: itself."""
+    return [image.permute(2, 0, 1)]
+
+
 def test_a_file_that_is_away_for_longer_is_not_bad_for_ever(tmp_path, monkeypatch, world_of_one, capsys):
     """It is replaced and counted, with the one that is damaged, until it is read."""
     monkeypatch.setattr(images, "WAITS", ())
@@ -91,7 +96,7 @@ def test_a_file_that_is_away_for_longer_is_not_bad_for_ever(tmp_path, monkeypatc
     assert share_bad(source, CPU) == [1, 3]
     (tmp_path / "away").rename(file)
     batches = [(0, np.array([1, 3]))]
-    (_, _, [levels]), = loading.decode(source, lambda image, *more: [image.permute(2, 0, 1)], batches, CPU, 0)
+    (_, _, [levels]), = loading.decode(source, as_it_is, 192, batches, CPU, 0)
     assert levels.amax((1, 2, 3)).tolist() == [20, 30]
     assert share_bad(source, CPU) == [1]
     assert "002.png" not in capsys.readouterr().err
