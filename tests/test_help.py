@@ -111,6 +111,10 @@ def test_help_has_every_setting_of_a_recipe_with_its_defaults(capsys):
     ("--num-workers 4", "--workers 4"),
     ("--arch resnet18 --bs 64", "--batch 64"),
     ("--gpu 0", "--device cuda"),
+    ("--multiprocessing-distributed --world-size 1 --rank 0", "--device cuda"),
+    ("--fix-pred-lr", "--pred-lr constant"),
+    ("--warmup-epochs 1", "--warmup 1"),
+    ("--proj-dim 64", "--dim 64"),
     ("--data x", "DATA"),
 ])
 def test_an_option_by_another_name_is_told_by_ours(theirs, ours):

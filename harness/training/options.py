@@ -29,16 +29,22 @@ SAID_HERE = {
     "epoch|(num|n).epochs|e": "--epochs",
     "wd": "--weight-decay",
     "model|backbone|network|a": "--arch",
-    "(image|img|input|crop).size|resolution": "--size",
-    "output|(output|out|save|log|exp).dir|o": "--out",
-    "pretrained|checkpoint|weights|load": "--init (in lineval.py --ckpt)",
+    "(image|img|input|crop).size|img|resolution": "--size",
+    "(proj|feature|feat|out).dim": "--dim",
+    "warmup.epochs": "--warmup",
+    "fix.pred.lr": "--pred-lr constant",
+    "output|(output|out|save|log|exp|ckpt).(dir|path)|(run.|exp.)?name|o": "--out",
+    "pretrained|checkpoint|ckpt|weights|load": "--init (in lineval.py --ckpt)",
     "save.(freq|every|interval)": "--keep-every",
     "eval.(freq|every|interval)": "--knn-every",
     "fp16|bf16|mixed.precision": "--amp",
     "data|data.(dir|path|root)|dataset|root|i": "DATA (the path alone)",
-    "gpus?|gpu.ids?|device.id": "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses; torchrun takes several)",
-    "resume": "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
-              "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
+    "(n|num.)?gpus?|gpu.ids?|device.id|distributed|multiprocessing.distributed|dist.url|world.size|rank":
+        "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses; torchrun starts one process for each of several)",
+    "no.cuda|cpu": "--device cpu",
+    "resume(.from)?|continue":
+        "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older checkpoint: "
+        "copy it, by this name, and log.jsonl to a new folder)",
     "[a-z]+_[a-z_]+": "- in place of _",
 }
 
