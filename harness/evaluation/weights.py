@@ -224,8 +224,8 @@ def shape_of(tensors, path):
     has_third = "layer1.0.conv3.weight" in tensors
     arch = ARCHS.get((has_third, tuple(blocks)))
     if arch is None:
-        raise Refused(f"{path}: its stages have {blocks} blocks of {2 + has_third} convolutions, unlike any of "
-                      f"{', '.join(ARCHS.values())}")
+        raise Refused(f"{path}: its stages have {blocks} blocks of {2 + has_third} convolutions, unlike any "
+                      f"of {', '.join(ARCHS.values())}")
     stem = tensors["conv1.weight"].shape
     if stem[1] != 3:
         raise Refused(f"{path}: its first convolution is made for {stem[1]}-channel images; ours has 3 "

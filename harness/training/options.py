@@ -43,8 +43,8 @@ SAID_HERE = {
         "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses; torchrun starts one process for each of several)",
     "no.cuda|cpu": "--device cpu",
     "resume(.from)?|continue":
-        "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older checkpoint: "
-        "copy it, by this name, and log.jsonl to a new folder)",
+        "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
+        "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
     "[a-z]+_[a-z_]+": "- in place of _",
 }
 
