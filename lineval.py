@@ -366,8 +366,8 @@ def open_network(path):
     backbone = read_backbone(path)
     s = backbone.settings
     if not s:
-        raise Refused(f"{path}: doesn't say how its network saw images; give a checkpoint.pth or backbone.pth "
-                      "of simsiam.py")
+        raise Refused(f"{path}: doesn't say how its network saw images; it must be a checkpoint.pth or "
+                      "backbone.pth of simsiam.py")
     policy = views_of(s)
 
     def view(file):

@@ -400,7 +400,7 @@ ODD_VIEWS = shlex.split("--size 24 --centre 0.7 --mean .5 .4 .3 --std .25 .3 .35
 
 @pytest.fixture
 def odd_run(tmp_path):
-    """A run on deep images with settings of its own, and its evaluation with features: folder, data, result"""
+    """A folder with deep images, a run with settings of its own, and its evaluation with features."""
     data = tmp_path / "data"
     for k, name in enumerate("ab"):
         for i in range(9):

@@ -94,8 +94,10 @@ RECORD = re.compile(rb"^\d+ (path|size|GNU\.sparse\.[^=]+)=(.*)$", re.MULTILINE)
 
 
 def read_headers(descriptor, at, end):
-    """What `members` yields, of the tar file from `at` to `end` in an open file. Raises ValueError if it is not
-    a whole one."""
+    """What `members` yields, of the tar file from `at` to `end` in an open file.
+
+    Raises ValueError if it isn't a whole one.
+    """
     said = {}  # of the next member, by the headers before its own
     while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != END:
         name, size, kind = parse(block)
