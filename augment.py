@@ -518,7 +518,8 @@ def load_views(source, policy, seed, batches, device, workers, views=2, waiting=
     can't be read.
     """
     if source.pixels is None:
-        crops = decode(source, partial(cut_views, policy, seed, views), batches, device, workers, waiting)
+        cut = partial(cut_views, policy, seed, views)
+        crops = decode(source, cut, views * 3 * policy.size ** 2, batches, device, workers, waiting)
     else:
         crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
     for epoch, index, x in crops:
@@ -534,7 +535,8 @@ def load_centres(source, policy, batches, device, workers):
     x (N, 3, S, S), normalised, on the device
     """
     if source.pixels is None:
-        for _, index, (x,) in decode(source, partial(cut_centre, policy), batches, device, workers):
+        cut = partial(cut_centre, policy)
+        for _, index, (x,) in decode(source, cut, 3 * policy.size ** 2, batches, device, workers):
             yield index, normalize(x.float(), policy)
     else:
         for _, index in batches:

@@ -33,6 +33,7 @@ from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import set_threads, to_device
 from harness.common.progress import Progress, start_block
+from harness.data.images import read_image
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
@@ -42,6 +43,7 @@ from harness.evaluation.result import save_features_alone, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, folder_name
 from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
+from harness.training.options import weights_file
 from harness.training.processes import all_sum, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
 from harness.training.run import Job, Run
@@ -354,6 +356,28 @@ untrained = partial(backbones.untrained, resnet.ARCHS)
 read_backbone = partial(backbones.read_backbone, resnet.ARCHS, DEFAULT)
 
 
+def open_network(path):
+    """A checkpoint.pth or backbone.pth of a run -> its network, frozen, and view(file) -> (1, 3, S, S).
+
+    The network takes views to features (1, D), in eval mode. view opens an image file as the run's test views
+    do, with its size, mean, std, centre and range: the features are those of --features. Raises Refused if
+    the file has no such settings, and BadImage.
+    """
+    backbone = read_backbone(path)
+    s = backbone.settings
+    if not s:
+        raise Refused(f"{path}: doesn't say how its network saw images; it must be a checkpoint.pth or "
+                      "backbone.pth of simsiam.py")
+    policy = views_of(s)
+
+    def view(file):
+        image = read_image(os.fsencode(file), s["range"])
+        x, = augment.cut_centre(policy, image, 0, 0)
+        return augment.normalize(x[None].float(), policy)
+
+    return backbone.network.eval().requires_grad_(False), view
+
+
 def evaluate(args):
     """A whole evaluation, from the command line to lineval.json; raises Refused, and Stopped after a signal.
 
@@ -381,7 +405,7 @@ def evaluate(args):
     # 2. Settings, all of them checked before the work begins
     s = settings_for(args, s, policy, data)
     protocol = PROTOCOLS[s["protocol"]]
-    out = args.out or default_folder(args, s)
+    out = args.out or default_folder(args, s, backbone)
     resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     say(start_block(describe_evaluation(job, backbone, data.rows())))
@@ -495,8 +519,7 @@ def settings_for(args, described, policy, data):
     if given and not protocol.epochs:
         raise Refused(f"--{'/--'.join(given)}: --{name} trains nothing")
     if args.resume == "yes" and not protocol.optimizer:
-        raise Refused(f"--resume: --{name} can't be resumed; give another --out, or nothing, to do it "
-                      "again")
+        raise Refused(f"--resume: --{name} can't be resumed; leave it out, and give a new folder with --out")
     s = {"protocol": name, "note": protocol.note}
     if protocol.epochs:
         s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
@@ -517,12 +540,21 @@ def settings_for(args, described, policy, data):
     return s
 
 
-def default_folder(args, s):
-    """Next to the checkpoint, or under runs/ for an untrained network."""
-    folder = os.path.dirname(args.ckpt)
+def default_folder(args, s, backbone):
+    """Next to the checkpoint, or under runs/ for an untrained network.
+
+    Each file and each data set has its own folder, or a second evaluation would meet the first one's result.
+    """
+    name = f"lineval-{s['protocol']}"
+    data = folder_name(args.data)
+    file = folder_name(args.ckpt)
     if s["sha256"] is None:  # random:resnet18 has no folder
-        folder = os.path.join("runs", f"{folder_name(args.data)}-{args.ckpt.replace(':', '-')}")
-    return os.path.join(folder, f"lineval-{s['protocol']}")
+        return os.path.join("runs", f"{data}-{args.ckpt.replace(':', '-')}", name)
+    if file != "checkpoint":
+        name += f"-{file}"
+    if args.data != backbone.settings.get("data"):
+        name += f"-{data}"
+    return os.path.join(os.path.dirname(args.ckpt), name)
 
 
 def record_images(job):
@@ -544,8 +576,9 @@ def parse(argv=None):
     parser = new_parser(
         "lineval.py", "Evaluate a frozen backbone.",
         data="what the checkpoint was trained on; shapes: the drawn ones",
-        out="lineval-<protocol>, next to the checkpoint", amp="off")
-    parser.add_argument("--ckpt", required=True, metavar="FILE",
+        out="next to the checkpoint, lineval-<protocol>, and -<file> if it isn't checkpoint.pth, and -<data> "
+            "if it was trained on other data", amp="off")
+    parser.add_argument("--ckpt", type=weights_file, required=True, metavar="FILE",
                         help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")
     # Not --protocol NAME, so each has its own line in the help, which says whose it is.

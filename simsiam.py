@@ -37,7 +37,7 @@ from typing import NamedTuple
 # harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
 from harness.common.errors import Refused
-from harness.common.files import save, save_picture
+from harness.common.files import save_picture
 from harness.common.machine import fastest_layout, set_threads, to_device
 from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
@@ -47,7 +47,7 @@ from harness.evaluation.features import accuracy, check_same_images, extract, go
 from harness.evaluation.report import Report, describe_run
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, enter
+from harness.training.folder import CHECKPOINTS, enter, look
 from harness.training.method import Method
 from harness.training.options import check_limits, number
 from harness.training.per_image import PerImageVectors
@@ -312,16 +312,16 @@ def pretrain(args):
     policy = augment.Policy(**{name: s[name] for name in augment.Policy._fields})
     check_same_on_all_processes(method, judge, args.data)
     out = args.out or default_folder(args)
-    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
-    job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
-    watched = job._replace(train=judge.train, val=judge.val)
 
     # Model and optimiser
     torch.manual_seed(s["seed"])
     model = method.build()
     rows = data.rows()
-    if args.init and not resuming:
+    if args.init and not look(out, CHECKPOINTS, args.resume, device):
         rows["init"] = load_init(model, s, args.prefix)
+    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
+    job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
+    watched = job._replace(train=judge.train, val=judge.val)
     layout = fastest_layout(model.encoder, device)
     model.to(device, memory_format=layout)
     network = distribute(model, device, s["compile"])
@@ -355,10 +355,10 @@ def pretrain(args):
     after_epoch = partial(report.epoch, model.encoder, optimizer)
     train(run, batches, set_lr, train_step, optimizer, progress, after_epoch)
 
-    # The result: the backbone alone, under torchvision's names
+    # The result: the backbone alone, under torchvision's names, and the settings that its features depend on
     backbone = {name: t for name, t in model.encoder.state_dict().items() if not name.startswith("fc.")}
     if rank == 0:
-        save(backbone, run.path("backbone.pth"))
+        run.save_result(backbone, "backbone.pth")
     run.log.add("end", epochs=run.epoch, knn=run.log.epochs()[-1]["knn"], backbone="backbone.pth")
     progress.line(f"done: {run.path('backbone.pth')} (features), checkpoint.pth, log.jsonl, curves.png")
 

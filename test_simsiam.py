@@ -994,11 +994,6 @@ def test_every_equation_is_claimed_by_one_line_and_one_test():
     check_claims(claims_of_the_paper(), MAP)
 
 
-def paper_map():
-    """The README's table: from the claims, and the equations in MAP."""
-    return equation_table(claims_of_the_paper(), MAP)
-
-
 # The rest of the paper: {what: (where the paper has it, file, the beginning of the line that does it, the
 # test's file and name)}. Each beginning occurs once in its file.
 SETTINGS_MAP = {
@@ -1032,14 +1027,14 @@ def line_of(file, beginning):
     return found[0]
 
 
-def settings_map():
-    """The README's second table, from SETTINGS_MAP."""
-    rows = ["| setting | in the paper | line | test |", "|---|---|---|---|"]
+def paper_map():
+    """The README's table: the claims with their equations from MAP, then SETTINGS_MAP."""
+    rows = []
     for what, (where, file, beginning, test_file, test) in SETTINGS_MAP.items():
         number = line_of(file, beginning)
         line_of(test_file, f"def {test}(")
-        rows.append(f"| {what} | {where} | [{file}:{number}]({file}#L{number}) | [`{test}`]({test_file}) |")
-    return "\n".join(rows) + "\n"
+        rows.append(f"| {where} | {what} | [{file}:{number}]({file}#L{number}) | [`{test}`]({test_file}) |\n")
+    return equation_table(claims_of_the_paper(), MAP) + "".join(rows)
 
 
 READING = [  # what to read, the file, the beginnings of its first line and of the line after it; beside what
@@ -1049,7 +1044,7 @@ READING = [  # what to read, the file, the beginnings of its first line and of t
     ("sections 5 to 8", "simsiam.py", "# --- 5.", "# --- 9.", "Sec. 4 and 5: ablations, the hypothesis"),
     ("the protocols", "lineval.py", '"""', "# --- 6. The program", "supplement A: linear evaluation"),
     ("", "related.py", '"""', None, "Sec. 6.2, Table 4: SimCLR, MoCo v2, BYOL, SwAV"),
-    ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, against something independent"),
+    ("", "test_simsiam.py", '"""', None, "the whole paper: each equation, checked independently"),
 ]
 
 
@@ -1067,7 +1062,7 @@ def reading_table():
     return "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize("made", [paper_map, settings_map, reading_table])
+@pytest.mark.parametrize("made", [paper_map, reading_table])
 def test_readme_has_the_map_of_the_sources(made):
     """The README has the tables that are made from the sources."""
     assert made() in (ROOT / "README.md").read_text(), "python test_simsiam.py writes them"
@@ -1195,4 +1190,4 @@ def test_readme_shows_the_algorithm_as_it_is():
 
 
 if __name__ == "__main__":
-    write_tables(ROOT / "README.md", [paper_map(), settings_map(), reading_table()])
+    write_tables(ROOT / "README.md", [paper_map(), reading_table()])

@@ -60,7 +60,7 @@ def drill_table(name):
     """A drill's results."""
     found = read_json(f"results/drills/{name}.json")
     rows = [[key, shown(value)] for key, value in found.items()]
-    return table([f"`tests/drills/{name}.py`", "what it found"], rows)
+    return table([name, "what it found"], rows)
 
 
 def shown(value):
@@ -72,7 +72,7 @@ def shown(value):
 
 def pages():
     front = [runs_table(), evaluations_table(), gpu_table()]
-    drills = [drill_table(name) for name in ("kills", "fuzz", "start_up", "tar")]
+    drills = [drill_table(name) for name in ("kills", "signals", "fuzz", "start_up", "tar")]
     return page_with(FRONT, front) | page_with(DRILLS, drills)
 
 

@@ -203,7 +203,7 @@ def loader_rate(source, policy, device, workers):
     batches = [(0, np.arange(len(source)))] * 12 * workers
     cut_two_views = partial(augment.cut_views, policy, 0, 2)
     arrivals = []
-    for _ in decode(source, cut_two_views, batches, device, workers):
+    for _ in decode(source, cut_two_views, 6 * policy.size ** 2, batches, device, workers):
         arrivals.append(time.perf_counter())
     first, *others = arrivals[4 * workers:]
     return len(source) * len(others) / (others[-1] - first)

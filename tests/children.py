@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from harness.training import ends
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 # The first imports our programs. The second is what an optimiser's first step imports, in two seconds.
@@ -38,6 +40,7 @@ def become(command, environ, folder, output, start_method):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
+    ends.has_host = lambda: False  # a child ends as a script of its own does
     encoding, _, errors = environ.get("PYTHONIOENCODING", "utf-8").partition(":")
     sys.stdout = writer(1, output / "stdout", encoding=encoding, errors=errors or "strict")
     sys.stderr = writer(2, output / "stderr", encoding=encoding, errors="backslashreplace", buffering=1)

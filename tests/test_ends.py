@@ -2,16 +2,20 @@
 import contextlib
 import functools
 import os
+import runpy
 import shlex
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
 
+import resnet
 import simsiam
 from harness.common.errors import STOPPING, Refused
 from harness.data import loading
+from harness.evaluation import features
 from tests.children import HANGS
 from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here
 from tests.helpers import kill_all, log_of, losses_of
@@ -23,15 +27,21 @@ pytest_plugins = ["tests.fixtures"]
 
 # --- Signals ------------------------------------------------------------------------------------------------
 
-def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys):
-    """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
-    def signalled(step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+ENDING = "TERM INT HUP USR1 USR2 XCPU".split()  # what schedulers, terminals and job scripts send
 
+
+def signalled(number, at):
+    """Within the block, the process sends itself a signal in this step, counted from 0."""
+    return before_each_step(lambda step: os.kill(os.getpid(), number) if step == at else None)
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys, name):
+    """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
+    number = signal.Signals["SIG" + name]
     out = tmp_path / "run"
-    with before_each_step(signalled):
-        assert here("simsiam.py", small, *TINY, "--out", out) == 128 + signal.SIGTERM
+    with signalled(number, at=3):
+        assert here("simsiam.py", small, *TINY, "--out", out) == 128 + number
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert stopped_at(said, out) == (1, 2)  # 5 steps of 3 an epoch
@@ -39,8 +49,48 @@ def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished
     assert equal(weights_of(out), weights_of(finished[0]))
 
 
+def test_nohup_keeps_a_run_going(tmp_path, small):
+    """SIGHUP is ignored from the start, as nohup has it: it doesn't end the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signalled(signal.SIGHUP, at=3):
+            assert here("simsiam.py", small, *TINY, "--out", tmp_path / "run") is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_signal_ends_a_measurement_with_its_batch(tmp_path, small, finished, monkeypatch, epochs):
+    """kNN can take minutes. The run is saved where it is: resumed, the weights and kNN of the uninterrupted
+    one."""
+    out = tmp_path / "run"
+    calls = []
+    real = resnet.ResNet.features
+
+    def sending(network, x):
+        if len(x) == 9 and len(knn_of(out)) == epochs:  # a batch of training is 16
+            calls.append(x)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(network, x)
+
+    monkeypatch.setattr(resnet.ResNet, "features", sending)
+    monkeypatch.setattr(features, "BATCH", 9)
+    assert here("simsiam.py", small, *TINY, "--out", out) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert len(knn_of(out)) == epochs
+    assert len(calls) == (1 if epochs else 2)  # of the first two, which calibrate BN
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
+    assert knn_of(out) == knn_of(finished[0])
+
+
+def knn_of(out):
+    """kNN of each epoch in a run's log."""
+    return [r["knn"] for r in log_of(out) if r["event"] == "epoch"]
+
+
 @pytest.mark.parametrize("number", [
-    signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow), pytest.param(signal.SIGUSR1, marks=slow)])
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow), pytest.param(signal.SIGHUP, marks=slow)])
 def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_last_steps(tmp_path, large, number):
     """As a scheduler sends SIGTERM, and a terminal SIGINT: to the loader's workers too."""
     out = tmp_path / "run"
@@ -116,12 +166,14 @@ def resume_in_two(data, out):
 
 
 @slow
-def test_torchrun_survives_sigterm_to_the_agent(tmp_path, small, longer):
-    """Everything is saved; resumed, against the uninterrupted run in two processes."""
+@pytest.mark.parametrize("name", ["TERM", "HUP", "USR2"])
+def test_torchrun_survives_a_signal_to_the_agent(tmp_path, small, longer, name):
+    """Everything is saved; resumed, against the uninterrupted run in two processes. SIGUSR2 ends the agent
+    alone: its processes notice."""
     out = tmp_path / "run"
     with job(small, out) as agents:
         wait_for_epoch(agents[0], out)
-        agents[0].send_signal(signal.SIGTERM)
+        agents[0].send_signal(signal.Signals["SIG" + name])
         said, = finish(agents)
     assert agents[0].returncode != 0
     assert (0, 0) < stopped_at(said, out) < (6, 0)
@@ -247,9 +299,11 @@ REFUSALS = {  # id: (arguments, what the one line says)
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
-    "a run is there": ("{small} --out {whole}", "holds a run already"),
+    "a run is there": ("{small} --out {whole}", "holds a run or a result already"),
     "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),
-    "a folder in a file": ("{small} --out {small}/train/a/000.png/run", "000.png"),
+    "a folder in a file": (
+        "{small} --out {small}/train/a/000.png/run", "000.png/run: can't be made a folder (Not a directory)"),
+    "a file": ("{small} --out {small}/train/a/000.png", "000.png: can't be made a folder (File exists)"),
 }
 
 
@@ -317,6 +371,17 @@ def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path, small):
     assert out.returncode == 1
     assert "Traceback" in out.stderr
     assert out.stderr.endswith("ZeroDivisionError: a bug\n")
+
+
+def test_python_lives_on_behind_a_script_that_it_runs(tmp_path, small, finished, monkeypatch):
+    """A notebook's %run, runpy: of three runs in this Python the first is refused, the others are done."""
+    for name, code in (("whole", str), ("new", type(None)), ("another", type(None))):
+        out = finished[0] if name == "whole" else tmp_path / name
+        monkeypatch.setattr(sys, "argv", ["simsiam.py", *map(str, [small, *TINY, "--out", out])])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "simsiam.py"), run_name="__main__")
+        assert isinstance(end.value.code, code)
+    assert equal(weights_of(tmp_path / "another"), weights_of(finished[0]))
 
 
 def test_after_a_run_signals_do_what_they_did(monkeypatch):

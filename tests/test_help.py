@@ -8,7 +8,7 @@ import torch
 import lineval
 import simsiam
 from tests.helpers import PROTOCOL_OPTIONS, TINY
-from tests.helpers import here, log_of, result_of
+from tests.helpers import here, log_of, refusal, result_of
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -35,7 +35,7 @@ RUN_DEFAULTS = {
 EVALUATION_OPTIONS = "--ckpt --lars --sgd --cached --knn --features --export".split()
 OF_PRETRAINING = "(default: the pre-training's, or else the recipe's)"
 EVALUATION_DEFAULTS = {
-    "--out": "(default: lineval-<protocol>, next to the checkpoint)",
+    "--out": "(default: next to the checkpoint, lineval-<protocol>, and -<file>",
     "--amp": "(default: off)",
     "--base-lr": "lars 0.1, sgd 30.0, cached by a sweep",
     "--batch": "lars 4096, sgd 256, cached 256",
@@ -100,6 +100,46 @@ def test_help_has_every_setting_of_a_recipe_with_its_defaults(capsys):
         assert re.search(r" \(\S.*\)$", found["--" + name.replace("_", "-")]), name
     for option, default in RECIPE_DEFAULTS.items():
         assert found[option].endswith(f" ({default})"), option
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    ("--lr 0.1", "--base-lr 0.1"),
+    ("--learning_rate=0.1", "--base-lr=0.1"),
+    ("--batch-size 64", "--batch 64"),
+    ("-j 4", "--workers 4"),
+    ("-j4", "--workers 4"),
+    ("--num-workers 4", "--workers 4"),
+    ("--arch resnet18 --bs 64", "--batch 64"),
+    ("--gpu 0", "--device cuda"),
+    ("--multiprocessing-distributed --world-size 1 --rank 0", "--device cuda"),
+    ("--fix-pred-lr", "--pred-lr constant"),
+    ("--warmup-epochs 1", "--warmup 1"),
+    ("--proj-dim 64", "--dim 64"),
+    ("--data x", "DATA"),
+])
+def test_an_option_by_another_name_is_told_by_ours(theirs, ours):
+    """The refusal has each of our options for theirs; and ours can be parsed."""
+    said = refusal("simsiam.py", *theirs.split())
+    for option in re.findall(r"--[\w-]+|DATA", ours):
+        assert f"; here it is {option}" in said
+    simsiam.parse(ours.split())
+
+
+def test_an_option_with_underscores_is_told():
+    """Ours have hyphens."""
+    assert "--weight_decay; here it is - in place of _;" in refusal("simsiam.py", "--weight_decay", "0")
+
+
+def test_only_options_of_the_same_program_are_advised():
+    """lineval.py has no weight decay."""
+    assert "here it is --batch" in refusal("lineval.py", "--ckpt", "x", "--bs", "8")
+    assert "here it is" not in refusal("lineval.py", "--ckpt", "x", "--wd", "0")
+
+
+def test_the_option_of_torchs_older_launcher_is_taken():
+    """python -m torch.distributed.launch passes it."""
+    assert simsiam.parse(["--local-rank=1"]).local_rank == "1"
+    assert lineval.parse(["--ckpt", "x", "--local_rank", "1"]).local_rank == "1"
 
 
 # --- The keys of the files ----------------------------------------------------------------------------------

@@ -223,9 +223,10 @@ def test_a_large_folder_without_labels_beside_a_small_one_with_labels(tmp_path):
     assert here("simsiam.py", *advised(note, f"'{root}/unlabeled'"), *QUICK, "--out", run) is None
     assert settings_of_run(run)["images"] == 20
     assert knn_images(run) == 9
-    assert here("lineval.py", "--ckpt", run / "checkpoint.pth", "--knn", "--workers", 0) is None
-    assert result_of(run / "lineval-knn")["images"] == 12
-    assert result_of(run / "lineval-knn")["data"] == str(root)
+    out = tmp_path / "judged"
+    assert here("lineval.py", "--ckpt", run / "checkpoint.pth", "--knn", "--workers", 0, "--out", out) is None
+    assert result_of(out)["images"] == 12
+    assert result_of(out)["data"] == str(root)
 
 
 def test_a_folder_beside_train_that_has_no_labels(tmp_path):

@@ -152,7 +152,7 @@ def judged(tmp_path_factory, ten):
 def test_evaluation_writes_what_it_says(judged, ten):
     """The result names everything that it depends on, and which protocol it is not."""
     path, _ = judged
-    out = path.parent / "lineval-cached"
+    out = path.parent / f"lineval-cached-b-{ten.name}"
     written = ["classifier.pth", "lineval.json", "neighbors.png"]
     assert sorted(p.name for p in out.iterdir()) == [".writer", *written]
     result = result_of(out)

@@ -1,5 +1,9 @@
 """harness, loading.py: which images a step gets, and what worker processes make of files, good and bad."""
+import os
 import signal
+import socket
+import tempfile
+import types
 
 import numpy as np
 import pytest
@@ -47,6 +51,9 @@ def test_steps_go_on_where_a_run_was_interrupted():
     assert global_order(rest) == global_order(whole[6 + 3:])
 
 
+CUT = 2 * 3 * 8 * 8  # bytes of what the next function makes of an image
+
+
 def cut_twice(image, epoch, i):
     """Two "views" of an image: itself, and one that shows which epoch and image were asked for."""
     asked = torch.full_like(image, 100 * epoch + i)
@@ -62,7 +69,7 @@ def decoded(source, workers):
     second = np.array([5, 4])
     batches = [(1, first), (2, second)]
     found = []
-    for epoch, index, views in loading.decode(source, cut_twice, batches, CPU, workers):
+    for epoch, index, views in loading.decode(source, cut_twice, CUT, batches, CPU, workers):
         levels = [x.amax(dim=(1, 2, 3)).tolist() for x in views]
         assert views[0].shape == (2, 3, 8, 8)
         found += [[epoch, *row] for row in zip(index, *levels, strict=True)]
@@ -75,6 +82,41 @@ def test_a_large_batch_is_prepared_in_parts(tmp_path, monkeypatch, workers):
     whole = decoded(bad_levels(tmp_path), workers)
     monkeypatch.setattr(loading, "PART", 1)
     assert decoded(bad_levels(tmp_path), workers) == whole
+
+
+def shared_memory(monkeypatch, free):
+    """Let the system say that /dev/shm has so many free bytes."""
+    status = types.SimpleNamespace(f_bavail=free, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda path: status)
+
+
+def test_parts_fit_into_a_containers_shared_memory(tmp_path, monkeypatch):
+    """64 MB, two views of 224 pixels, 8 workers: what waits takes half of it at most, and not much less."""
+    image = 2 * 3 * 224 ** 2
+    shared_memory(monkeypatch, 64 << 20)
+    part = loading.images_of_a_part(9 * image)
+    assert 25 << 20 < part * 9 * image <= 32 << 20
+    whole = decoded(bad_levels(tmp_path), 2)
+    shared_memory(monkeypatch, 2 * 5 * CUT)  # two workers prepare two parts each, and one is being read
+    assert decoded(bad_levels(tmp_path), 2) == whole
+    shared_memory(monkeypatch, 2 * 5 * CUT - 1)
+    with pytest.raises(Refused, match="/dev/shm has 0.0 MiB free"):
+        decoded(bad_levels(tmp_path), 2)
+
+
+def test_a_tmpdir_too_long_for_sockets_is_refused(monkeypatch):
+    """The longest that we take, against a socket of the name that Python would give it."""
+    folder = "/tmp/".ljust(loading.SOCKETS, "x")
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    loading.check_sockets()
+    with socket.socket(socket.AF_UNIX) as server:
+        with pytest.raises(FileNotFoundError):  # the folder isn't there; the name is short enough
+            server.bind(f"{folder}/pymp-12345678/listener-12345678")
+        with pytest.raises(OSError, match="too long"):
+            server.bind(f"{folder}x/pymp-12345678/listener-12345678")
+    monkeypatch.setattr(tempfile, "tempdir", folder + "x")
+    with pytest.raises(Refused, match="at most 75 letters"):
+        loading.check_sockets()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -109,7 +151,7 @@ def test_workers_ignore_the_signals_that_end_a_run():
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         loading.outlive_signals(0)
-        assert [signal.getsignal(number) for number in STOPPING] == [signal.SIG_IGN] * 3
+        assert [signal.getsignal(number) for number in STOPPING] == [signal.SIG_IGN] * len(STOPPING)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

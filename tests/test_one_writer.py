@@ -86,7 +86,7 @@ def test_a_run_that_began_while_a_start_waited_is_not_overwritten(tmp_path, smal
         return holder
 
     monkeypatch.setattr(folder, "lock", later)
-    assert "holds a run already" in refusal("simsiam.py", small, *TINY, "--out", out)
+    assert "holds a run or a result already" in refusal("simsiam.py", small, *TINY, "--out", out)
     assert (out / "checkpoint.pth").read_bytes() == b"somebody's"
 
 

@@ -202,6 +202,23 @@ def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.1}
 
 
+def test_resume_with_a_file_is_told_how_to_go_on(tmp_path, small, finished):
+    """Both advices are followed: the newest checkpoint of a folder, and an older one in a new folder."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    options = [small, *TINY]
+    said = refusal("simsiam.py", *options, "--resume", out / "checkpoint.pth")
+    assert "here it is --out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth" in said
+    assert "(from an older checkpoint: copy it, by this name, and log.jsonl to a new folder)" in said
+    assert here("simsiam.py", *options, "--out", out, "--resume") is None
+    older = tmp_path / "older"
+    older.mkdir()
+    shutil.copy(out / "checkpoint-previous.pth", older / "checkpoint.pth")
+    shutil.copy(out / "log.jsonl", older)
+    assert here("simsiam.py", *options, "--out", older, "--resume") is None
+    assert equal(weights_of(older), weights_of(finished[0]))
+
+
 # --- Damaged and crafted files ------------------------------------------------------------------------------
 
 def test_checkpoints_are_whole_at_every_instant(tmp_path, monkeypatch):

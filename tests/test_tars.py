@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness.common.errors import Refused
-from harness.data import tars
+from harness.data import images, tars
 from harness.data.images import read_image
 from harness.data.opening import find_data, open_data
 from tests.helpers import TINY, equal, here, losses_of, odd_files, save_image, weights_of, write_folder
@@ -238,12 +238,14 @@ def test_a_checkpoint_and_a_pipe_are_no_tar_files(tmp_path, packed):
     assert data.found.left_out == {".tar": 1, "links to nothing, or pipes": 2}
 
 
-def test_a_tar_file_that_has_vanished_is_refused_by_name(packed):
-    """Not as a bad image, of which the next one would take the place."""
+def test_a_tar_file_that_has_vanished_is_refused_by_name(packed, monkeypatch):
+    """Its images aren't bad. The line says how to go on."""
+    monkeypatch.setattr(images, "WAITS", ())
     train = find_data(packed.parent).train
     tars.opened.cache_clear()
     packed.unlink()
-    with pytest.raises(Refused, match=r"train.tar: can't be read \(No such file or directory\)"):
+    message = r"train.tar: can't be read \(No such file or directory\); DATA is gone"
+    with pytest.raises(Refused, match=message):
         train.image(0)
 
 

@@ -1,6 +1,7 @@
 """harness/data, images.py: pixels of more than 8 bits; bad files; the small options for odd images."""
 import contextlib
 import os
+import re
 import shlex
 import struct
 import sys
@@ -17,8 +18,8 @@ import simsiam
 from harness.common.errors import BadImage, Refused
 from harness.data import images, loading, opening
 from harness.training.run import Job
-from tests.helpers import CPU, TINY, decompression_bomb, here, log_of, png_chunk, result_of
-from tests.helpers import save_image, slow
+from tests.helpers import CPU, ROOT, TINY, decompression_bomb, here, log_of, png_chunk, refusal
+from tests.helpers import result_of, save_image, slow
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -240,7 +241,7 @@ def test_workers_read_with_the_same_range(deep):
     """A batch from a worker against the main process's reading."""
     train, *_ = opening.open_data(deep)
     batches = [(0, np.arange(8))]
-    (_, _, (by_worker, )), = loading.decode(train, as_it_is, batches, CPU, 1)
+    (_, _, (by_worker, )), = loading.decode(train, as_it_is, 1, batches, CPU, 1)
     in_here = [train.image(k).permute(2, 0, 1) for k in range(8)]
     assert torch.equal(by_worker, torch.stack(in_here))
 
@@ -394,23 +395,64 @@ def test_a_picture_with_much_text_in_it_is_read(tmp_path):
 
 # --- Small options ----------------------------------------------------------------------------------------
 
+ODD_VIEWS = shlex.split("--size 24 --centre 0.7 --mean .5 .4 .3 --std .25 .3 .35 --range 0 3000")
+
+
+@pytest.fixture
+def odd_run(tmp_path):
+    """A folder with deep images, a run with settings of its own, and its evaluation with features."""
+    data = tmp_path / "data"
+    for k, name in enumerate("ab"):
+        for i in range(9):
+            split = "train" if i < 6 else "val"
+            whole(np.uint16, 16)(new_file(data / split / name / f"{i}.png"), levels(10 * k + i))
+    run = tmp_path / "run"
+    assert here("simsiam.py", data, *TINY, *ODD_VIEWS, "--batch", 4, "--workers", 0, "--out", run) is None
+    options = ["--cached", "--epochs", 5, "--features", tmp_path / "f.npz", "--out", tmp_path / "eval"]
+    assert here("lineval.py", "--ckpt", run / "backbone.pth", *options) is None
+    return tmp_path
+
+
+def new_file(path):
+    """A path whose folder is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_the_documented_lines_give_the_features_of_the_evaluation(odd_run, capsys):
+    """operations.md's lines, executed on each validation image, against --features and the accuracy."""
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs/operations.md").read_text(), re.S)[1]
+    lines = lines.replace("runs/IMAGENET/lineval-lars", str(odd_run / "eval"))
+    lines = lines.replace("runs/IMAGENET", str(odd_run / "run"))
+    saved = np.load(odd_run / "f.npz")
+    right = 0
+    for file, label, expected in zip(saved["val_files"], saved["val_labels"], saved["val_features"]):
+        names = {}
+        capsys.readouterr()
+        exec(lines.replace("photo.jpg", os.fsdecode(file)), names)
+        assert np.allclose(names["features"][0], expected, rtol=1e-5, atol=1e-6)
+        right += capsys.readouterr().out.strip() == "ab"[label]
+    assert result_of(odd_run / "eval")["top1"] == pytest.approx(100 * right / 6)
+
+
 @slow
 def test_views_are_the_pretrainings_or_told_to_be_others(tmp_path, large, capsys):
-    """--size 32 on files: checkpoint.pth knows it, backbone.pth is told it, and both give the same."""
+    """--size 32 on files: checkpoint.pth knows it, bare weights are told it, and both give the same."""
     run = tmp_path / "run"
     assert here("simsiam.py", large, *TINY, "--size", 32, "--epochs", 1, "--out", run) is None
     capsys.readouterr()
+    torch.save(torch.load(run / "backbone.pth", weights_only=True)["model"], run / "bare.pth")
     told = shlex.split("--mean .485 .456 .406 --std .229 .224 .225 --size 32")
     features = []
-    for name, more in (("checkpoint", []), ("backbone", told)):
+    for name, more in (("checkpoint", []), ("bare", told)):
         saved = tmp_path / f"{name}.npz"
         options = ["--knn", "--features", saved, "--out", tmp_path / name]
         assert here("lineval.py", large, "--ckpt", run / f"{name}.pth", *options, *more) is None
         assert "views       32 pixels, mean 0.485 0.456 0.406" in capsys.readouterr().out
         features.append(np.load(saved)["val_features"])
     assert np.array_equal(*features)
-    assert result_of(tmp_path / "backbone")["views_given"] == ["size", "mean", "std"]
-    untold = ["--ckpt", run / "backbone.pth", "--knn", "--out", tmp_path / "untold"]
+    assert result_of(tmp_path / "bare")["views_given"] == ["size", "mean", "std"]
+    untold = ["--ckpt", run / "bare.pth", "--knn", "--out", tmp_path / "untold"]
     assert here("lineval.py", large, *untold) is None
     said = "224 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (of recipe imagenet"
     assert said in capsys.readouterr().out
@@ -451,6 +493,23 @@ def test_every_nth_checkpoint_is_kept(tmp_path, small):
     assert content["epoch"] == 1
     assert content["step"] == 3
     assert lineval.read_backbone(str(kept)).epochs is not None
+
+
+def test_each_file_and_each_data_set_has_its_own_evaluation(tmp_path, small, ten):
+    """Two files of --keep-every, and other data, without --out: the folders. For the same once more, the
+    refusal's advice is followed to its end."""
+    options = ["--epochs", 2, "--keep-every", 1, "--knn-every", 0, "--workers", 0, "--out", tmp_path]
+    assert here("simsiam.py", small, *TINY, *options) is None
+    for name in ("checkpoint", "checkpoint-0001", "checkpoint-0002"):
+        assert here("lineval.py", "--ckpt", tmp_path / f"{name}.pth", "--knn") is None
+    assert here("lineval.py", ten, "--ckpt", tmp_path, "--knn") is None  # its checkpoint.pth
+    folders = [f"lineval-knn{rest}" for rest in ("", "-checkpoint-0001", "-checkpoint-0002", "-ten")]
+    assert sorted(path.name for path in tmp_path.glob("lineval-*")) == folders
+    again = ["--ckpt", tmp_path / "checkpoint.pth", "--knn"]
+    said = refusal("lineval.py", *again)
+    assert "holds a run or a result already; give another folder with --out, or" in said
+    assert "leave it out, and give a new folder with --out" in refusal("lineval.py", *again, "--resume")
+    assert here("lineval.py", *again, "--out", tmp_path / "another") is None
 
 
 # --- Strips -------------------------------------------------------------------------------------------------

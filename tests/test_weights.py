@@ -5,6 +5,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -203,6 +204,37 @@ def test_the_run_says_what_it_took_and_left(tmp_path):
                     f"hyper.seed, state_dict.ema.* ({n}), state_dict.head.* (3)")
 
 
+def as_transformers(state):
+    """A backbone under the names of transformers' ResNetModel, which count from 0."""
+    found = {}
+    for name, t in state.items():
+        name = re.sub(r"^conv1\.", "embedder.embedder.convolution.", name)
+        name = re.sub(r"^bn1\.", "embedder.embedder.normalization.", name)
+        name = re.sub(r"\.conv(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.convolution.", name)
+        name = re.sub(r"\.bn(\d)\.", lambda match: f".layer.{int(match[1]) - 1}.normalization.", name)
+        name = name.replace(".downsample.0.", ".shortcut.convolution.")
+        name = name.replace(".downsample.1.", ".shortcut.normalization.")
+        name = re.sub(r"^layer(\d)\.", lambda match: f"encoder.stages.{int(match[1]) - 1}.layers.", name)
+        found[name] = t
+    return found
+
+
+@pytest.mark.parametrize("arch, last", [
+    ("resnet18", "encoder.stages.3.layers.1.layer.1.normalization.running_var"),
+    ("resnet50", "encoder.stages.3.layers.2.layer.2.normalization.running_var"),
+])
+def test_transformers_names_are_read(tmp_path, arch, last):
+    """The same tensors, beside a classifier, as in ResNetForImageClassification."""
+    network = untrained(arch, 1 / 64, False)
+    state = as_transformers(network.state_dict())
+    assert {last, "encoder.stages.1.layers.0.shortcut.convolution.weight"} <= state.keys()
+    torch.save(prefixed("resnet.", state) | {"classifier.1.weight": torch.ones(3, 8)}, tmp_path / "model.bin")
+    backbone = lineval.read_backbone(str(tmp_path / "model.bin"))
+    assert backbone.shape == (arch, 1 / 64, False)
+    assert equal(backbone.network.state_dict(), network.state_dict())
+    assert list(backbone.found.left_out) == ["classifier.1.weight"]
+
+
 # --- Files that are refused ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["zip", "before torch 1.6"])
@@ -232,12 +264,11 @@ def test_a_file_that_torch_cannot_read_is_refused_in_one_line(tmp_path):
     torch.save(with_more, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save({"state_dict": Hostile(os.system, ("true",))}, tmp_path / "code.pth")
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    names = ["photos.zip", "text.pth", "old.pth", "code.pth"]
-    expected = dict.fromkeys(names, "load it with weights_only=False, and torch.save its state_dict")
-    expected["model.safetensors"] = "safetensors; load it with that package"
-    for name, words in expected.items():
+    words = r"\(safetensors: load it with that package, and torch.save what you get\).*; if you trust it, "
+    for name in ("photos.zip", "text.pth", "old.pth", "code.pth", "model.safetensors"):
         path = tmp_path / name
-        with pytest.raises(Refused, match=rf"\A{path}: can't.*{words}.*\Z"):
+        advice = f"{words}load it with weights_only=False, and"
+        with pytest.raises(Refused, match=rf"\A{path}: can't.*{advice}.*\Z"):
             lineval.read_backbone(str(path))
 
 
@@ -285,11 +316,20 @@ ODD = {  # what is put into a good file, and what is said
     "whole numbers": (
         {"bn1.weight": torch.ones(4, dtype=torch.int64)}, "bn1.weight in it must be a plain tensor of float"),
     "another depth": (
-        {"layer3.2.conv1.weight": torch.ones(1)}, r"\[2, 2, 3, 2\] blocks, unlike any of resnet18"),
+        {"layer3.2.conv1.weight": torch.ones(1)},
+        r"\[2, 2, 3, 2\] blocks of 2 convolutions, unlike any of resnet18"),
     "without a statistic": (
         {"layer2.0.bn1.running_var": None}, r'Missing key\(s\) in state_dict: "layer2.0.bn1.running_var"'),
     "with a tensor more": (
-        {"layer2.0.se.weight": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "layer2.0.se.weight"'),
+        {"layer2.0.odd.weight": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "layer2.0.odd.weight"'),
+    "grey": ({"conv1.weight": torch.ones(4, 1, 3, 3)}, "made for 1-channel images; ours has 3 channels"),
+    "13 bands": ({"conv1.weight": torch.ones(4, 13, 3, 3)}, "made for 13-channel images; ours has 3"),
+    "ResNeXt": (
+        {"layer1.0.conv1.weight": torch.ones(8, 4, 3, 3), "layer1.0.conv2.weight": torch.ones(4, 2, 3, 3)},
+        r"blocks are wider inside than ours \(as in Wide ResNet and ResNeXt\)"),
+    "GroupNorm": (dict.fromkeys(
+        [name for name in GOOD if "running" in name or "num_batches" in name]), "have BN, and no GroupNorm"),
+    "squeeze and excitation": ({"layer2.0.se.fc1.weight": torch.ones(1)}, "have BN, and no GroupNorm, SE or"),
     "another stem": (
         {"bn2.weight": torch.ones(4)}, "bn2.weight: the paper's ResNets have no such tensor"),
     "not finite": ({"bn1.bias": torch.full((4,), math.nan)}, "bn1.bias has values that are not finite"),
@@ -309,13 +349,18 @@ def test_a_file_without_a_resnet_is_refused(tmp_path):
     """Against the names in it."""
     path = str(tmp_path / "file.pth")
     head = {"state_dict": prefixed("module.encoder.fc.", HEAD)}
+    deep_stem = {name.replace("conv1.weight", "conv1.0.weight"): t for name, t in GOOD.items()}
     shown = {"state_dict.module.encoder.fc.* (3)": head, "no named tensors": torch.ones(3)}
     for names, content in shown.items():
         torch.save(content, path)
         with pytest.raises(Refused) as refused:
             lineval.read_backbone(path)
-        assert str(refused.value).startswith(f"{path}: no ResNet in it: it must have conv1.weight")
+        said = f"{path}: no ResNet in it: it must have conv1.weight (a stem of one convolution)"
+        assert str(refused.value).startswith(said)
         assert str(refused.value).endswith(f"; it has {names}")
+    torch.save(deep_stem, path)
+    with pytest.raises(Refused, match="a stem of one convolution"):
+        lineval.read_backbone(path)
 
 
 # Parts of a checkpoint that an evaluation doesn't need.
@@ -402,6 +447,14 @@ def test_init_takes_a_backbone_alone(tmp_path, exported):
     assert "left out: encoder_q.fc.* (3)" in said
 
 
+def test_init_takes_a_runs_folder(tmp_path, small, finished, capsys):
+    """The weights of its checkpoint.pth, at lr 0."""
+    options = ["--init", finished[0], "--base-lr", 0, "--weight-decay", 0, "--epochs", 1, "--out", tmp_path]
+    assert here("simsiam.py", small, *TINY, *options) is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"init {finished[0]}/checkpoint.pth, backbone and heads" in printed
+
+
 def test_init_takes_no_part_of_a_longer_projector(tmp_path, exported):
     """Three layers have all the names of two. The run loads the backbone alone, and says so."""
     longer = copy.deepcopy(exported[1])
@@ -420,8 +473,8 @@ def test_init_takes_all_that_a_model_without_predictor_has(exported):
 
 
 def test_init_refuses_what_does_not_fit(tmp_path, exported, small):
-    """The run leaves no checkpoint behind."""
+    """The run leaves nothing behind."""
     path = exported[0] / "released.pth.tar"
     message = refusal("simsiam.py", small, *TINY, "--init", path, "--out", tmp_path / "run")
     assert "its network is resnet50, width 0.015625, the run's is resnet18, width" in message
-    assert not list((tmp_path / "run").glob("*.pth"))
+    assert not (tmp_path / "run").exists()

@@ -6,9 +6,9 @@ it and exit with 1 (harness/training/ends.py). Any other exception is a bug, and
 import re
 import signal
 
-# After one of these signals a run ends as soon as its step is done. Schedulers send the first, terminals
-# the second; a job script can ask a scheduler for the third, some minutes before its time is up.
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# After one of these signals a run ends as soon as its step is done. Schedulers send the first, terminals the
+# second and, when they close, the third; job scripts ask for the others some minutes before time is up.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 WORKER_KILLED = ("a process that decodes images was killed, usually because memory or /dev/shm ran out; use "
                  "fewer --workers")
@@ -20,6 +20,10 @@ class Refused(Exception):
 
 class BadImage(Refused):
     """A file that Pillow can't read as an image."""
+
+
+class Away(BadImage):
+    """A file that the system can't read: that may pass, and says nothing about the file."""
 
 
 class Stopped(Exception):

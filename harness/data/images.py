@@ -7,9 +7,11 @@ the file belongs to counts it (source.py).
 """
 import concurrent.futures
 import contextlib
+import errno
 import logging
 import os
 import sys
+import time
 import warnings
 from functools import partial
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from ..common.errors import BadImage, Refused, printable
+from ..common.errors import Away, BadImage, Refused, printable
 from ..common.progress import Progress
 from .tars import open_bytes, plain
 
@@ -29,6 +31,7 @@ Image.init()
 FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF may be missing in a Pillow
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 IN_A_ROW = 20  # this many bad files in a row end a run
+WAITS = (0.1, 0.3, 0.6)  # seconds before a file is read again that the system couldn't read
 BITS, PLANES = 258, 284  # tags of a TIFF file
 
 # Pillow warns about odd files that it still reads, from every worker in every epoch.
@@ -47,12 +50,15 @@ def is_image(path):
 
 @contextlib.contextmanager
 def pillow_reads(path):
-    """Turn whatever Pillow raises within into BadImage: a damaged file can raise anything."""
+    """Turn whatever Pillow raises within into BadImage: a damaged file can raise anything. What the system
+    raises becomes Away."""
     try:
         yield
-    except Refused:  # the tar file is gone
+    except Refused:
         raise
     except Exception as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # that is a wrong offset, in the file
+            raise Away(f"{os.fsdecode(path)}: can't be read ({error.strerror})") from None
         problem = what_is_wrong(path, error)
         raise BadImage(f"{os.fsdecode(plain(path))}: can't be read as an image: {problem}") from None
 
@@ -95,17 +101,34 @@ def read_image(path, value_range=None):
 def read_or_replace(files, i, value_range=None):
     """File i of `files` or, if it is bad, the next good one.
 
-    Returns the image (H, W, 3) uint8, and {index: what is wrong} for the bad files on the way. Raises
-    BadImage if 20 files in a row are bad.
+    Returns the image (H, W, 3) uint8, and {index: BadImage} for the bad files on the way. Raises BadImage if
+    20 files in a row are bad.
     """
     bad = {}
     for k in range(IN_A_ROW):
         place = (i + k) % len(files)
         try:
-            return read_image(files[place], value_range), bad
+            return read_again(files[place], value_range), bad
         except BadImage as error:
-            bad[place] = str(error)
-    raise BadImage(f"{len(bad)} files in a row can't be read as images, the first: {bad[i]}")
+            bad[place] = error
+    raise BadImage(f"{len(bad)} files in a row can't be read as images, the first: {bad[i]}; "
+                   f"{what_to_do(bad)}")
+
+
+def what_to_do(bad):
+    """What to do if too many files are bad. bad: {index: BadImage}"""
+    if any(isinstance(error, Away) for error in bad.values()):
+        return "DATA is gone, or a part of it; when it is back, --resume goes on, if there is a checkpoint"
+    return "python augment.py DATA --check lists them"
+
+
+def read_again(path, value_range):
+    """What read_image gives, if need be after some waits: a network disk can be away for a moment."""
+    for wait in WAITS:
+        with contextlib.suppress(Away):
+            return read_image(path, value_range)
+        time.sleep(wait)
+    return read_image(path, value_range)
 
 
 def further_frames(image):
@@ -245,8 +268,6 @@ def what_is_wrong(path, error):
     """
     if isinstance(error, Image.DecompressionBombError):
         return f"larger than {2 * Image.MAX_IMAGE_PIXELS} pixels: cut it into tiles, or make it smaller"
-    if isinstance(error, OSError) and error.strerror:  # the system's, not Pillow's
-        return f"{error.strerror}; {MEND}"
     with open_bytes(path) as f:
         beginning = f.read(64).lower()
     for signature, what in BEGINNINGS.items():

@@ -5,27 +5,51 @@ read them: for each there are good programs, and we would have to guess what is 
 file is, and what to do.
 """
 import codecs
+import contextlib
 import os
 
 from ..common.errors import Refused, printable
 
-# What a file is, and what to do, by suffix in lower case.
-ARCHIVE = "an archive; unpack it, and name the folder"
-ARRAYS = "arrays; write them as images, with PIL.Image.fromarray(a).save(name + '.png')"
-TABLE = "a table; give a list with a path alone on each line, or class folders: train/<class>/..."
-VIDEO = "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg"
-SHARDS = "a container of records; write its images as files, in train/<class>/..."
-WEIGHTS = "weights, not images; lineval.py --ckpt takes those"
-DOCUMENT = "not an image format that we read; convert it to PNG or JPEG"
-KINDS = {
-    **dict.fromkeys((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"), ARCHIVE),
-    **dict.fromkeys((".npy", ".npz", ".mat", ".h5", ".hdf5"), ARRAYS),
-    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl", ".xlsx"), TABLE),
-    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), VIDEO),
-    **dict.fromkeys((".parquet", ".arrow", ".tfrecord", ".lmdb"), SHARDS),
-    **dict.fromkeys((".pth", ".pt", ".ckpt", ".safetensors"), WEIGHTS),
-    **dict.fromkeys((".heic", ".dcm", ".nii", ".svg", ".pdf", ".dng"), DOCUMENT),
+# What files are, and what to do: their suffixes in lower case.
+FORMATS = {
+    "an archive; unpack it, and name the folder": (
+        ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"),
+    "arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
+    "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')": (
+        ".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr"),
+    "a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; write each "
+    "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')": (
+        ".nii", ".dcm", ".mha", ".nrrd"),
+    "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes": (
+        ".nd2", ".czi", ".lif"),
+    "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles": (
+        ".ndpi", ".svs", ".mrxs"),
+    "a table; give a list with a path alone on each line, or class folders: train/<class>/...": (
+        ".csv", ".tsv", ".json", ".jsonl", ".xlsx"),
+    "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg": (
+        ".mp4", ".avi", ".mov", ".mkv", ".webm"),
+    "a container of records; write its images as files, in train/<class>/...": (
+        ".parquet", ".arrow", ".tfrecord", ".lmdb", ".beton"),
+    "weights, not images; lineval.py --ckpt takes those": (
+        ".pth", ".pt", ".ckpt", ".safetensors"),
+    "not an image format that we read; convert it to PNG or JPEG": (
+        ".heic", ".svg", ".pdf", ".dng"),
 }
+KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes}
+
+
+def suffix_of(path):
+    """The suffix of a file's name in lower case, as the reason why it isn't an image.
+
+    DICOM often has none, or the last of many numbers: four letters in the file tell it.
+    """
+    name = os.fsdecode(path).lower()
+    _, suffix = os.path.splitext(name.replace(".nii.gz", ".nii"))
+    if not suffix.strip(".0123456789"):
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            if f.read(132).endswith(b"DICM"):
+                return ".dcm"
+    return suffix or "without a suffix"
 
 
 def read_lines(path):
@@ -43,19 +67,23 @@ def read_list(path):
     file holds: whoever reads it says what is wrong.
     """
     shown = os.fsdecode(path)
-    _, suffix = os.path.splitext(shown.lower())
+    suffix = suffix_of(path)
     if suffix in KINDS:
         raise Refused(f"{shown}: {suffix}: {KINDS[suffix]}")
     with open(path, "rb") as f:
         if b"\0" in f.read(4096):
             raise Refused(f"{shown}: neither an image nor a list of images (UTF-8 text, a path on each line)")
     lines = read_lines(path)
-    names = [os.path.join(os.path.dirname(path), line) for line in lines]
-    if not names:
+    if not lines:
         raise Refused(f"{shown}: is empty; name an image on each line")
-    for name, line in zip(names, lines):
-        if not os.path.isfile(name):
+    # Windows writes backslashes. `find` writes paths from the shell's folder on.
+    for written in (lines, [line.replace(b"\\", b"/") for line in lines]):
+        for folder in (os.path.dirname(path), b""):
+            names = [os.path.join(folder, line) for line in written]
+            if all(map(os.path.isfile, names)):
+                return names
+    for line in lines:
+        if not os.path.isfile(os.path.join(os.path.dirname(path), line)):
             raise Refused(f"{shown}: '{printable(os.fsdecode(line[:80]))}' is not a file; each line must be "
-                          "a path alone, relative to the list. Labels come from folders: train/<class>/... "
-                          "(captions, after a tab, are for related.py --method clip)")
-    return names
+                          "a path alone, relative to the list or to here. Labels come from folders: "
+                          "train/<class>/... (captions, after a tab, are for related.py --method clip)")

@@ -4,7 +4,9 @@ A worker gets an epoch and indices, and returns the cut images of that batch, or
 as one tensor, in memory that it shares with the main process. The caller passes the function that cuts
 (augment.py), so this room knows nothing about views.
 """
+import os
 import signal
+import tempfile
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from .images import read_or_replace
 
 LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
+SOCKETS = 75          # bytes of TMPDIR's path: sockets there have names of 32 more, and may have 107
 
 
 def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, world=1):
@@ -34,33 +37,64 @@ def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, w
             yield epoch, order[start:start + share]
 
 
-def decode(source, cut, batches, device, workers, waiting=iter):
+def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
     """Yield (epoch, indices, [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by worker
     processes.
 
     cut         (image, epoch, i) -> a list of (3, S, S) uint8, one per view
+    image_bytes of such a list
     waiting     the batches pass through it as they arrive: it can measure how long we wait
-    Raises BadImage if too many files are bad.
+    Raises BadImage if too many files are bad, Refused if workers can't hand over images on this machine.
     """
     options = {}
+    part = PART
     if workers > 0:
         options["timeout"] = LOADER_TIMEOUT
-        # Finished batches wait in /dev/shm, which may be small: many workers prepare one each.
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
+        check_sockets()
+        part = images_of_a_part(image_bytes * (workers * options["prefetch_factor"] + 1))
     loader = torch.utils.data.DataLoader(
-        Decoder(source, cut), batch_sampler=parts(batches), collate_fn=tuple,
+        Decoder(source, cut), batch_sampler=parts(batches, part), collate_fn=tuple,
         num_workers=workers, pin_memory=device.type == "cuda", **options)
     indices, views = [], []  # of the parts of a batch that are here
     for epoch, index, is_last, cuts, bad in waiting(in_our_words(iter(loader))):
         if isinstance(bad, Refused):
             raise bad
+        for i in set(index) - bad.keys():
+            source.bad.pop(i, None)  # the system can read it again
         source.note(bad)
         indices.append(index)
-        views.append([x.to(device, non_blocking=True) for x in cuts])
+        views.append([x.to(device, non_blocking=True, copy=True) for x in cuts])  # out of /dev/shm
         if is_last:
             yield epoch, np.concatenate(indices), [torch.cat(parts) for parts in zip(*views)]
             indices, views = [], []
+
+
+def check_sockets():
+    """Raise Refused if the paths of the sockets between processes would be too long."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > SOCKETS:
+        raise Refused(f"TMPDIR, {folder}, is too long for the sockets of --workers: set one of at most "
+                      f"{SOCKETS} letters, such as TMPDIR=/tmp")
+
+
+def images_of_a_part(waiting_bytes):
+    """How many images a worker prepares at a time: PART, or fewer if /dev/shm is small, as in a container.
+
+    waiting_bytes   what waits there if a part has one image
+    Raises Refused if there is no room even for that.
+    """
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:  # no Linux
+        return PART
+    free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = free // 2 // waiting_bytes
+    if room < 1:
+        raise Refused(f"/dev/shm has {free / 2 ** 20:.1f} MiB free for this process, too few for its "
+                      "workers: give fewer --workers, or a container more (docker run --shm-size 8g)")
+    return min(PART, room)
 
 
 def in_our_words(batches):
@@ -79,12 +113,12 @@ def in_our_words(batches):
         raise
 
 
-def parts(batches):
-    """Yield batches of (epoch, indices) in parts of at most PART images: (epoch, indices, whether it is the
-    batch's last)."""
+def parts(batches, most):
+    """Yield batches of (epoch, indices) in parts of so many images at most: (epoch, indices, whether it is
+    the batch's last)."""
     for epoch, index in batches:
-        for start in range(0, len(index), PART):
-            yield epoch, index[start:start + PART], start + PART >= len(index)
+        for start in range(0, len(index), most):
+            yield epoch, index[start:start + most], start + most >= len(index)
 
 
 class Decoder(torch.utils.data.Dataset):

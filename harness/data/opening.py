@@ -115,7 +115,7 @@ def find(path, wanted):
     if not os.path.exists(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not path.endswith(b".zarr"):  # which is a folder
         return find_in_folder(path, wanted)
     if is_tar(path):
         return find_images("a tar file", walk_tar(path), wanted)

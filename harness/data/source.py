@@ -7,7 +7,7 @@ import numpy as np
 
 from ..common.errors import BadImage, printable
 from ..common.progress import warn
-from .images import read_or_replace
+from .images import read_or_replace, what_to_do
 from .tars import plain
 
 
@@ -23,7 +23,7 @@ class Source:
     where       the folder or the file that they come from
     captions    list of texts, one an image, or None
     value_range (low, high), which become 0 to 255 in files of more than 8 bits; or None
-    bad         {index: what is wrong with that file}, of the files met so far
+    bad         {index: BadImage that says what is wrong with that file}, of the files, as last read
     """
     pixels: object = None
     files: object = None
@@ -51,18 +51,18 @@ class Source:
         return image
 
     def note(self, bad):
-        """Remember bad files, {index: what is wrong}, and name each once on stderr. Raises BadImage if they
-        are too many."""
+        """Remember bad files, {index: BadImage}, and name each once on stderr. Raises BadImage if they are
+        too many."""
         for i in bad.keys() - self.bad.keys():
             warn(f"bad image, replaced by the next good one: {printable(bad[i])}")
         self.bad.update(bad)
-        self.check_bad()
+        self.check_bad(len(self.bad))
 
-    def check_bad(self):
+    def check_bad(self, count):
         """Raise BadImage if more files are bad than 10 plus one in a hundred."""
-        if len(self.bad) > 10 + len(self) / 100:
-            raise BadImage(f"{len(self.bad)} of {len(self)} images can't be read, which is too many; "
-                           "python augment.py DATA --check lists them")
+        if count > 10 + len(self) / 100:
+            raise BadImage(f"{count} of {len(self)} images can't be read, which is too many; "
+                           f"{what_to_do(self.bad)}")
 
     def only(self, good):
         """The same split with these images only (indices), none of which is bad -> Source"""

@@ -13,7 +13,7 @@ import io
 import os
 import re
 
-from ..common.errors import Refused
+from ..common.errors import Away, Refused
 
 SUFFIX = b".tar"
 MOST_OPEN = 64  # tar files at a time; systems allow a process some thousand files, or 256
@@ -42,17 +42,18 @@ def plain(path):
 def open_bytes(path):
     """A file, or a member of a tar file -> an open file.
 
-    Raises Refused if the tar file can't be read: its images aren't bad then.
+    Raises Away if that, or the tar file, can't be read: no image is bad then.
     """
-    name, is_member, numbers = path.partition(b"\0")
-    if not is_member:
-        return open(path, "rb")
-    length, offset, size = map(int, numbers.split())
-    tar = name[:length] + SUFFIX
+    file, is_member, numbers = path.partition(b"\0")
     try:
-        return io.BytesIO(os.pread(opened(tar).fileno(), size, offset))
+        if not is_member:
+            return open(file, "rb")
+        length, offset, size = map(int, numbers.split())
+        file = file[:length] + SUFFIX
+        return io.BytesIO(os.pread(opened(file).fileno(), size, offset))
     except OSError as error:
-        raise Refused(f"{os.fsdecode(tar)}: can't be read ({error.strerror})") from None
+        opened.cache_clear()  # on a network disk, an open file can become stale
+        raise Away(f"{os.fsdecode(file)}: can't be read ({error.strerror})") from None
 
 
 @functools.lru_cache(MOST_OPEN)
@@ -93,8 +94,10 @@ RECORD = re.compile(rb"^\d+ (path|size|GNU\.sparse\.[^=]+)=(.*)$", re.MULTILINE)
 
 
 def read_headers(descriptor, at, end):
-    """What `members` yields, of the tar file from `at` to `end` in an open file. Raises ValueError if it is not
-    a whole one."""
+    """What `members` yields, of the tar file from `at` to `end` in an open file.
+
+    Raises ValueError if it isn't a whole one.
+    """
     said = {}  # of the next member, by the headers before its own
     while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != END:
         name, size, kind = parse(block)

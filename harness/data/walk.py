@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..common.errors import Refused, printable
 from ..common.files import OURS, has_mark
 from .images import is_image
+from .lists import suffix_of
 from .tars import as_folder, is_tar, member_name, members
 
 # Besides all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
@@ -82,7 +83,7 @@ def walk(root):
             kind = kind_of(entry)
             if is_left_behind(entry.name):
                 listing.left_out[LEFT_BEHIND] += files_in(entry.path)
-            elif kind == "folder":
+            elif kind == "folder" and not entry.name.endswith(b".zarr"):
                 is_link = entry.is_symlink()
                 if is_link and identity(entry.path) in above:
                     listing.left_out["links that lead back"] += 1
@@ -90,7 +91,7 @@ def walk(root):
                     listing.left_out["behind links below links"] += files_in(entry.path)
                 else:
                     waiting.append(((*place, entry.name), above, linked or is_link))
-            elif kind != "file":
+            elif kind not in ("folder", "file"):
                 listing.left_out[kind] += 1
             elif is_tar(entry.name):
                 if os.path.exists(as_folder(entry.path)):
@@ -98,7 +99,7 @@ def walk(root):
                                   "move one of them away")
                 walk_tar(entry.path, listing, (*place, as_folder(entry.name)))
             elif not is_image(entry.name):
-                listing.left_out[suffix_of(entry.name)] += 1
+                listing.left_out[suffix_of(entry.path)] += files_in(entry.path)
             elif entry.name in OURS and has_mark(entry.path):
                 listing.left_out["pictures that our programs drew"] += 1
             else:
@@ -193,12 +194,6 @@ def is_left_behind(name):
     """Whether a name (bytes) is hidden, or one that a system has made for itself."""
     name = os.fsdecode(name)
     return name.startswith(".") or name.lower() in SYSTEMS
-
-
-def suffix_of(name):
-    """The suffix of a file's name, as the reason why it isn't an image."""
-    _, suffix = os.path.splitext(os.fsdecode(name).lower())
-    return suffix or "without a suffix"
 
 
 def describe(left_out):

@@ -8,11 +8,12 @@
 The same network has many names in files:
 
     our checkpoint.pth      encoder.conv1.weight           and the settings of its run, and the heads
-    our backbone.pth        conv1.weight                   nothing else
+    our backbone.pth        conv1.weight                   and the settings of its run
     the authors' file       module.encoder.conv1.weight    and the heads
     MoCo's                  module.encoder_q.conv1.weight  and a second network, which we leave: encoder_k
     torchvision's           conv1.weight                   and fc, which we leave
     lightly's               backbone.0.weight              numbers for conv1, bn1, layer1, ...
+    transformers'           embedder.embedder.convolution.weight, encoder.stages.0.layers. ...
 
 So weights.py looks for it in any nesting of dicts and under any prefix, and of two networks takes the one
 that was trained. Architecture, width and stem follow from names and shapes.
@@ -29,6 +30,7 @@ from torch import nn
 
 from ..common.errors import Refused
 from ..common.files import refusing, save
+from ..training.folder import make_folder
 from ..training.options import check_limits
 from .weights import describe_found, find_resnet, load_strictly, read_weights, whole_model
 
@@ -123,7 +125,7 @@ def load_init(model, s, prefix):
     here = s["arch"], round(64 * s["width"]) / 64, s["cifar_stem"]
     if there != here:
         raise Refused(f"--init {path}: its network is {in_words(*there)}, the run's is {in_words(*here)}; "
-                      "set --arch, --width and --cifar-stem as in the file")
+                      "set --arch, --width, and --cifar-stem or --no-cifar-stem, as in the file")
     around = whole_model(found, path)
     mine = model.state_dict()
     # A projector of more layers has all the names of a shorter one.
@@ -166,7 +168,7 @@ def export(backbone, path, layout, out):
     target = os.path.join(out or os.path.dirname(path), name)
     if os.path.exists(target):
         raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    make_folder(os.path.dirname(target) or ".")
     save(content, target)
     print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
     print(f"  {describe_found(backbone.found)}")

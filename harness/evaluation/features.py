@@ -98,10 +98,10 @@ def good_ones(source, v, chosen=None):
 
     All processes call it together. Raises BadImage on all of them where too many are bad.
     """
-    share_bad(source, v.device)
+    bad = share_bad(source, v.device)
     if chosen is None:
         chosen = np.arange(len(source))
-    is_good = ~np.isin(chosen, list(source.bad))
+    is_good = ~np.isin(chosen, bad)
     if not is_good.all():  # the copy may take gigabytes
         v = v[to_device(np.flatnonzero(is_good), v.device)]
     return v, chosen[is_good]
@@ -117,7 +117,7 @@ def neighbours(images, classes):
 
 
 def share_bad(source, device):
-    """Tell all processes which files any of them has found bad -> how many.
+    """Tell all processes which files any of them has found bad -> their indices.
 
     Raises BadImage on all of them where too many are bad.
     """
@@ -125,10 +125,8 @@ def share_bad(source, device):
     flags[list(source.bad)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     found = flags.nonzero().flatten().tolist()
-    for i in found:
-        source.bad.setdefault(i, "")
-    source.check_bad()
-    return len(found)
+    source.check_bad(len(found))
+    return found
 
 
 def digest(network):

@@ -56,14 +56,15 @@ class Report:
             lr=optimizer.param_groups[0]["lr"],
             memory_mb=peak_memory(self.job.device),
             collapsed=collapsed,
-            bad_images=sum(share_bad(source, self.job.device) for source in sources),
+            bad_images=sum(len(share_bad(source, self.job.device)) for source in sources),
             **watched,
             **self.run.speed())
 
     def measured(self, encoder):
         """How good an encoder is: {"knn": ..., "rank": ..., the method's own measures}"""
         encoder.eval()
-        found = self.watch(encoder.features) | self.method.measure(encoder, self.job)
+        found = self.watch(self.run.unless_stopped(encoder.features))
+        found |= self.method.measure(encoder, self.job)
         encoder.train()
         return found
 

@@ -39,7 +39,22 @@ FORMS = [
     ("0", "1", "3", "4", "5", "6"),
     ("0", "1", "4", "5", "6", "7"),
 ]
+# Names in a ResNet of HuggingFace's transformers, where all numbers are one lower: torchvision's.
+RENAMED = {
+    "embedder.embedder.convolution.": "conv1.",
+    "embedder.embedder.normalization.": "bn1.",
+    ".shortcut.convolution.": ".downsample.0.",
+    ".shortcut.normalization.": ".downsample.1.",
+    ".shortcut.": ".downsample.",  # lightly's
+}
+for k in range(4):
+    RENAMED[f"encoder.stages.{k}.layers."] = f"layer{k + 1}."
+    RENAMED[f".layer.{k}.convolution."] = f".conv{k + 1}."
+    RENAMED[f".layer.{k}.normalization."] = f".bn{k + 1}."
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+WHY_NOT = ("can't be read: it is damaged, or torch.save did not write it (safetensors: load it with that "
+           "package, and torch.save what you get), or it holds more than tensors, numbers and words, which "
+           "could run code; if you trust it, load it with weights_only=False, and torch.save its state_dict")
 # These are left out of names. A whole pickled network keeps its tensors in the first three; torch.compile,
 # FSDP and gradient checkpointing add the others.
 BETWEEN = {"_modules", "_parameters", "_buffers",
@@ -72,6 +87,8 @@ def read_weights(path):
             epochs = state.get("epoch")
             if type(epochs) is not int:
                 epochs = None
+        for theirs, ours in RENAMED.items():
+            state = {name.replace(theirs, ours): value for name, value in state.items()}
         return fold_biases(state), epochs, settings, sha256
 
 
@@ -88,7 +105,7 @@ def load(data, path):
         with torch.serialization.safe_globals(stand_ins(data)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # a foreign file can raise anything
-        raise Refused(f"{path}: {why_not(path)}") from None
+        raise Refused(f"{path}: {WHY_NOT}") from None
 
 
 def stand_ins(data):
@@ -114,15 +131,6 @@ class Number:
 
     def __setstate__(self, state):
         pass
-
-
-def why_not(path):
-    """Why torch can't read a file, and what to do."""
-    if str(path).endswith(".safetensors"):
-        return "can't read safetensors; load it with that package, and torch.save what you get"
-    return ("can't be read: it is damaged, or torch.save did not write it, or it holds more than tensors, "
-            "numbers and words, which could run code; if you trust it, load it with weights_only=False, and "
-            "torch.save its state_dict")
 
 
 def flatten(value, name="", above=()):
@@ -194,8 +202,8 @@ def find_resnet(state, path, prefix=None):
         forms = prefixes(state)
         if not forms:
             shown = ", ".join(name_groups(state))[:200] or "no named tensors"
-            raise Refused(f"{path}: no ResNet in it: it must have conv1.weight and layer1 to layer4 under "
-                          f"one prefix; it has {shown}")
+            raise Refused(f"{path}: no ResNet in it: it must have conv1.weight (a stem of one "
+                          f"convolution) and layer1 to layer4 under one prefix; it has {shown}")
         chosen = choose(forms, state, path, prefix)
         tensors, left_out = parts_of(state, chosen, forms[chosen])
         for name, value in tensors.items():
@@ -213,10 +221,17 @@ def shape_of(tensors, path):
     for stage in PARTS[2:]:
         numbers = {name.split(".")[1] for name in tensors if name.startswith(f"{stage}.")}
         blocks.append(len(numbers))
-    arch = ARCHS.get(("layer1.0.conv3.weight" in tensors, tuple(blocks)))
+    has_third = "layer1.0.conv3.weight" in tensors
+    arch = ARCHS.get((has_third, tuple(blocks)))
     if arch is None:
-        raise Refused(f"{path}: its stages have {blocks} blocks, unlike any of {', '.join(ARCHS.values())}")
+        raise Refused(f"{path}: its stages have {blocks} blocks of {2 + has_third} convolutions, unlike any "
+                      f"of {', '.join(ARCHS.values())}")
     stem = tensors["conv1.weight"].shape
+    if stem[1] != 3:
+        raise Refused(f"{path}: its first convolution is made for {stem[1]}-channel images; ours has 3 "
+                      "channels")
+    if len(tensors["layer1.0.conv1.weight"]) != stem[0]:
+        raise Refused(f"{path}: its blocks are wider inside than ours (as in Wide ResNet and ResNeXt)")
     return arch, stem[0] / 64, stem[-1] == 3  # a stem has 64 channels, times the width; CIFAR's is 3 x 3
 
 
@@ -280,7 +295,6 @@ def parts_of(state, prefix, form):
         # A pickled network has numbers, words and None among its tensors.
         is_meant = isinstance(value, torch.Tensor) or last in TENSORS and value is not None
         if name.startswith(prefix) and part in parts and is_meant:
-            rest = rest.replace("shortcut.", "downsample.")  # lightly says shortcut
             tensors[f"{parts[part]}.{rest}"] = value
         else:
             others[name] = value
@@ -340,5 +354,6 @@ def load_strictly(module, state, path):
         module.load_state_dict(state)
     except RuntimeError as error:
         _, _, found = str(error).partition("\n\t")
-        found = " ".join(found.split())[:600]
-        raise Refused(f"{path}: doesn't fit the network asked for: {found}") from None
+        found = " ".join(found.split())[:300]
+        raise Refused(f"{path}: doesn't fit the network asked for (the paper's ResNets have BN, and no "
+                      f"GroupNorm, SE or other parts): {found}") from None

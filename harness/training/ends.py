@@ -29,19 +29,28 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "out of memory|ALLOC_FAILED|[Uu]nable to find an engine": "use a smaller --batch, or more GPUs",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
-    "DataLoader worker .* (killed|exited)": WORKER_KILLED,
+    "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
     "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
 }
 
 
 def run_and_leave(script, run, args):
-    """Run a program, run(args), and end the process with what comes of it."""
+    """Run a program, run(args), and end the process with what comes of it, or only the program if another one
+    runs it."""
+    if has_host():
+        sys.exit(launch(script, run, args))
     try:
         status = launch(script, run, args)
     except Exception:  # a bug
         traceback.print_exc()
         status = 1
     leave(status)
+
+
+def has_host():
+    """Whether a notebook's %run, runpy or a profiler runs the script, whose first frame is then not the
+    process's first."""
+    return sys._getframe(2).f_back is not None
 
 
 def launch(script, run, args):
@@ -74,6 +83,8 @@ def launch(script, run, args):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         folder.unlock()
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()  # the same Python may start another run
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # The first process of a machine usually has the same trouble, and says so. Then torchrun ends this
         # one.

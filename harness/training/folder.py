@@ -71,8 +71,8 @@ def look(out, names, resume, device):
     if all_sum(restarts) > 0:
         return found
     if found and not resume:
-        raise Refused(f"{out}: holds a run already; continue it with --resume, or give another folder with "
-                      "--out")
+        raise Refused(f"{out}: holds a run or a result already; give another folder with --out, or continue "
+                      "a run with --resume")
     if resume == "yes" and not found:
         raise Refused(f"{out}: nothing to resume; leave out --resume to start, or name the run's folder with "
                       "--out")
@@ -81,7 +81,7 @@ def look(out, names, resume, device):
 
 def lock(out):
     """Make a folder and lock it, if need be when another process ends -> None, or who has the lock."""
-    os.makedirs(out, exist_ok=True)
+    make_folder(out)
     file = open(os.path.join(out, LOCK), "a+")  # it says who has the lock: only the owner may empty it
     locked.append(file)
     holder = try_to_lock(file, out)
@@ -92,6 +92,14 @@ def lock(out):
         time.sleep(0.1)
         holder = try_to_lock(file, out)
     return holder
+
+
+def make_folder(out):
+    """Make the folder of --out, unless it is there. Raises Refused if it can't be made."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out}: can't be made a folder ({error.strerror}); name another one") from None
 
 
 def try_to_lock(file, out):
@@ -157,5 +165,6 @@ def compare_settings(then, now, override, path):
     forbidden = [text for name, text in changed.items() if name not in {*MAY_CHANGE, *override}]
     if forbidden:
         raise Refused(f"{path}: was made with other settings ({'; '.join(forbidden)}); repeat its command, "
-                      f"give another --out, or name what may change: --override {' '.join(to_name)}")
+                      "start in another --out without --resume, or name what may change (nothing that shapes "
+                      f"the network): --override {' '.join(to_name)}")
     return "; ".join(changed.values())

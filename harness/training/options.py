@@ -10,6 +10,8 @@ command line does not name.
 """
 import argparse
 import math
+import os
+import re
 import sys
 
 import numpy as np
@@ -17,6 +19,34 @@ import torch
 
 from ..common.errors import Refused
 from ..common.machine import cores
+from .folder import NEWEST
+
+# What people give (a regular expression), and how it is said here.
+SAID_HERE = {
+    "lr|learning.rate|base.learning.rate|blr": "--base-lr (lr = base lr x batch / 256)",
+    "batch.size|bs|b": "--batch (of all processes together)",
+    "(num|n).workers|j": "--workers",
+    "epoch|(num|n).epochs|e": "--epochs",
+    "wd": "--weight-decay",
+    "model|backbone|network|a": "--arch",
+    "(image|img|input|crop).size|img|resolution": "--size",
+    "(proj|feature|feat|out).dim": "--dim",
+    "warmup.epochs": "--warmup",
+    "fix.pred.lr": "--pred-lr constant",
+    "output|(output|out|save|log|exp|ckpt).(dir|path)|(run.|exp.)?name|o": "--out",
+    "pretrained|checkpoint|ckpt|weights|load": "--init (in lineval.py --ckpt)",
+    "save.(freq|every|interval)": "--keep-every",
+    "eval.(freq|every|interval)": "--knn-every",
+    "fp16|bf16|mixed.precision": "--amp",
+    "data|data.(dir|path|root)|dataset|root|i": "DATA (the path alone)",
+    "(n|num.)?gpus?|gpu.ids?|device.id|distributed|multiprocessing.distributed|dist.url|world.size|rank":
+        "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses; torchrun starts one process for each of several)",
+    "no.cuda|cpu": "--device cpu",
+    "resume(.from)?|continue":
+        "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
+        "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
+    "[a-z]+_[a-z_]+": "- in place of _",
+}
 
 # The lowest and the highest value that an option takes. An upper limit is either a matter of meaning (a
 # probability) or far beyond what anybody needs; it catches a typing error before a run has started.
@@ -123,7 +153,7 @@ def new_parser(script, description, data, out, amp):
         allow_abbrev=False,  # --knn 20 must not mean --knn-every 20
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
     # argparse would print the usage too, which is two screens long here.
-    parser.error = lambda message: sys.exit(f"{script}: {message}; see --help")
+    parser.error = lambda message: sys.exit(f"{script}: {in_our_words(parser, message)}; see --help")
     parser.add_argument("data", nargs="?", metavar="DATA",
                         help="an image folder (train/<class>/..., val/<class>/..., or any folder of "
                              "images), a text file with one path per line, or a CIFAR-10 folder (default: "
@@ -135,6 +165,7 @@ def new_parser(script, description, data, out, amp):
                         help="hold out this share of each class, such as 0.2, to judge by; --seed chooses "
                              "the images, and class folders need no train/ (default: none)")
     parser.add_argument("--out", help=f"run folder (default: {out})")
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="after DATA: continue the run in --out; auto: continue it if there is one, "
                              "else start")
@@ -156,6 +187,20 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--save-minutes", type=float, default=10,
                         help="minutes between checkpoints within an epoch (default: %(default)s)")
     return parser
+
+
+def in_our_words(parser, message):
+    """argparse's message, and what the option in it is here, if we can tell."""
+    for theirs, ours in SAID_HERE.items():
+        option, *_ = ours.split()
+        if re.search(rf" --?({theirs})(?![a-z_-])", message) and option in parser.format_usage():
+            return f"{message}; here it is {ours}"
+    return message
+
+
+def weights_file(text):
+    """--ckpt, --init: a file of weights; of a run's folder, its newest checkpoint."""
+    return os.path.join(text, NEWEST) if os.path.isdir(text) else text
 
 
 def device_name(text):

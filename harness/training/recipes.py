@@ -9,7 +9,7 @@ import os
 from ..common.errors import Refused
 from ..common.machine import bf16_pays
 from .folder import folder_name
-from .options import add_prefix, add_setting, check_batch, named, new_parser
+from .options import add_prefix, add_setting, check_batch, named, new_parser, weights_file
 
 RECIPES = ("imagenet", "cifar10", "shapes")
 OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # in each recipe's own data
@@ -42,7 +42,7 @@ def options(script, description, method):
                         help="fuse the operations of the network and of the colour changes with "
                              "torch.compile; it takes a minute or more at the start, and on a CPU it needs "
                              "a C++ compiler (default: no)")
-    parser.add_argument("--init", metavar="FILE",
+    parser.add_argument("--init", type=weights_file, metavar="FILE",
                         help="start from the weights in a file, of a model or a backbone, in any layout "
                              "that lineval.py reads")
     add_prefix(parser, "--init")

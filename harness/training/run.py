@@ -84,6 +84,7 @@ class Run:
         self.saved_at = None
         self.newest_is_damaged = False
         self.signal = 0                    # the number of the signal that this process got
+        self.parent = os.getppid()
         self.numbers = None                # OnTheirWay: the last step's loss and gradient norm
         self.wishes = None                 # OnTheirWay: how many processes want to stop, and to save
         self.notes = []                    # lines for the screen, at the start
@@ -161,12 +162,36 @@ class Run:
             self.log.start("start", self.settings, self.device, **more)
             self.save()
         for number in STOPPING:
-            signal.signal(number, self.on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         """Remember the signal. A second Ctrl-C leaves at once."""
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def should_stop(self):
+        """Whether this process got a signal, or has lost its torchrun: other signals than SIGTERM end that
+        without a word to its processes."""
+        return self.signal > 0 or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
+
+    def stopped(self):
+        """What to raise once the run is saved and should stop."""
+        return Stopped(self.signal or signal.SIGTERM, f"stopped by a signal after epoch {self.epoch}, step "
+                       f"{self.step}; the same command with --resume goes on")
+
+    def unless_stopped(self, features):
+        """The same function, which raises Stopped if the run should stop: measuring takes minutes. The run
+        is saved first."""
+        if not self.is_saved():
+            self.save()
+
+        def asking(x):
+            if self.should_stop():
+                raise self.stopped()
+            return features(x)
+
+        return asking
 
     # --- An epoch ----------------------------------------------------------------------------------------
 
@@ -232,10 +257,9 @@ class Run:
                 # Nobody leaves before the checkpoint is written: torchrun would end the others. (On a GPU
                 # nothing waits for a sum until it is read.)
                 all_sum(torch.zeros(1, device=self.device)).item()
-                raise Stopped(self.signal or signal.SIGTERM, f"stopped by a signal after epoch {self.epoch}, "
-                              f"step {self.step}; the same command with --resume goes on")
+                raise self.stopped()
         wishes = torch.zeros(2, device=self.device)
-        wishes[0].fill_(self.signal > 0)
+        wishes[0].fill_(self.should_stop())
         wishes[1].fill_(self.is_due(60 * self.settings["save_minutes"]))
         self.wishes = OnTheirWay(all_sum(wishes))
 
@@ -291,6 +315,11 @@ class Run:
         self.saved = time.monotonic()
         self.saving = self.saved - began
         self.saved_at = self.epoch, self.step
+
+    def save_result(self, model, name):
+        """Write a state dict with the run's settings, under the names that a checkpoint has for them."""
+        save({"format": FORMAT, "model": model, "epoch": self.epoch, "step": 0, "settings": self.settings},
+             self.path(name))
 
     # --- Where it is -------------------------------------------------------------------------------------
 
