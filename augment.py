@@ -600,7 +600,7 @@ def as_picture(x):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="augment.py",
-        description="Draw a contact sheet: images beside several pairs of views, made with the paper's "
+        description="Draw a contact sheet: images with several pairs of views made with the paper's "
                     "settings. (A run's own views, made with its own settings, are in its folder.) Or "
                     "check image files.")
     parser.add_argument("data", nargs="?", metavar="DATA",
@@ -608,10 +608,11 @@ def parse(argv=None):
     parser.add_argument("--out", default="views.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
                         help="the views' seed (default: %(default)s)")
-    parser.add_argument("--epoch", type=int, default=0, help="the views' epoch (default: %(default)s)")
+    parser.add_argument("--epoch", type=int, default=0,
+                        help="which epoch's views to show (default: %(default)s)")
     parser.add_argument("--check", action="store_true",
-                        help="report what DATA has, and what is left out and why; read every image, and "
-                             "list the bad ones, with the reasons")
+                        help="report what DATA has, what is left out and why; read every image and list the "
+                             "bad ones with the reasons")
     add_range(parser)
     return parser.parse_args(argv)
 

@@ -523,7 +523,7 @@ def settings_for(args, described, policy, data):
     s = {"protocol": name, "note": protocol.note}
     if protocol.epochs:
         s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
-    changed = [f"{option} {value} instead of {s[option] or 'a sweep'}"
+    changed = [f"{option} {value} instead of {s[option] or 'by a sweep'}"
                for option, value in given.items() if value != s[option]]
     if changed:  # the number is no longer the protocol's
         s["note"] += f", but with {', '.join(changed)}"
@@ -579,7 +579,7 @@ def parse(argv=None):
         out="next to the checkpoint, lineval-<protocol>, and -<file> if it isn't checkpoint.pth, and -<data> "
             "if it was trained on other data", amp="off")
     parser.add_argument("--ckpt", type=weights_file, required=True, metavar="FILE",
-                        help="checkpoint.pth or backbone.pth of simsiam.py, the authors' released layout, "
+                        help="simsiam.py's checkpoint.pth or backbone.pth, the authors' released layout, "
                              "MoCo's, torchvision's; or random:resnet50 for an untrained network")
     # Not --protocol NAME, so each has its own line in the help, which says whose it is.
     group = parser.add_mutually_exclusive_group()
@@ -590,12 +590,12 @@ def parse(argv=None):
     parser.add_argument("--batch", type=int, help=f"images per step, all processes ({defaults('batch')})")
     parser.add_argument("--epochs", type=int, help=f"passes over the training images ({defaults('epochs')})")
     parser.add_argument("--width", type=number,
-                        help="width of the network; 1 is the usual (default: the file's own; random: the "
+                        help="width of the network; 1 is standard (default: the file's own; random: the "
                              "recipe's)")
     add_prefix(parser, "--ckpt")
     parser.add_argument("--features", metavar="FILE.npz",
-                        help="save features, labels and file names of both splits there; then data without "
-                             "labels or val/ is not evaluated")
+                        help="save features, labels and file names of both splits; data without labels or "
+                             "val/ then isn't evaluated")
     own = "(default: the pre-training's, or else the recipe's)"
     parser.add_argument("--size", type=int, help=f"side of the views, in pixels {own}")
     parser.add_argument("--mean", type=number, nargs=3, metavar="M", help=f"mean of the channels {own}")

@@ -7,16 +7,16 @@
     python related.py --experiment sec62-swav-predictor         a row; its name implies the method
     python related.py --method swav --help                      a method's settings
 
-    SimCLR    SimSiam with negatives from the batch, without predictor and stop-gradient
+    SimCLR    SimSiam with negatives from the batch, with no predictor or stop-gradient
     MoCo v2   SimSiam with negatives from a queue and a momentum encoder, without predictor
     BYOL      SimSiam with a momentum encoder
-    SwAV      SimSiam with prototypes, whose codes Sinkhorn-Knopp balances, without predictor
+    SwAV      SimSiam with prototypes and codes that Sinkhorn-Knopp balances, without predictor
     CLIP      images contrasted with captions only, and captions with images only
 
 Order of this file: 1. a step of each method; 2. their losses, and what else the steps use; 3. the methods,
 as a run needs them; 4. their settings and experiments. Loop, views, heads, checkpoints and monitors are
-simsiam.py's. On CIFAR-10 and shapes all but CLIP have SimSiam's projection MLP, and its settings unless the
-tables in 4 say otherwise. lineval.py reads their checkpoints like any other.
+simsiam.py's. On CIFAR-10 and shapes, all but CLIP use SimSiam's projection MLP, and its settings unless
+the tables in 4 say otherwise. lineval.py reads their checkpoints like others.
 
 Sources: SimCLR, Chen et al. 2020 (arXiv 2002.05709); MoCo v2, Chen et al. 2020 (2003.04297); BYOL, Grill et
 al. 2020 (2006.07733); SwAV, Caron et al. 2020 (2006.09882); CLIP, Radford et al. 2021 (2103.00020); and the

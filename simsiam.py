@@ -662,14 +662,14 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
 
 HELP = {
     "arch": "the backbone",
-    "width": "a factor on all the backbone's channels",
+    "width": "multiplies all the backbone's channels",
     "cifar_stem": "a stem for small images: 3x3, stride 1, no max-pooling",
     "proj_layers": "fc layers of the projection MLP",
     "proj_hidden": "hidden width of the projection MLP",
     "dim": "width d of z and p",
     "pred_dim": "hidden width of the predictor h",
     "predictor": "h trained, fixed as initialised, or left out",
-    "bn": "whether a BN follows: hidden and output layers of the projection, then of h",
+    "bn": "1 where a BN follows: the projection's hidden and output layers, then h's",
     "affine": "scale and offset in the projection's output BN",
     "fc_std": "initial std of the heads' weights; 0: PyTorch's default",
     "objective": "the loss",

@@ -26,8 +26,8 @@ SHARED_DEFAULTS = {  # option: what its help says of the default
 }
 RUN_OPTIONS = "--init --compile --no-compile".split()
 RUN_DEFAULTS = {
-    "--out": "(default: runs/<name of the data>, and -<method> or -<experiment>)",
-    "--amp": "(default: on cuda, and on a CPU with instructions for bf16",
+    "--out": "(default: runs/<data name>[-<method or experiment>])",
+    "--amp": "(default: with cuda; from --width 1/4 up, also on CPUs",
     "--recipe": "default: shapes without DATA, cifar10 for images of one size up to 64 pixels a side, else "
                 "imagenet",
     "--experiment": "(default: simsiam)",

@@ -64,9 +64,9 @@ class Data(NamedTuple):
         train, found = self.train, self.found
         labels = "no labels" if train.labels is None else f"{len(train.classes)} classes"
         place = "files" if train.pixels is None else "in memory"
-        text = f"{found.layout}: {len(train)} images, {labels}, {place}, from {train.where}"
+        text = f"{found.layout}: {len(train):,} images, {labels}, {place}, from {train.where}"
         if self.val is not None:
-            text += f"; validation: {len(self.val)}, from {self.val.where}"
+            text += f"; validation: {len(self.val):,}, from {self.val.where}"
         rows = {"data": text, "left out": describe(found.left_out), "note": "; ".join(found.notes)}
         if train.value_range:
             low, high = train.value_range

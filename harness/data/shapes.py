@@ -75,7 +75,7 @@ def as_source(images, captions, start):
     pixels = pixels.contiguous()
     labels = np.arange(start, start + len(images)) % len(OBJECTS)
     return Source(pixels=pixels, labels=labels, classes=list(OBJECTS), captions=captions,
-                  where="this program")
+                  where="harness/data/shapes.py")
 
 
 def draw_images(seed, index, side=SIDE):

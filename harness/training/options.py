@@ -167,13 +167,12 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
-                        help="after DATA: continue the run in --out; auto: continue it if there is one, "
-                             "else start")
+                        help="(after DATA) continue the run in --out; auto: if there is none, start one")
     add_range(parser)
     parser.add_argument("--override", nargs="+", default=[], metavar="SETTING",
                         help="with --resume: settings that may differ from the checkpoint's")
     parser.add_argument("--seed", type=int, default=0,
-                        help="seed of weights, views and order (default: %(default)s)")
+                        help="seed for weights, views and order (default: %(default)s)")
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_name, default=fastest, metavar="cuda|cpu",
                         help="where to compute (default: cuda if there is one)")
@@ -216,15 +215,15 @@ def device_name(text):
 def add_range(parser):
     """The option that overrides the range of values that harness/data/images.py finds."""
     parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
-                        help="the values that become 0 and 255, in files of more than 8 bits (default: from "
-                             "a sample of the files)")
+                        help="the values that become 0 and 255, in files of more than 8 bits a channel "
+                             "(default: from a sample of the files)")
 
 
 def add_prefix(parser, option):
     """The option that chooses among several networks in a file of weights. option: the one that names it"""
     parser.add_argument("--prefix",
-                        help=f"if the file of {option} holds several networks: how the names of the tensors "
-                             "of the one to use begin (default: the one that is trained)")
+                        help=f"if the file of {option} holds several networks: what the tensor names of the "
+                             "one to use begin with (default: the trained one)")
 
 
 def add_setting(parser, name, kind, defaults, words, choices=None):

@@ -24,8 +24,8 @@ def options(script, description, method):
     """The parser of a program that trains this method (a class)."""
     parser = new_parser(
         script, description, data="drawn shapes",
-        out="runs/<name of the data>, and -<method> or -<experiment>",
-        amp="on cuda, and on a CPU with instructions for bf16 from --width 1/4 up")
+        out="runs/<data name>[-<method or experiment>]",
+        amp="with cuda; from --width 1/4 up, also on CPUs with bf16 instructions")
     parser.set_defaults(method=method)
     parser.add_argument("more", nargs="*", metavar="MORE",
                         help="more such DATA: the training images of all are used, without labels")
@@ -33,21 +33,21 @@ def options(script, description, method):
                         help="measure kNN with this data set, and use only training images of DATA (default: "
                              "DATA itself)")
     parser.add_argument("--recipe", choices=RECIPES,
-                        help="default: shapes without DATA, cifar10 for images of one size up to "
-                             "64 pixels a side, else imagenet")
+                        help="default: shapes without DATA, cifar10 for images of the same size, up "
+                             "to 64 pixels a side; else imagenet")
     parser.add_argument("--experiment", choices=(*method.EXPERIMENTS, "list"), default=method.NAME,
                         metavar="NAME",
-                        help="a row of the paper; list shows them all (default: %(default)s)")
+                        help="one of the paper's results; list shows them all (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="fuse the operations of the network and of the colour changes with "
                              "torch.compile; it takes a minute or more at the start, and on a CPU it needs "
                              "a C++ compiler (default: no)")
     parser.add_argument("--init", type=weights_file, metavar="FILE",
-                        help="start from the weights in a file, of a model or a backbone, in any layout "
-                             "that lineval.py reads")
+                        help="start from a file of model or backbone weights, in any layout that lineval.py "
+                             "reads")
     add_prefix(parser, "--init")
     recipe_group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
-    ablations = parser.add_argument_group("for the paper's ablations (the same defaults)")
+    ablations = parser.add_argument_group("the paper's ablations (defaults in the same order)")
     for name, (kind, *defaults) in method.SETTINGS.items():
         group = ablations if name in method.ABLATIONS else recipe_group
         add_setting(group, name, kind, defaults, method.HELP[name], method.CHOICES.get(name))
