@@ -523,7 +523,7 @@ def settings_for(args, described, policy, data):
     s = {"protocol": name, "note": protocol.note}
     if protocol.epochs:
         s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
-    changed = [f"{option} {value} instead of {s[option] or 'by a sweep'}"
+    changed = [f"{option} {value} instead of {s[option] or 'a sweep'}"
                for option, value in given.items() if value != s[option]]
     if changed:  # the number is no longer the protocol's
         s["note"] += f", but with {', '.join(changed)}"
