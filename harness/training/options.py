@@ -66,6 +66,7 @@ LIMITS = {
     "centre": (0.01, 1),
     # Of the run itself.
     "knn_every": (0, math.inf),  # 0: never
+    "knn_k": (0, math.inf),      # 0: by the size of the classes
     "workers": (0, 1024),
     "seed": (0, 2 ** 63 - 1),
     "save_minutes": (0, 1e9),
