@@ -154,8 +154,8 @@ PROTOCOLS = {
 SWEEP = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)                # base_lr of the cached protocol
 ENOUGH_IMAGES = 10_000                                                # for its choice of the lr by one fit
 FILES = (*CHECKPOINTS, "lineval.json")                                # a folder with any has an evaluation
-DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe, with ENOUGH_STEPS or more
-ENOUGH_STEPS = 1000
+DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
+ENOUGH_STEPS = 1000                                                   # without them, cached is the default
 TOO_SHORT = "90 steps of lars ended 21 points below --cached, on 4,200 images of CIFAR-10"
 OF_THE_LAYER = ("base_lr", "batch", "epochs")                         # options of the protocols that train one
 

@@ -12,8 +12,8 @@ TOO_SHORT = ("on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the 
              "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md)")
 
 # What the log records of each epoch, besides its number and step. Null where there is no value.
-RECORDED = ("loss", "std", "lr", "knn", "knn_balanced", "knn_largest_class", "knn_images", "rank", "images_per_s", "data_wait", "seconds",
-            "wall_seconds", "memory_mb", "collapsed", "bad_images")
+RECORDED = ("loss", "std", "lr", "knn", "knn_balanced", "knn_largest_class", "knn_images", "rank",
+            "images_per_s", "data_wait", "seconds", "wall_seconds", "memory_mb", "collapsed", "bad_images")
 
 
 class Report:
