@@ -14,6 +14,8 @@ images' features, which are computed once; every image counts once:
     --cached  not the paper's: features computed once, then a linear layer on them      default for shapes
     --knn     not the paper's: no training; the classifier that monitors pre-training
 
+Where the images are so few that the default would make fewer than 1,000 steps, cached takes its place.
+
 Order of this file:
 
     1. the linear layer, and LARS           4. cached: training on features
@@ -157,7 +159,7 @@ FILES = (*CHECKPOINTS, "lineval.json")                                # a folder
 DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
 ENOUGH_STEPS = 1000                                                   # without them, cached is the default
 TOO_SHORT = "90 steps of lars ended 21 points below --cached, on 4,200 images of CIFAR-10"
-OF_THE_LAYER = ("base_lr", "batch", "epochs")                         # options of the protocols that train one
+OF_THE_LAYER = ("base_lr", "batch", "epochs")                         # options of what trains the layer
 
 
 class Judged(NamedTuple):
