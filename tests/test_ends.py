@@ -256,6 +256,7 @@ REFUSALS = {  # id: (arguments, what the one line says)
         "{small} --experiment table1-a-no-predictor --pred-lr constant", "no effect with --predictor none"),
     "hidden width of one layer": ("{small} --proj-layers 1", "has no effect with --proj-layers 1"),
     "neighbours, never measured": ("{small} --knn-k 3 --knn-every 0", "has no effect with --knn-every 0"),
+    "a part of no file": ("{small} --prefix x", "--prefix needs --init"),
     "a negative k": ("{small} --knn-k -1", "--knn-k must be at least 0, not -1"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
     "a run is there": ("{small} --out {whole}", "holds a run already"),

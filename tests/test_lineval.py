@@ -1,6 +1,7 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import lineval
 import related
 import resnet
 import simsiam
-from harness.common import draws
+from harness.common import draws, files
 from harness.data import opening
 from harness.evaluation import report
 from harness.training import recipes
@@ -250,6 +251,17 @@ def test_the_monitor_of_unequal_classes_is_not_shown_alone(tmp_path, unequal, ca
     assert monitored == [result[name] for name in names]
     skew = f"(balanced {last['knn_balanced']:.2f}%; the largest class is 85.71%)"
     assert f"kNN {last['knn']:.2f}% of 14 {skew}" in printed
+
+
+def test_a_run_from_before_k_could_be_set_goes_on(tmp_path, finished, small):
+    """Its checkpoint says nothing of k."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    del checkpoint["settings"]["knn_k"]
+    files.save(checkpoint, out / "checkpoint.pth")
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume", "--knn-k", 4) is None
+    assert "resume" in [record["event"] for record in log_of(out)]
 
 
 # --- The protocols ------------------------------------------------------------------------------------------

@@ -129,6 +129,8 @@ def check_effects(args, settings):
     """Raise Refused for an option on the command line that has no effect with these settings."""
     method = args.method
     given = named(args, method.SETTINGS)
+    if args.prefix and not args.init:
+        raise Refused("--prefix needs --init")
     for name, (other, *values) in method.IDLE.items():
         if name in given and settings[other] in values:
             raise Refused(f"--{name.replace('_', '-')} ({method.HELP[name]}) has no effect with "
