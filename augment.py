@@ -600,6 +600,7 @@ def as_picture(x):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="augment.py",
+        allow_abbrev=False,
         description="Draw a contact sheet: images with several pairs of views made with the paper's "
                     "settings. (A run's own views, made with its own settings, are in its folder.) Or "
                     "check image files.")

@@ -55,7 +55,7 @@ from torch import nn
 
 import resnet
 from lineval import LARS
-from simsiam import CHOICES, HELP, OF_THE_MODEL, SETTINGS, SimSiam, as_float32, collapsed, cosine
+from simsiam import CHOICES, HELP, IDLE, OF_THE_MODEL, SETTINGS, SimSiam, as_float32, collapsed, cosine
 from simsiam import initial_lr, l2_normalize, loss, prediction_mlp, pretrain, stopgrad, update, warmup
 
 # --- 1. A step of each method ----------------------------------------------------------------------------
@@ -408,6 +408,7 @@ class Related(Method):
         "scale": "initial 1 / temperature",
     }
     ABLATIONS = ("predictor", "bn", "affine", "stopgrad")
+    IDLE = {**IDLE, "pred_lr_times": ("predictor", "none")}
     open = staticmethod(open_data)
     lr_end = 0.0         # the last lr, as a share of the first
     pred_lr_times = 1.0  # a factor on the predictor's lr

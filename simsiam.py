@@ -429,7 +429,7 @@ def knn(bank, bank_labels, queries, k=200, temperature=0.1):
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k):
-    """kNN top-1 and top-5 in percent, of features queries (Q, d) among those of the bank (B, d)."""
+    """kNN accuracies of features queries (Q, d) among those of the bank (B, d): {name: percent}"""
     bank = l2_normalize(bank)
     queries = l2_normalize(queries)
     return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], k), labels)
@@ -444,13 +444,19 @@ def watches_knn(job):
 def watch(job, autocast, features):
     """Measure a network by the features (images -> (N, D)) of test views.
 
-    Returns {"knn": top-1 in percent, "knn_images": images judged, "rank": of up to RANKED training images};
-    without labels, only the rank.
+    Returns {"knn": top-1 in percent, "knn_images": images judged, "rank": of up to RANKED training images,
+    and what tells the top-1 of unequal classes}; without labels, only the rank.
     """
     if watches_knn(job):
-        top1, judged, bank = knn_of(job, features, job.test_views, autocast)
+        found, judged, bank = knn_of(job, features, job.test_views, autocast)
         some = to_device(permutation(0, 0, len(bank))[:RANKED], job.device)
-        return {"knn": top1, "knn_images": judged, "rank": effective_rank(bank[some]).item()}
+        return {
+            "knn": found["top1"],
+            "knn_balanced": found["balanced"],
+            "knn_largest_class": found["largest_class"],
+            "knn_images": judged,
+            "rank": effective_rank(bank[some]).item(),
+        }
     chosen = permutation(0, 0, len(job.train))[:RANKED]
     v = extract(features, job.test_views, job.train, job.device, autocast, chosen)
     v, _ = good_ones(job.train, v, chosen)
@@ -458,7 +464,7 @@ def watch(job, autocast, features):
 
 
 def knn_of(job, features, views, autocast=contextlib.nullcontext()):
-    """kNN of all validation images among all training images -> top-1 in percent, images judged, the bank.
+    """kNN of all validation images among all training images -> accuracies, images judged, the bank.
 
     features: images -> (N, D). views: as Job.test_views. The replacement for an unreadable image has the
     wrong label, so it is left out.
@@ -467,8 +473,8 @@ def knn_of(job, features, views, autocast=contextlib.nullcontext()):
     queries, judged = good_ones(job.val, extract(features, views, job.val, job.device, autocast))
     labels = to_device(job.train.labels[voting], job.device)
     truth = to_device(job.val.labels[judged], job.device)
-    top1, _ = knn_accuracy(bank, labels, queries, truth, neighbours(len(bank), len(job.train.classes)))
-    return top1, len(judged), bank
+    k = neighbours(len(bank), len(job.train.classes), job.settings["knn_k"])
+    return knn_accuracy(bank, labels, queries, truth, k), len(judged), bank
 
 
 def knn_of_pixels(job, policy):
@@ -478,8 +484,8 @@ def knn_of_pixels(job, policy):
     views = job.test_views
     if job.train.pixels is None:
         views = test_views(policy._replace(size=32), job.device, job.settings["workers"])
-    top1, *_ = knn_of(job, lambda x: x.flatten(1), views)
-    return top1
+    found, *_ = knn_of(job, lambda x: x.flatten(1), views)
+    return found["top1"]
 
 
 # --- 6. Other losses, for the paper's ablations ---------------------------------------------------------
@@ -658,6 +664,7 @@ SETTINGS = {        # type    imagenet         cifar10          shapes          
     "std":          (THREE,  IMAGENET_STD,    CIFAR_STD,       IMAGENET_STD),    # released code
     "centre":       (number, 224 / 256,       1.0,             1.0),             # released code (test view)
     "knn_every":    (int,    10,              5,               3),               # -
+    "knn_k":        (int,    0,               0,               0),               # supp. D: kNN, without its k
 }
 
 HELP = {
@@ -674,8 +681,8 @@ HELP = {
     "fc_std": "initial std of the heads' weights; 0: PyTorch's default",
     "objective": "the loss",
     "eta": "what a view is fitted to: the other view's z, Sec. 5.2's alternation or its moving average",
-    "k": "steps of an inner loop of the alternation; 0: an epoch",
-    "m": "share of the moving average that is kept",
+    "k": "with --eta alternate: steps of an inner loop, 0: an epoch; kNN's k is --knn-k",
+    "m": "with --eta average: share of the moving average that is kept",
     "epochs": "training epochs",
     "batch": "images per step, over all processes",
     "base_lr": "lr = base lr x batch / 256",
@@ -697,6 +704,7 @@ HELP = {
     "std": "divisor of each channel",
     "centre": "share of the shorter side that a test view keeps",
     "knn_every": "epochs between measurements of kNN and rank; 0: never",
+    "knn_k": "how many neighbours vote in kNN; 0: a fifth of the images of an average class, at most 200",
 }
 ABLATIONS = ("predictor", "bn", "affine", "fc_std", "objective", "eta", "k", "m")  # only ablations use these
 
@@ -706,6 +714,17 @@ CHOICES = {
     "objective": tuple(OBJECTIVES),
     "eta": ("current", "alternate", "average"),
     "pred_lr": ("constant", "cosine"),
+}
+
+# A setting has no effect with these values of another one, and is then refused on the command line.
+IDLE = {
+    "k": ("eta", "current", "average"),
+    "m": ("eta", "current", "alternate"),
+    "proj_hidden": ("proj_layers", 1),
+    "pred_lr": ("predictor", "none", "fixed"),
+    "strength": ("jitter", 0),
+    "sigma": ("blur", 0),
+    "knn_k": ("knn_every", 0),
 }
 
 # One row per result of the paper: what it measured (linear top-1 on ImageNet, unless noted), and what
@@ -766,6 +785,7 @@ class SimSiamMethod(Method):
     HELP = HELP
     ABLATIONS = ABLATIONS
     CHOICES = CHOICES
+    IDLE = IDLE
     EXPERIMENTS = EXPERIMENTS
     REMEDY = "--pred-dim a quarter of --dim"
     open = staticmethod(open_data)

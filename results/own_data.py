@@ -105,8 +105,8 @@ def knn_of(path):
     found = {}
     for k in NEIGHBOURS:
         scores = knn(bank, labels, queries, min(k, len(bank)))
-        top1, _ = hits(scores, truth).tolist()
-        found[k] = round(100 * top1 / len(truth), 2)
+        first, _ = hits(scores, truth)
+        found[k] = round(100 * first.sum().item() / len(truth), 2)
     return found
 
 

@@ -298,6 +298,18 @@ REFUSALS = {  # id: (arguments, what the one line says)
     "no number": ("{small} --momentum x", "--momentum: invalid number value: 'x'; see --help"),
     "an unknown option": ("{small} --colour", "--colour; see --help"),
     "eta and objective": ("{small} --eta average --objective asymmetric", "needs --objective symmetric"),
+    "k without its alternation": (
+        "{small} --k 20", "0: an epoch; kNN's k is --knn-k) has no effect with --eta current"),
+    "m with the alternation": ("{small} --m 0.9 --eta alternate", "has no effect with --eta alternate"),
+    "sigma without blur": (
+        "{small} --sigma 1 2", "--sigma (std of the blur, in pixels) has no effect with --blur 0.0"),
+    "strength without jitter": ("{small} --jitter 0 --strength 1 1 1 0.1", "has no effect with --jitter 0.0"),
+    "the lr of no predictor": (
+        "{small} --experiment table1-a-no-predictor --pred-lr constant", "no effect with --predictor none"),
+    "hidden width of one layer": ("{small} --proj-layers 1", "has no effect with --proj-layers 1"),
+    "neighbours, never measured": ("{small} --knn-k 3 --knn-every 0", "has no effect with --knn-every 0"),
+    "a part of no file": ("{small} --prefix x", "--prefix needs --init"),
+    "a negative k": ("{small} --knn-k -1", "--knn-k must be at least 0, not -1"),
     "nothing to resume": ("{small} --resume", "nothing to resume"),
     "a run is there": ("{small} --out {whole}", "holds a run or a result already"),
     "other epochs": ("{small} --out {whole} --resume --epochs 5", "epochs 3 -> 5"),

@@ -1,6 +1,7 @@
 """harness, features.py: features of many images, counting hits, a frozen network."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,7 +58,31 @@ def test_a_calibrated_network_has_the_statistics_of_the_training_images():
 def test_hits_among_fewer_than_five_classes():
     """Every label is among the first five."""
     labels = torch.tensor([0, 1, 0])
-    assert features.hits(torch.eye(3), labels).tolist() == [2, 3]
+    first, among_five = features.hits(torch.eye(3), labels)
+    assert first.tolist() == [True, True, False]
+    assert among_five.all()
+
+
+def test_accuracies_of_unequal_classes(world_of_one):
+    """Against a loop over the classes; of seven classes, two are without an image."""
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.choice([0, 1, 3, 4, 6], 40, p=[0.5, 0.2, 0.1, 0.1, 0.1]))
+    scores = torch.from_numpy(rng.normal(size=(40, 7)))
+    found = features.accuracy(lambda mine: scores[mine], labels)
+    right = (scores.argmax(dim=1) == labels).numpy()
+    shares = [right[labels.numpy() == c].mean() for c in np.unique(labels)]
+    assert found["top1"] == 100 * right.sum() / 40
+    assert found["balanced"] == pytest.approx(100 * np.mean(shares))
+    assert found["largest_class"] == 100 * np.bincount(labels).max() / 40
+    above = (scores > scores.gather(1, labels[:, None])).sum(dim=1)
+    assert found["top5"] == 100 * (above < 5).sum().item() / 40
+
+
+@pytest.mark.parametrize("images, classes, asked, k", [
+    (160, 2, 0, 16), (50_000, 10, 0, 200), (4, 2, 0, 1), (160, 2, 20, 20), (160, 2, 500, 160)])
+def test_how_many_neighbours_vote(images, classes, asked, k):
+    """A fifth of a class, at most 200, or as many as asked; never more than there are."""
+    assert features.neighbours(images, classes, asked) == k
 
 
 # --- The frozen network -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ RUN_DEFAULTS = {
                 "else imagenet",
     "--experiment": "(default: simsiam)",
 }
-EVALUATION_OPTIONS = "--ckpt --lars --sgd --cached --knn --features --export".split()
+EVALUATION_OPTIONS = "--ckpt --lars --sgd --cached --knn --knn-k --features --export".split()
 OF_PRETRAINING = "(default: the pre-training's, or else the recipe's)"
 EVALUATION_DEFAULTS = {
     "--out": "(default: next to the checkpoint, lineval-<protocol>, and -<file>",
@@ -48,7 +48,7 @@ EVALUATION_DEFAULTS = {
 RECIPE_SETTINGS = set("""
     arch width cifar_stem proj_layers proj_hidden dim pred_dim predictor bn affine fc_std objective eta k m
     epochs batch base_lr momentum weight_decay warmup pred_lr
-    size area aspect jitter strength gray blur sigma flip vflip mean std centre knn_every
+    size area aspect jitter strength gray blur sigma flip vflip mean std centre knn_every knn_k
 """.split())
 RECIPE_DEFAULTS = {  # examples of how they are written: imagenet | cifar10 | shapes. test_simsiam.py has all
     "--arch": "resnet50 | resnet18 | resnet18",
@@ -149,7 +149,7 @@ RUN_KEYS = {  # event: keys of its records in the log of a run
     "start": MACHINE | {"knn_pixels"},
     "resume": MACHINE | {"epoch", "step"},
     "epoch": set("""
-        event epoch step loss std lr knn knn_images rank
+        event epoch step loss std lr knn knn_balanced knn_largest_class knn_images rank
         images_per_s data_wait seconds wall_seconds memory_mb collapsed bad_images
     """.split()),
     "end": {"event", "epochs", "knn", "backbone"},
@@ -159,10 +159,11 @@ RUN_SETTINGS = RECIPE_SETTINGS | set("""
     workers save_minutes keep_every
 """.split())
 CHECKPOINT = set("format model optimizer epoch step sums seconds waited wall settings".split())
+ACCURACY = {"top1", "top5", "balanced", "largest_class"}  # top5 only of more than five classes
 EVALUATION_KEYS = {  # event: keys of its records in the log of an evaluation
     "start": MACHINE,
-    "epoch": set("event epoch step loss lr top1 top5 images_per_s data_wait seconds wall_seconds".split()),
-    "end": {"event", "epochs", "top1", "top5"},
+    "epoch": ACCURACY | set("event epoch step loss lr images_per_s data_wait seconds wall_seconds".split()),
+    "end": ACCURACY | {"event", "epochs"},
 }
 EVALUATION_SETTINGS = set("""
     protocol note backbone sha256 pretrained_epochs arch width cifar_stem recipe
@@ -171,7 +172,7 @@ EVALUATION_SETTINGS = set("""
 """.split())
 TRAINING = {"base_lr", "lr", "batch", "epochs"}
 AUGMENTATION = {"area", "aspect", "flip"}
-RESULT = EVALUATION_SETTINGS | set("top1 top5 bad_images torch hardware command".split())
+RESULT = EVALUATION_SETTINGS | ACCURACY | set("bad_images torch hardware command".split())
 RESULT_KEYS = {  # protocol: keys of lineval.json
     "lars": RESULT | TRAINING | AUGMENTATION | {"best_epoch_not_the_result"},
     "sgd": RESULT | TRAINING | AUGMENTATION | {"best_epoch_not_the_result"},

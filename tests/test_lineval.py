@@ -1,5 +1,7 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
 import hashlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -8,15 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import augment
 import lineval
+import related
 import resnet
 import simsiam
-from harness.common import draws
+from harness.common import draws, files
 from harness.data import opening
+from harness.evaluation import report
 from harness.training import recipes
-from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT
+from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT, TINY
 from tests.helpers import close, equal, here, interrupted_before, kill_when, log_of, prefixed, python, refusal
-from tests.helpers import result_of, slow, torchrun, torchvision_names, untrained, weights_of
+from tests.helpers import result_of, save_image, slow, torchrun, torchvision_names, untrained, weights_of
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -64,7 +69,7 @@ def test_cached_protocol_judges_the_lr_on_training_images_that_the_fit_has_not_s
     x = torch.randn(200, 300)
     labels = torch.randint(0, 2, (200,))
     layer, base_lr, lr, held_out = lineval.fit_cached(
-        x, labels, 2, (0.01, 0.1), epochs=30, batch=20, seed=0)
+        x, labels, 2, (0.1, 0.3), epochs=30, batch=20, seed=0)
     assert torch.equal(layer(x).argmax(1), labels)
     assert max(held_out.values()) <= 75
     assert lr == base_lr * 20 / 256
@@ -82,6 +87,181 @@ def test_cached_protocol_chooses_the_lr_that_learns():
         assert base_lr == 1.0
         scores.append(layer(features.to(layer.weight.dtype)))
     assert close(scores[1], scores[0], 1e-4)                         # the layer is float32
+
+
+def drawn(kind, seed, per_class, classes=10, judged=2000):
+    """Classes in 64 dimensions, some of which overlap: training images, labels, then those that judge.
+
+    kind: whether the directions have equal variances
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.ones(64) if kind == "equal" else torch.arange(1, 65) ** -0.7
+    means = torch.randn(classes, 64, generator=generator) * scale * 0.3
+    mixed = torch.randn(64, 64, generator=generator)
+    sets = []
+    for count in (per_class, judged // classes):
+        labels = torch.arange(classes).repeat(count)
+        noise = torch.randn(len(labels), 64, generator=generator) * scale
+        sets += [(means[labels] + noise) @ mixed, labels]
+    return sets
+
+
+@pytest.mark.parametrize("kind, seed, per_class", [
+    ("equal", 4, 20), ("equal", 6, 20), ("unequal", 3, 20), ("unequal", 4, 20)])
+def test_few_images_choose_an_lr_that_is_nearly_the_best(kind, seed, per_class):
+    """Within 1.5 points of the best lr of the sweep, by 2,000 images that play no part in the choice."""
+    x, labels, queries, truth = drawn(kind, seed, per_class)
+
+    def percent(base_lrs):
+        layer, *_ = lineval.fit_cached(x, labels, 10, base_lrs, epochs=100, batch=256, seed=0)
+        return 100 * (layer(queries).argmax(dim=1) == truth).float().mean().item()
+
+    best = max(percent([base_lr]) for base_lr in lineval.SWEEP)
+    assert percent(lineval.SWEEP) >= best - 1.5
+
+
+def test_one_tenth_of_many_images_chooses_the_lr(monkeypatch):
+    """By top-1, against a fit to the other nine tenths. Here 120 images are many."""
+    monkeypatch.setattr(lineval, "ENOUGH_IMAGES", 120)
+    x, labels, *_ = drawn("equal", 0, 12)
+    base_lrs = (0.0, 0.1)
+    chosen, held_out = lineval.choose_lr(x, labels, 10, base_lrs, epochs=4, batch=20, seed=0)
+    order = torch.from_numpy(draws.permutation(0, 4, 120))
+    judged, fitted = order[:12], order[12:]
+    lrs = [base_lr * 20 / 256 for base_lr in base_lrs]
+    fits = lineval.fit(x[fitted], labels[fitted], 10, lrs, epochs=4, batch=20, seed=0)
+    right = [((x[judged] @ w).argmax(dim=1) == labels[judged]).sum().item() for w in fits]
+    assert list(held_out.values()) == [100 * n / 12 for n in right]
+    assert right[0] < right[1]
+    assert chosen == 0.1
+
+
+@pytest.mark.parametrize("per_class", [[1, 1], [3, 3], [30, 1]])
+def test_classes_of_few_images_have_a_choice(per_class):
+    """Even where a class is in no fit: each image judges once."""
+    labels = torch.arange(2).repeat_interleave(torch.tensor(per_class))
+    x = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0))
+    chosen, held_out = lineval.choose_lr(x, labels, 2, lineval.SWEEP, epochs=3, batch=256, seed=0)
+    assert chosen in lineval.SWEEP
+    assert all((percent * len(labels) / 100) == pytest.approx(round(percent * len(labels) / 100))
+               for percent in held_out.values())
+
+
+# --- Which protocol -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe, images, options, name, why", [
+    ("imagenet", 1_281_167, "", "lars", ""),
+    ("imagenet", 4200, "", "cached", "; chosen because 4,200 images give lars 90 steps"),
+    ("imagenet", 96, "", "cached", "; chosen because 96 images give lars no steps"),
+    ("imagenet", 96, "--epochs 50", "cached", "; chosen because 96 images give lars no steps"),
+    ("imagenet", 4200, "--lars", "lars", ""),
+    ("imagenet", 4200, "--batch 64", "lars", ""),
+    ("imagenet", 4200, "--resume", "lars", ""),
+    ("cifar10", 50_000, "", "sgd", ""),
+    ("cifar10", 500, "", "cached", "; chosen because 500 images give sgd 100 steps"),
+    ("shapes", 96, "", "cached", ""),
+])
+def test_the_default_protocol_is_one_that_the_images_can_bear(recipe, images, options, name, why):
+    """Against a table. Who names a setting, or resumes, gets the recipe's wherever it has a step."""
+    args = lineval.parse(["--ckpt", "b.pth", *options.split()])
+    assert lineval.choose_protocol(args, recipe, images) == (name, why)
+
+
+def test_a_checkpoint_of_few_images_is_evaluated_without_an_option(tmp_path, finished, capsys):
+    """50 images; the start block says which protocol, and why."""
+    arguments = ["--ckpt", finished[0] / "checkpoint.pth", "--out", tmp_path / "out"]
+    assert here("lineval.py", *arguments) is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "protocol cached: NOT the paper's protocol" in printed
+    assert "chosen because 50 images give sgd no steps; 100 epochs" in printed
+    assert "give sgd no steps" in result_of(tmp_path / "out")["note"]
+
+
+def test_an_evaluation_begun_by_an_earlier_default_goes_on(tmp_path, ten, monkeypatch):
+    """24 steps were enough when it began."""
+    monkeypatch.setitem(lineval.PROTOCOLS, "sgd", lineval.PROTOCOLS["sgd"]._replace(batch=10, epochs=3))
+    arguments = [ten, *EVALUATION, "--save-minutes", "0", "--out", tmp_path]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(lineval, "ENOUGH_STEPS", 1)
+        with interrupted_before(9):
+            assert "interrupted" in here("lineval.py", *arguments)
+    assert here("lineval.py", *arguments, "--resume") is None
+    assert result_of(tmp_path)["protocol"] == "sgd"
+
+
+def test_few_steps_are_called_too_few_and_the_advice_gives_enough(tmp_path, ten, capsys):
+    """By the number of epochs that the line names; with one less they are not."""
+    options = ["--sgd", "--batch", 40, "--epochs"]
+    assert here("lineval.py", ten, *EVALUATION, *options, 1, "--out", tmp_path / "short") is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "too short 90 steps of lars ended 21 points below --cached" in printed
+    epochs = int(re.search(r"--epochs (\d+), or a smaller --batch, gives 1,000", printed)[1])
+    settings = {"images": 80, "batch": 40, "epochs": epochs}
+    assert report.too_short(settings, 1000, "") == {}
+    assert report.too_short(settings | {"epochs": epochs - 1}, 1000, "")
+
+
+# --- Unequal classes ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """A folder of two classes that no network can tell apart: 30 and 4 images to train, 12 and 2 to judge."""
+    folder = tmp_path_factory.mktemp("unequal")
+    rng = torch.Generator().manual_seed(0)
+    for split, counts in (("train", (30, 4)), ("val", (12, 2))):
+        for name, count in zip(("cats", "dogs"), counts):
+            for i in range(count):
+                pixels = torch.randint(256, (16, 16, 3), generator=rng, dtype=torch.uint8)
+                save_image(folder / split / name / f"{i}.png", pixels)
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["--knn", "--cached", "--lars --batch 34 --epochs 2"])
+def test_an_accuracy_of_unequal_classes_is_not_shown_alone(tmp_path, unequal, capsys, protocol):
+    """Against the saved features where there is a layer; without top-5, which two classes always reach."""
+    arguments = [*EVALUATION, *protocol.split(), "--features", tmp_path / "f.npz", "--out", tmp_path / "out"]
+    assert here("lineval.py", unequal, *arguments) is None
+    result = result_of(tmp_path / "out")
+    assert result["largest_class"] == 100 * 12 / 14
+    assert "top5" not in result
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert "top-5" not in line
+    assert (f"top-1 {result['top1']:.2f}% (balanced {result['balanced']:.2f}%; the largest class is 85.71%)"
+            in line)
+    if protocol != "--knn":
+        saved = np.load(tmp_path / "f.npz")
+        classifier = torch.load(tmp_path / "out/classifier.pth", weights_only=True)
+        scores = saved["val_features"] @ classifier["weight"].numpy().T + classifier["bias"].numpy()
+        right = scores.argmax(axis=1) == saved["val_labels"]
+        assert result["balanced"] == pytest.approx(50 * (right[:12].mean() + right[12:].mean()))
+
+
+def test_the_monitor_of_unequal_classes_is_not_shown_alone(tmp_path, unequal, capsys):
+    """The log and the screen against lineval.py --knn."""
+    options = ["--epochs", 1, "--workers", 0, "--knn-k", 5]
+    assert here("simsiam.py", unequal, *TINY, *options, "--out", tmp_path) is None
+    printed = capsys.readouterr().out
+    last = log_of(tmp_path)[-2]
+    arguments = ["--ckpt", tmp_path / "checkpoint.pth", "--knn", "--knn-k", 5]
+    assert here("lineval.py", *arguments) is None
+    result = result_of(tmp_path / "lineval-knn")
+    assert result["k"] == 5
+    names = ["top1", "balanced", "largest_class"]
+    monitored = [last[name] for name in ("knn", "knn_balanced", "knn_largest_class")]
+    assert monitored == [result[name] for name in names]
+    skew = f"(balanced {last['knn_balanced']:.2f}%; the largest class is 85.71%)"
+    assert f"kNN {last['knn']:.2f}% of 14 {skew}" in printed
+
+
+def test_a_run_from_before_k_could_be_set_goes_on(tmp_path, finished, small):
+    """Its checkpoint says nothing of k."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    del checkpoint["settings"]["knn_k"]
+    files.save(checkpoint, out / "checkpoint.pth")
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume", "--knn-k", 4) is None
+    assert "resume" in [record["event"] for record in log_of(out)]
 
 
 # --- The protocols ------------------------------------------------------------------------------------------
@@ -131,7 +311,7 @@ def test_two_processes_give_the_accuracy_of_one(tmp_path, ten, evaluated, protoc
     done = torchrun(ROOT / "lineval.py", *arguments)
     assert done.returncode == 0, done.stderr
     one, two = result_of(evaluated(protocol)), result_of(tmp_path)
-    for key in ("top1", "top5", "val_images"):
+    for key in ("top1", "top5", "balanced", "largest_class", "val_images"):
         assert two[key] == one[key]
     assert two["world"] == 2
 
@@ -208,7 +388,8 @@ def test_checkpoint_says_data_and_protocol(tmp_path, finished, small):
     _, first, last, _ = log_of(tmp_path / "run")
     assert last["step"] == 10
     assert result["top1"] == last["top1"]
-    assert result["top5"] == last["top5"]
+    assert result["balanced"] == last["balanced"]
+    assert "top5" not in {**result, **last}  # of three classes
     assert result["best_epoch_not_the_result"]["top1"] == max(first["top1"], last["top1"])
 
 
@@ -294,6 +475,7 @@ REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-1
     "no labels": ("{ten}/train {untrained}", "needs labels: train/<class>/... and val/<class>/..."),
     "batch larger than the data": (
         "{ten} {untrained} --lars", "--batch 4096 must be at most 80, the number of images"),
+    "neighbours without knn": ("{ten} {untrained} --cached --knn-k 3", "--knn-k needs --knn"),
     "epochs of knn": ("{ten} {untrained} --knn --epochs 3", "--epochs: --knn trains nothing"),
     "folder with a result": ("{ten} {untrained} --cached --out {files}", "another folder with --out"),
     "resuming the cached protocol": (
@@ -384,11 +566,13 @@ def test_data_without_labels_gets_features_alone(tmp_path, judged, ten, capsys):
 
 # --- The options --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("parse, needed", [(simsiam.parse, []), (lineval.parse, ["--ckpt", "b.pth"])])
-def test_options_cannot_be_abbreviated(parse, needed):
-    """--kn is neither --knn nor --knn-every."""
-    with pytest.raises(SystemExit, match="unrecognized arguments: --kn"):
-        parse([*needed, "--kn", "20"])
+@pytest.mark.parametrize("script, needed", [
+    (simsiam, ""), (lineval, "--ckpt b.pth"), (related, "--method byol"), (augment, "")])
+def test_options_cannot_be_abbreviated(script, needed, capsys):
+    """--see is no --seed."""
+    with pytest.raises(SystemExit) as end:
+        script.parse([*needed.split(), "--see", "20"])
+    assert "unrecognized arguments: --see" in f"{end.value.code} {capsys.readouterr().err}"
 
 
 # --- The whole way ------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_each_line_is_one_finished_run_and_its_evaluations(script):
 
 def test_the_papers_rows_had_the_settings_of_their_options():
     """The logs against what simsiam.py makes of the options today, except what the recipe has changed."""
-    changed = {"batch", "base_lr", "size", "area", "strength", "gray", "vflip"}
+    changed = {"batch", "base_lr", "size", "area", "strength", "gray", "vflip", "knn_k"}
     pixels = torch.zeros(1, dtype=torch.uint8).expand(recipes.OWN_IMAGES["shapes"], 3, 32, 32)
     source = Source(pixels=pixels, labels=None, classes=[])          # only the number of images counts
     for runs in [runs for rows in paper_rows.programme() for runs in rows]:

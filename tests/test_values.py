@@ -308,7 +308,7 @@ def watched(folder, labelled):
     """What the log has of raw pixels, as if they were a network's features."""
     train, val, _ = opening.open_data(folder)
     views = simsiam.test_views(augment.Policy(size=8), CPU, 0)
-    settings = {"knn_every": 1, "world": 1}
+    settings = {"knn_every": 1, "knn_k": 0, "world": 1}
     job = Job(settings, CPU, train, val if labelled else None, views, "out", False)
     return simsiam.watch(job, contextlib.nullcontext(), lambda x: x.flatten(1))
 

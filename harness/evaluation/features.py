@@ -44,25 +44,43 @@ def extract(features, test_views, source, device, autocast=contextlib.nullcontex
     return all_sum(out)
 
 
-def hits(scores, labels, ks=(1, 5)):
-    """How many labels (N,) are among the k highest of scores (N, C), for each k -> (len(ks),) int64.
+def hits(scores, labels):
+    """Whether each label (N,) has the highest of its scores (N, C), and one of the five highest -> (2, N).
 
     A score of -inf is never a hit.
     """
-    top = scores.topk(min(max(ks), scores.shape[1]), dim=1)
+    top = scores.topk(min(5, scores.shape[1]), dim=1)
     hit = (top.indices == labels[:, None]) & (top.values > -math.inf)
-    counts = [hit[:, :k].any(dim=1).sum() for k in ks]
-    return torch.stack(counts)
+    return hit[:, 0], hit.any(dim=1)
 
 
 def accuracy(scores, labels):
-    """Top-1 and top-5 in percent over all labels (n,), each counted by one process.
+    """Accuracies over all labels (n,), each judged by one process: {name: percent}
+
+    top1, top5      top5 only if there are more than five classes: else it says nothing
+    balanced        the mean of top1 within each class, so small classes count as much as large ones
+    largest_class   the share of the largest class: the top1 of always naming that one
 
     scores: indices -> (N, C)
     """
     mine = torch.from_numpy(my_share(len(labels))).to(labels.device)
-    counts = all_sum(hits(scores(mine), labels[mine]))
-    return [100 * count / len(labels) for count in counts.tolist()]
+    found = scores(mine)
+    first, among_five = hits(found, labels[mine])
+    sizes = labels.bincount()                                         # (C,): 0 for a class without an image
+    right = all_sum(labels[mine][first].bincount(minlength=len(sizes)))  # (C,)
+    counts = {"top1": right.sum(), "largest_class": sizes.max()}
+    if found.shape[1] > 5:
+        counts["top5"] = all_sum(among_five.sum())
+    percent = {name: 100 * count.item() / len(labels) for name, count in counts.items()}
+    within = right.double() / sizes                                   # (C,): not a number without an image
+    return percent | {"balanced": 100 * within.nanmean().item()}
+
+
+def if_unequal(top1, balanced, largest):
+    """What to add to an accuracy on the screen where classes of unequal size make it misleading."""
+    if f"{balanced:.2f}" == f"{top1:.2f}":
+        return ""
+    return f" (balanced {balanced:.2f}%; the largest class is {largest:.2f}%)"
 
 
 def calibrated(backbone, test_views, train):
@@ -107,13 +125,14 @@ def good_ones(source, v, chosen=None):
     return v, chosen[is_good]
 
 
-def neighbours(images, classes):
-    """How many neighbours vote in kNN: a fifth of the images of an average class, at most 200.
+def neighbours(images, classes, asked):
+    """How many neighbours vote in kNN: as many as asked, or a fifth of an average class, at most 200.
 
     200 is usual on ImageNet and CIFAR-10. But in a bank with 160 images a class, at least 40 of them would be
     of another class.
     """
-    return max(1, min(200, images // (5 * classes)))
+    usual = max(1, min(200, images // (5 * classes)))
+    return min(asked or usual, images)  # bad files may have left fewer images than there were
 
 
 def share_bad(source, device):

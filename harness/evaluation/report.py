@@ -4,7 +4,7 @@ import math
 from ..common.machine import hardware, peak_memory
 from ..common.pictures import draw_curves
 from ..training.recipes import own_steps, recipe_for
-from .features import calibrated, neighbours, share_bad
+from .features import calibrated, if_unequal, neighbours, share_bad
 
 LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had at least 0.34 (docs/operations.md)
 FEW_STEPS = 4000  # which a small data set needs (docs/own-data.md)
@@ -12,14 +12,14 @@ TOO_SHORT = ("on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the 
              "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md)")
 
 # What the log records of each epoch, besides its number and step. Null where there is no value.
-RECORDED = ("loss", "std", "lr", "knn", "knn_images", "rank", "images_per_s", "data_wait", "seconds",
-            "wall_seconds", "memory_mb", "collapsed", "bad_images")
+RECORDED = ("loss", "std", "lr", "knn", "knn_balanced", "knn_largest_class", "knn_images", "rank",
+            "images_per_s", "data_wait", "seconds", "wall_seconds", "memory_mb", "collapsed", "bad_images")
 
 
 class Report:
     """Measures a run, and reports it in the log, on the screen and in curves.png.
 
-    watch       features (images -> (N, D)) -> {"knn": ..., "knn_images": ..., "rank": ...}
+    watch       features (images -> (N, D)) -> {"knn": ..., "knn_images": ..., "rank": ..., ...}
     progress    a Progress, which prints the lines
     """
 
@@ -112,7 +112,8 @@ class Report:
             words.append(f"std x sqrt(d) {record['std']:.3f}")
             words.append(f"lr {record['lr']:.4g}")
         if record["knn"] is not None:
-            words.append(f"kNN {record['knn']:.2f}% of {record['knn_images']}")
+            skew = if_unequal(record["knn"], record["knn_balanced"], record["knn_largest_class"])
+            words.append(f"kNN {record['knn']:.2f}% of {record['knn_images']}{skew}")
         if record["rank"] is not None:
             words.append(f"rank {record['rank']:.1f}")
         for name in self.method.MEASURED:
@@ -148,13 +149,20 @@ def describe_run(job, method, watches_knn):
     rows["training"] = (
         f"{s['epochs']} epochs of {method.steps_per_epoch} steps, {method.total_steps:,} in all{instead}, "
         f"global batch {s['batch']}, lr {method.lr:.4g}")
-    if method.total_steps < min(FEW_STEPS, on_its_own):
-        epochs = math.ceil(FEW_STEPS / method.steps_per_epoch)
-        rows["too short"] = f"{TOO_SHORT}; --epochs {epochs}, or a smaller --batch, gives {FEW_STEPS:,}"
+    rows |= too_short(s, min(FEW_STEPS, on_its_own), TOO_SHORT)
     rows["processes"] = (
         f"{world}, of {s['batch'] // world} images each, BN over {s['batch']}, {hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job, watches_knn)
     return rows | method.rows() | {"writes to": job.out}
+
+
+def too_short(s, enough, why):
+    """A row of the start block if these settings give fewer steps than enough: {} or {heading: text}"""
+    steps_per_epoch = s["images"] // s["batch"]
+    epochs = math.ceil(enough / steps_per_epoch)
+    if s["epochs"] * steps_per_epoch >= enough:
+        return {}
+    return {"too short": f"{why}; --epochs {epochs}, or a smaller --batch, gives {enough:,}"}
 
 
 def describe_experiment(method):
@@ -179,6 +187,6 @@ def describe_knn(job, watches_knn):
         return "none (--knn-every 0)"
     if not watches_knn:
         return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
-    k = neighbours(len(job.train), len(job.train.classes))
-    return (f"every {every} epochs, k {k} (a fifth of a class, at most 200), on {len(job.val)} images, from "
-            f"{job.val.where}")
+    k = neighbours(len(job.train), len(job.train.classes), job.settings["knn_k"])
+    return (f"every {every} epochs, k {k} (--knn-k, or a fifth of a class, at most 200), on {len(job.val)} "
+            f"images, from {job.val.where}")

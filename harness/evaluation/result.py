@@ -14,7 +14,7 @@ from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
 from ..common.progress import start_block
 from .backbones import in_words
-from .features import Frozen
+from .features import Frozen, if_unequal
 from .weights import describe_found
 
 # --- On the screen ----------------------------------------------------------------------------------------
@@ -65,21 +65,19 @@ def describe_protocol(s):
     return text
 
 
-def describe_sweep(held_out, chosen):
-    """How each base lr did on held-out images, {base_lr: percent}, and whether to try others."""
-    shown = ", ".join(f"{base_lr:g} {percent:.1f}%" for base_lr, percent in held_out.items())
-    line = f"held-out top-1 by base lr: {shown}"
-    first, *_, last = held_out
-    if chosen in (first, last):
-        line += "; the best is at an end of the sweep: try --base-lr beyond it"
-    return line
+def describe_accuracy(found):
+    """The accuracies that `accuracy` found, for the screen."""
+    text = f"top-1 {found['top1']:.2f}%"
+    if "top5" in found:
+        text += f", top-5 {found['top5']:.2f}%"
+    return text + if_unequal(found["top1"], found["balanced"], found["largest_class"])
 
 
 def last_lines(job, judged, images):
     """The lines that an evaluation ends with. images: how many val/ has, with those that can't be read"""
     s = job.settings
-    return (f"{s['protocol']}: top-1 {judged.top1:.2f}%, top-5 {judged.top5:.2f}% on {s['val_images']} of "
-            f"{images} validation images ({s['note']})\ndone: {os.path.join(job.out, 'lineval.json')}")
+    return (f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {s['val_images']} of {images} "
+            f"validation images ({s['note']})\ndone: {os.path.join(job.out, 'lineval.json')}")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
@@ -92,13 +90,16 @@ def write_result(job, judged, bank, queries, bad_images):
     classifier.pth has the layer's weight (C, D) and bias (C,), the classes' names, and the note.
     lineval.json has the accuracy first, then everything that it could depend on:
 
-        top1, top5                  percent of the validation images that could be read, after the last epoch
+        top1, top5                  percent of the validation images that could be read, after the last epoch;
+                                    top5 only if there are more than five classes
+        balanced, largest_class     the mean of top1 within each class; the largest class's share
         protocol, note              which protocol, and whether it is the paper's
         base_lr, batch, epochs, lr  of the linear layer, if one was trained
         backbone, sha256, ...       what was evaluated
         data, content, ...          on what; content is a number that tells data sets apart
         views_given                 which of size, mean and std the command line named
-        held_out_top1               cached: how each lr of the sweep did on held-out training images
+        held_out_top1               cached: how each lr of the sweep did on held-out training images; of
+                                    fewer than 10,000 images, the least cross-entropy decides instead
         best_epoch_not_the_result   lars, sgd: for papers that report it
         images, val_images          how many could be read and took part
         bad_images                  how many could not be read
@@ -109,8 +110,7 @@ def write_result(job, judged, bank, queries, bad_images):
         content["note"] = job.settings["note"]
         save(content, os.path.join(job.out, "classifier.pth"))
     result = {
-        "top1": judged.top1,
-        "top5": judged.top5,
+        **judged.accuracy,
         **job.settings,
         **judged.found,
         "bad_images": bad_images,

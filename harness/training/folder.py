@@ -27,7 +27,7 @@ NEWEST = "checkpoint.pth"
 PREVIOUS = "checkpoint-previous.pth"
 CHECKPOINTS = (NEWEST, PREVIOUS)
 MAY_CHANGE = {"data", "more", "knn_data", "init", "backbone", "workers", "world", "knn_every", "save_minutes",
-              "compile", "keep_every"}  # settings that a resumed run may change without --override
+              "compile", "keep_every", "knn_k"}  # settings that a resumed run may change without --override
 LOCK = ".writer"   # a hidden file, so that nobody takes it for data
 PATIENCE = 60      # seconds that a start waits for the lock: the old process may be about to end
 locked = []        # the files that this process has locked

@@ -13,6 +13,7 @@ class Method:
     SETTINGS        {setting: (type, its default in each recipe)}
     HELP            {setting: what it is}
     CHOICES         {setting: what it can be}
+    IDLE            {setting: (another one, values of that one that leave the setting without effect)}
     ABLATIONS       the settings that only experiments need
     EXPERIMENTS     {name: (the paper's result, what changes)}
     ON_IMAGENET     {experiment: {setting: value}}: what else it changes, in ImageNet's recipe
@@ -26,6 +27,7 @@ class Method:
     SETTINGS = {}
     HELP = {}
     CHOICES = {}
+    IDLE = {}
     ABLATIONS = ()
     EXPERIMENTS = {}
     ON_IMAGENET = {}

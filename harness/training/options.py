@@ -97,6 +97,7 @@ LIMITS = {
     # Of the run itself.
     "knn_every": (0, math.inf),  # 0: never
     "val_share": (0, 0.5),       # 0: none
+    "knn_k": (0, math.inf),      # 0: by the size of the classes
     "workers": (0, 1024),
     "seed": (0, 2 ** 63 - 1),
     "save_minutes": (0, 1e9),

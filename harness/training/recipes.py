@@ -124,9 +124,22 @@ def settings_for(args, train, world):
     settings["range"] = train.value_range
     settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
     settings["world"] = world
+    check_effects(args, settings)
     check_together(settings)
     method.check(settings)
     return settings
+
+
+def check_effects(args, settings):
+    """Raise Refused for an option on the command line that has no effect with these settings."""
+    method = args.method
+    given = named(args, method.SETTINGS)
+    if args.prefix and not args.init:
+        raise Refused("--prefix needs --init")
+    for name, (other, *values) in method.IDLE.items():
+        if name in given and settings[other] in values:
+            raise Refused(f"--{name.replace('_', '-')} ({method.HELP[name]}) has no effect with "
+                          f"--{other.replace('_', '-')} {settings[other]}")
 
 
 def check_together(s):
