@@ -5,6 +5,7 @@
     python lineval.py CIFAR --ckpt random:resnet18                an untrained network, for comparison
     torchrun --nproc-per-node 8 lineval.py --ckpt runs/IMAGENET/checkpoint.pth
     python lineval.py --ckpt runs/IMAGENET/checkpoint.pth --export torchvision      another file layout
+    python lineval.py PHOTOS --ckpt CKPT --classify classifier.pth                  a table of classes
 
 Every protocol uses pooled features of the frozen backbone in eval mode. Its accuracy is over the validation
 images' features, which are computed once; every image counts once:
@@ -41,8 +42,9 @@ from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, neighbours
 from harness.evaluation.report import too_short
-from harness.evaluation.result import describe_accuracy, describe_evaluation, last_lines
-from harness.evaluation.result import save_features, save_features_alone, write_result
+from harness.evaluation.result import describe_accuracy, describe_evaluation, describe_result
+from harness.evaluation.result import read_classifier, save_features, save_features_alone
+from harness.evaluation.result import write_classes, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, folder_name
 from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
@@ -415,15 +417,18 @@ def evaluate(args):
             backbone = read_backbone(args.ckpt, prefix=args.prefix)
             backbones.export(backbone, args.ckpt, args.export, args.out)
         return
-    backbone, data, recipe = open_all(args)
+    classifier = read_classifier(args.classify) if args.classify else {"settings": {}}
+    backbone, data, recipe = open_all(args, classifier["settings"])
     s = describe(args, backbone, data, recipe, world)
     set_threads(s["width"], s["size"])
     policy = views_of(s)
     views = test_views(policy, device, args.workers)
     say = Progress(0, quiet=rank > 0).line
-    if not data.can_judge():  # then the user wants only features
-        job = Job(s, device, data.train, data.val, views, out=args.features, resuming=False)
-        save_features_alone(job, backbone, data.rows(), say)
+    if args.classify or not data.can_judge():  # the user wants a table of classes, or only features
+        out = args.out or table_of(args) if args.classify else args.features
+        job = Job(s, device, data.train, data.val, views, out, resuming=False)
+        say(start_block(describe_evaluation(job, backbone, data.rows())))
+        say(classify(job, backbone, classifier) if args.classify else save_features_alone(job, backbone))
         return
 
     # 2. Settings, all of them checked before the work begins
@@ -452,24 +457,45 @@ def evaluate(args):
     else:
         judged = knn(job, bank, queries, args.knn_k)
 
-    # 5. The result
+    # 5. The result, the number first
+    say(describe_result(job, judged, images=len(data.val)))
     bad = len(data.train) - len(train) + len(data.val) - len(val)
     if rank == 0:
-        write_result(job, judged, bank, queries, bad)
+        write_result(job, judged, bank, queries, bad, frozen.digest)
     if args.features:
         save_features(args.features, {"train": (train, bank), "val": (val, queries)})
-    say(last_lines(job, judged, images=len(data.val)))
+    say(f"done: {os.path.join(out, 'lineval.json')}")
 
 
-def open_all(args):
+def classify(job, backbone, classifier):
+    """Write the table of --classify to job.out: the class of each image -> a line that says so
+
+    Raises Refused if the classifier is another network's.
+    """
+    frozen = Frozen(backbone, job)
+    if frozen.digest != classifier["network"]:
+        raise Refused(f"{job.settings['backbone']}: is not the backbone that the classifier was trained on")
+    names, features = [], []
+    for source in filter(None, (job.train, job.val)):
+        good, v = frozen.features_of(source)
+        names += map(str, range(len(good))) if good.files is None else good.names.tolist()
+        features.append(v)
+    scores = torch.cat(features) @ classifier["weight"].T.to(job.device) + classifier["bias"].to(job.device)
+    if dist.get_rank() == 0:
+        write_classes(job.out, names, classifier["classes"], scores.softmax(dim=1))
+    return f"done: {job.out}, classes of {len(names)} images"
+
+
+def open_all(args, seen):
     """Open the backbone and the data, and choose the recipe for the views -> Backbone, Data, recipe.
 
-    The recipe is the settings of the backbone's pre-training, or else those that suit the data. Raises
-    Refused if the user wants an accuracy, and the data can't give one.
+    The recipe is the settings of the backbone's pre-training, or else those that suit the data.
+    seen    settings of an evaluation, which are taken instead
+    Raises Refused if the user wants an accuracy, and the data can't give one.
     """
-    # An evaluation can take hours: notice a file that is in the way now, not at the end.
-    if args.features and not args.resume and os.path.exists(args.features):
-        raise Refused(f"--features {args.features} already exists; name another file")
+    # An evaluation can take hours: notice now what would be in the way of a file at the end.
+    check_new(args.features if not args.resume else None)
+    check_new((args.out or table_of(args)) if args.classify else None)
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
     backbone = None
@@ -486,15 +512,30 @@ def open_all(args):
             args.val, args.val_share = saved.get("val"), saved.get("val_share")
     args.data = None if args.data == "shapes" else args.data
     wanted = Validation(args.val, args.val_share, saved.get("seed", args.seed))
-    data = open_data(args.data, args.range or saved.get("range"), wanted)
-    if not data.can_judge() and not args.features:
+    data = open_data(args.data, args.range or seen.get("range") or saved.get("range"), wanted)
+    if not (data.can_judge() or args.features or args.classify):
         data.refuse(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., or "
                     "CIFAR-10 (--features needs none)")
-    recipe = saved or recipe_for(args.data, data.train, None, SETTINGS)
+    recipe = (saved or recipe_for(args.data, data.train, None, SETTINGS)) | seen
     if is_random:
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
         backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
     return backbone, data, recipe
+
+
+def check_new(path):
+    """Raise Refused unless a file of this name can be written, and is not there yet. None: no file"""
+    if path is None:
+        return
+    if os.path.exists(path):
+        raise Refused(f"{path}: already exists; name another file")
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise Refused(f"{path}: its folder must be there, and writable; make it, or name another one")
+
+
+def table_of(args):
+    """The file of --classify: next to the classifier, by the name of the data."""
+    return os.path.join(os.path.dirname(args.classify), f"{folder_name(args.data)}.csv")
 
 
 def describe(args, backbone, data, recipe, world):
@@ -647,6 +688,9 @@ def parse(argv=None):
     parser.add_argument("--size", type=int, help=f"side of the views, in pixels {own}")
     parser.add_argument("--mean", type=number, nargs=3, metavar="M", help=f"mean of the channels {own}")
     parser.add_argument("--std", type=number, nargs=3, metavar="S", help=f"std of the channels {own}")
+    parser.add_argument("--classify", metavar="FILE",
+                        help="a classifier.pth: write a table with the class of each image of DATA to --out "
+                             "(default: <data name>.csv next to FILE), and evaluate nothing")
     parser.add_argument("--export", choices=("torchvision", "released"),
                         help="write the network in this layout, and evaluate nothing")
     return parser.parse_args(argv)

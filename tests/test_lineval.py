@@ -481,7 +481,9 @@ REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-1
     "resuming the cached protocol": (
         "{ten} {untrained} --cached --resume", "--cached can't be resumed"),
     "features in a file that is there": (
-        "{ten} {untrained} --knn --features {files}/good.pth", "good.pth already exists"),
+        "{ten} {untrained} --knn --features {files}/good.pth", "good.pth: already exists"),
+    "features in no folder": (
+        "{ten} {untrained} --knn --features {files}/no/f.npz", "no/f.npz: its folder must be there"),
 }
 
 

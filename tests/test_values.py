@@ -1,8 +1,10 @@
 """harness/data, images.py: pixels of more than 8 bits; bad files; the small options for odd images."""
 import contextlib
+import csv
 import os
 import re
 import shlex
+import shutil
 import struct
 import sys
 import zlib
@@ -17,6 +19,7 @@ import lineval
 import simsiam
 from harness.common.errors import BadImage, Refused
 from harness.data import images, loading, opening
+from harness.evaluation import result
 from harness.training.run import Job
 from tests.helpers import CPU, ROOT, TINY, decompression_bomb, here, log_of, png_chunk, refusal
 from tests.helpers import result_of, save_image, slow
@@ -433,6 +436,45 @@ def test_the_documented_lines_give_the_features_of_the_evaluation(odd_run, capsy
         assert np.allclose(names["features"][0], expected, rtol=1e-5, atol=1e-6)
         right += capsys.readouterr().out.strip() == "ab"[label]
     assert result_of(odd_run / "eval")["top1"] == pytest.approx(100 * right / 6)
+
+
+def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
+    """--classify on the validation images, one of them bad: the names, and the accuracy against --cached's.
+
+    The evaluation was told views and range, because the weights don't know them; the classifier does.
+    """
+    weights = torch.load(odd_run / "run" / "backbone.pth", weights_only=True)["model"]
+    torch.save(weights, odd_run / "bare.pth")
+    bare = ["--ckpt", odd_run / "bare.pth", "--width", "1/16"]
+    told = shlex.split("--size 24 --mean .5 .4 .3 --std .25 .3 .35 --range 0 3000 --cached --epochs 5")
+    assert here("lineval.py", odd_run / "data", *bare, *told, "--out", odd_run / "told") is None
+    photos = tmp_path / "photos"
+    for k, path in enumerate(sorted((odd_run / "data" / "val").rglob("*.png"))):
+        shutil.copy(path, new_file(photos / f"{path.parent.name}, \u00e9{k}.png"))
+    (new_file(photos / "x.png")).write_bytes(b"bad")
+    classify = ["--classify", odd_run / "told" / "classifier.pth"]
+    assert here("lineval.py", photos, *bare, *classify) is None
+    with open(odd_run / "told" / "photos.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    files = [os.path.relpath(row["file"], photos) for row in rows]
+    assert files == sorted(name for name in os.listdir(photos) if name != "x.png")
+    right = [row["class"] == file[0] for file, row in zip(files, rows)]
+    assert 100 * np.mean(right) == pytest.approx(result_of(odd_run / "told")["top1"])
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)  # of two classes, the more probable
+    assert "photos.csv: already exists" in here("lineval.py", photos, *bare, *classify)
+    other = ["--ckpt", "random:resnet18", *classify, "--out", tmp_path / "c.csv"]
+    assert "is not the backbone that the classifier was trained on" in here("lineval.py", photos, *other)
+
+
+def test_the_number_comes_before_what_can_fail(tmp_path, small, monkeypatch, capsys):
+    """A disk that is full after lineval.json: the accuracy is there, and on the screen."""
+    def full(*given):
+        raise Refused("classifier.pth: can't be written")
+
+    monkeypatch.setattr(result, "save", full)
+    options = ["--ckpt", "random:resnet18", "--width", "1/16", "--cached", "--epochs", 5, "--out", tmp_path]
+    assert "classifier.pth: can't be written" in here("lineval.py", small, *options)
+    assert f"top-1 {result_of(tmp_path)['top1']:.2f}%" in capsys.readouterr().out
 
 
 @slow

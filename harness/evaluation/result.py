@@ -1,4 +1,6 @@
 """An evaluation's lines on the screen, and the files of its result."""
+import csv
+import io
 import json
 import os
 import shlex
@@ -9,10 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..common.files import replacing, save
+from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
-from ..common.progress import start_block
 from .backbones import in_words
 from .features import Frozen, if_unequal
 from .weights import describe_found
@@ -57,7 +58,7 @@ def describe_views(s, backbone):
 def describe_protocol(s):
     """Which protocol it is, and what it trains with."""
     if "protocol" not in s:
-        return "none: features alone"
+        return "none: nothing is trained or judged"
     text = f"{s['protocol']}: {s['note']}"
     if "epochs" in s:
         base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
@@ -73,21 +74,23 @@ def describe_accuracy(found):
     return text + if_unequal(found["top1"], found["balanced"], found["largest_class"])
 
 
-def last_lines(job, judged, images):
-    """The lines that an evaluation ends with. images: how many val/ has, with those that can't be read"""
+def describe_result(job, judged, images):
+    """An evaluation's result in a line. images: how many val/ has, with those that can't be read"""
     s = job.settings
     return (f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {s['val_images']} of {images} "
-            f"validation images ({s['note']})\ndone: {os.path.join(job.out, 'lineval.json')}")
+            f"validation images ({s['note']})")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
 
-def write_result(job, judged, bank, queries, bad_images):
-    """Write classifier.pth if a layer was trained, lineval.json, and then neighbors.png.
+def write_result(job, judged, bank, queries, bad_images, network):
+    """Write lineval.json, classifier.pth if a layer was trained, and neighbors.png.
 
     bank, queries   features of the training and of the validation images, (n, D) each
+    network         the digest of the frozen network
 
-    classifier.pth has the layer's weight (C, D) and bias (C,), the classes' names, and the note.
+    classifier.pth has the layer's weight (C, D) and bias (C,), the classes' names, the note, and what
+    --classify needs: the evaluation's settings, and the network's digest.
     lineval.json has the accuracy first, then everything that it could depend on:
 
         top1, top5                  percent of the validation images that could be read, after the last epoch;
@@ -104,11 +107,6 @@ def write_result(job, judged, bank, queries, bad_images):
         images, val_images          how many could be read and took part
         bad_images                  how many could not be read
     """
-    if judged.layer is not None:
-        content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
-        content["classes"] = job.train.classes
-        content["note"] = job.settings["note"]
-        save(content, os.path.join(job.out, "classifier.pth"))
     result = {
         **judged.accuracy,
         **job.settings,
@@ -120,6 +118,13 @@ def write_result(job, judged, bank, queries, bad_images):
     }
     with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
+    if judged.layer is not None:
+        content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
+        content["classes"] = job.train.classes
+        content["note"] = job.settings["note"]
+        content["settings"] = job.settings
+        content["network"] = network
+        save(content, os.path.join(job.out, "classifier.pth"))
     chosen, nearest = neighbors(job.train, job.val, bank, queries)
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
 
@@ -136,6 +141,28 @@ def neighbors(train, val, bank, queries, rows=10, columns=8):
     similarity = F.normalize(queries[chosen]) @ F.normalize(bank).T
     nearest = similarity.topk(min(columns, len(train))).indices
     return chosen, nearest.cpu().numpy()
+
+
+def read_classifier(path):
+    """A classifier.pth -> its content. Raises Refused if it isn't one, or lacks what applying it needs."""
+    content = read(path)
+    with refusing(path, "no classifier.pth of lineval.py"):
+        return {name: content[name] for name in ("weight", "bias", "classes", "settings", "network")}
+
+
+def write_classes(path, names, classes, probabilities):
+    """Write a table: each image's name (text or bytes), its most probable class, and that one's probability.
+
+    probabilities   (n, C)
+    """
+    best = probabilities.max(dim=1)
+    rows = zip(map(os.fsdecode, names), best.indices.tolist(), best.values.tolist())
+    with replacing(path) as f:
+        text = io.TextIOWrapper(f, "utf-8", "surrogateescape", newline="")
+        table = csv.writer(text)
+        table.writerow(["file", "class", "probability"])
+        table.writerows([name, classes[k], f"{p:.4f}"] for name, k, p in rows)
+        text.detach()
 
 
 def save_features(path, splits):
@@ -159,18 +186,15 @@ def save_features(path, splits):
         np.savez(f, **arrays)
 
 
-def save_features_alone(job, backbone, rows, say):
-    """--features for data without labels or val/, which no protocol can judge.
+def save_features_alone(job, backbone):
+    """--features for data without labels or val/, which no protocol can judge -> a line that says so
 
     job     its `out` is the file
-    rows    those of the start block that are about the data
-    say     prints lines
     """
-    say(start_block(describe_evaluation(job, backbone, rows)))
     frozen = Frozen(backbone, job)
     splits = {"train": frozen.features_of(job.train)}
     if job.val:
         splits["val"] = frozen.features_of(job.val)
     save_features(job.out, splits)
     train, _ = splits["train"]
-    say(f"done: {job.out}, features of {len(train)} images ({len(job.train) - len(train)} bad)")
+    return f"done: {job.out}, features of {len(train)} images ({len(job.train) - len(train)} bad)"
