@@ -423,14 +423,14 @@ def test_features_that_are_not_finite_give_no_number(tmp_path, ten):
 def assert_same_evaluation(whole, resumed):
     """Two runs of the same evaluation have the same layer, momentum, epochs and result."""
     assert equal(weights_of(whole), weights_of(resumed))
-    keys = ("epoch", "step", "loss", "lr", "top1", "top5")
+    keys = ("epoch", "step", "loss", "lr", "top1", "balanced")
     epochs = []
     for folder in (whole, resumed):
         records = [record for record in log_of(folder) if record["event"] == "epoch"]
         epochs.append([{key: record[key] for key in keys} for record in records])
     assert epochs[0] == epochs[1]
     result = result_of(resumed)
-    assert (result["top1"], result["top5"]) == (epochs[0][-1]["top1"], epochs[0][-1]["top5"])
+    assert (result["top1"], result["balanced"]) == (epochs[0][-1]["top1"], epochs[0][-1]["balanced"])
 
 
 @pytest.mark.parametrize("protocol", ["lars", pytest.param("sgd", marks=slow)])
