@@ -162,7 +162,7 @@ ENOUGH_IMAGES = 10_000                                                # for its 
 FILES = (*CHECKPOINTS, "lineval.json")                                # a folder with any has an evaluation
 DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
 ENOUGH_STEPS = 1000                                                   # without them, cached is the default
-TOO_SHORT = "90 steps of lars ended 21 points below --cached, on 4,200 images of CIFAR-10"
+TOO_SHORT = "90 steps of lars ended 20 points below --cached, on 4,200 images of CIFAR-10"
 OF_THE_LAYER = ("base_lr", "batch", "epochs")                         # options of what trains the layer
 
 
