@@ -437,10 +437,8 @@ def evaluate(args):
     out = args.out or default_folder(args, s, backbone)
     resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
-    rows = describe_evaluation(job, backbone, data.rows())
-    if protocol.optimizer:
-        rows |= too_short(s, ENOUGH_STEPS, TOO_SHORT)
-    say(start_block(rows))
+    short = too_short(s, ENOUGH_STEPS, TOO_SHORT) if protocol.optimizer else {}
+    say(start_block(describe_evaluation(job, backbone, data.rows()) | short))
 
     # 3. Features of all good images, without augmentation: to classify, find bad files, show neighbours
     frozen = Frozen(backbone, job)
