@@ -35,7 +35,7 @@ from typing import NamedTuple
 from harness.common.draws import permutation
 from harness.common.errors import Refused
 from harness.common.machine import set_threads, to_device
-from harness.common.progress import Progress, start_block
+from harness.common.progress import Progress, start_block, warn
 from harness.data.images import read_image
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
@@ -372,7 +372,10 @@ def knn(job, bank, queries, asked):
     labels = to_device(job.train.labels, job.device)
     truth = to_device(job.val.labels, job.device)
     k = neighbours(len(bank), len(job.train.classes), asked)
-    return Judged(knn_accuracy(bank, labels, queries, truth, k), found={"k": k})
+    found = knn_accuracy(bank, labels, queries, truth, k)
+    if k < 5:  # fewer than five classes can get a vote
+        found.pop("top5", None)
+    return Judged(found, found={"k": k})
 
 
 # --- 6. The program --------------------------------------------------------------------------------------
@@ -504,13 +507,7 @@ def open_all(args, seen):
         if not saved and not args.data:
             raise Refused(f"{args.ckpt} doesn't say what it was trained on; name the DATA (shapes: the "
                           "drawn ones)")
-    if args.data is None:
-        args.data = saved.get("knn_data") or saved.get("data")
-        if not args.val and not args.val_share:  # else the images that pre-training held out judge
-            args.val, args.val_share = saved.get("val"), saved.get("val_share")
-    args.data = None if args.data == "shapes" else args.data
-    wanted = Validation(args.val, args.val_share, saved.get("seed", args.seed))
-    data = open_data(args.data, args.range or seen.get("range") or saved.get("range"), wanted)
+    data = open_as_before(args, saved, args.range or seen.get("range") or saved.get("range"))
     if not (data.can_judge() or args.features or args.classify):
         data.refuse(f"{args.data}: linear evaluation needs labels: train/<class>/... and val/<class>/..., or "
                     "CIFAR-10 (--features needs none)")
@@ -519,6 +516,32 @@ def open_all(args, seen):
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
         backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
     return backbone, data, recipe
+
+
+def open_as_before(args, saved, value_range):
+    """DATA, by default that of pre-training, whose settings are `saved` -> Data
+
+    If the command line doesn't name the images that judge, those do that pre-training held out: of its own
+    data, and of data that have no others.
+    """
+    seed = saved.get("seed", args.seed)
+    wanted = Validation(args.val, args.val_share, seed)
+    held_out = Validation(saved.get("val"), saved.get("val_share"), seed)
+    is_own = args.data is None
+    if is_own:
+        args.data = saved.get("knn_data") or saved.get("data")
+    args.data = None if args.data == "shapes" else args.data
+    if is_own and not (args.val or args.val_share):
+        wanted = held_out
+    data = open_data(args.data, value_range, wanted)
+    if not (data.can_judge() or args.val or args.val_share) and held_out.share:
+        wanted = held_out
+        data = open_data(args.data, value_range, wanted)
+    if is_own and wanted == held_out and not saved.get("knn_data") and not args.range \
+            and data.train.fingerprint() != saved["content"]:
+        warn(f"{args.data}: its images are not those of pre-training any more")
+    args.val, args.val_share = wanted.name, wanted.share
+    return data
 
 
 def check_new(path):

@@ -48,7 +48,7 @@ def test_val_names_the_folder_that_judges(tmp_path):
     for name, count in counts.items():
         plant(tmp_path, classes(name, count=count // 3))
     for name, count in {None: 12, **counts}.items():
-        _, val, found = open_data(tmp_path, wanted=Validation(name))
+        _, val, found = open_data(tmp_path, wanted=Validation(name and f"./{name}/"))
         assert len(val) == count
         assert all(file.startswith(name or "val") for file in names_below(tmp_path, val))
         assert sum(found.left_out.values()) == 12 + 6 + 3 - count
@@ -111,7 +111,8 @@ def test_an_evaluation_judges_by_what_pre_training_held_out(tmp_path):
     assert knn_images(run) == 6
     commands = {
         "own data": ["--ckpt", run / "checkpoint.pth", "--seed", 8],
-        "data named": [data, *options, "--ckpt", run / "checkpoint.pth", "--seed", 8],
+        "data named": [data, "--ckpt", run / "checkpoint.pth", "--seed", 8],
+        "share named": [data, *options, "--ckpt", run / "checkpoint.pth", "--seed", 8],
         "untrained": [data, *options, *EVALUATION, "--seed", 3],
     }
     saved = []
@@ -126,6 +127,33 @@ def test_an_evaluation_judges_by_what_pre_training_held_out(tmp_path):
     for found in saved:
         assert list(found["train_files"]) == list(expected.train.files)
         assert list(found["val_files"]) == list(expected.val.files)
+
+
+def test_an_evaluation_finds_the_data_of_pre_training_from_any_folder(tmp_path, monkeypatch, capsys):
+    """Another folder has data of the same name. Images that were added since are told."""
+    for name, count in (("here", 6), ("there", 4)):
+        plant(tmp_path / name / "data", classes("train") | classes("val", count=count))
+    monkeypatch.chdir(tmp_path / "here")
+    assert here("simsiam.py", "data", *QUICK, "--out", tmp_path / "run") is None
+    monkeypatch.chdir(tmp_path / "there")
+    evaluate = ["--ckpt", tmp_path / "run", "--knn", "--workers", 0, "--out"]
+    capsys.readouterr()
+    assert here("lineval.py", *evaluate, tmp_path / "first") is None
+    assert result_of(tmp_path / "first")["val_images"] == 18
+    assert capsys.readouterr().err == ""
+    plant(tmp_path / "here" / "data", {"train/a/new.png": 1})
+    assert here("lineval.py", *evaluate, tmp_path / "second") is None
+    assert "its images are not those of pre-training any more" in capsys.readouterr().err
+
+
+def test_classes_that_nothing_judges_are_told_and_none_loses_its_only_image(tmp_path):
+    """A long tail of 10, 4 and 1 images a class, of which a share is held out."""
+    for name, count in zip("abc", (10, 4, 1)):
+        plant(tmp_path, many(f"{name}/{{}}.png", count))
+    for seed in range(5):
+        data = open_data(tmp_path, wanted=Validation(None, 0.5, seed))
+        assert set(data.train.labels) == {0, 1, 2}
+        assert ", of 2 of the classes alone" in data.rows()["data"]
 
 
 def test_a_share_beside_val_leaves_val_alone(tmp_path):
@@ -149,6 +177,27 @@ def test_a_note_names_the_option_and_it_can_be_followed(tmp_path):
             assert note.startswith("3 folders look like classes (a, b, ...)")
         assert note in refusal("lineval.py", data, *EVALUATION)
         assert len(open_data(data, wanted=Validation(None, 0.2)).val) == 6
+
+
+NOTES = {  # id: the tree, words of the note, whether a share of each class is advised
+    "splits by names of their own": (
+        classes("seg_train") | classes("seg_test"), "seg_test, seg_train may be splits: name them train/", False),
+    "classes in folders of initials": (
+        classes("train/a", ("abbey", "airport")) | classes("train/b", ("barn", "beach")),
+        "the classes are a, b, ...; the folders in each, such as a/abbey, are not told apart", True),
+    "img2dataset's parts": (
+        classes("train", ("00000", "00001")) | {"train/00000/000.json": b"{}", "train/00001/000.json": b"{}"},
+        "00000 is no class, but a shard or a part of the images: no labels", False),
+    "numbers that are classes": (classes("train", ("00000", "00001")), "no validation split", True),
+}
+
+
+@pytest.mark.parametrize("tree, words, advised", NOTES.values(), ids=NOTES)
+def test_what_may_be_no_classes_is_told(tmp_path, tree, words, advised):
+    """In a note."""
+    notes = "; ".join(open_data(plant(tmp_path, tree)).found.notes)
+    assert words in notes
+    assert ("holds out a fifth" in notes) == advised
 
 
 @pytest.mark.parametrize("options, message", [
@@ -175,8 +224,8 @@ def test_several_data_are_trained_on_together(tmp_path, monkeypatch, capsys):
     assert here("simsiam.py", "A", *files[:2], *QUICK, "B", "B/list.txt") is None
     settings = settings_of_run(tmp_path / "runs" / "A")
     assert settings["images"] == 6 + 5
-    assert settings["data"] == "A"
-    assert settings["more"] == [*files[:2], "B", "B/list.txt"]
+    assert settings["data"] == str(tmp_path / "A")
+    assert settings["more"] == [str(tmp_path / name) for name in (*files[:2], "B", "B/list.txt")]
     printed = " ".join(capsys.readouterr().out.split())
     assert "training images alone: 11 images, no labels" in printed
     assert "left out 5 files: 4 validation images, 1 .txt" in printed

@@ -299,8 +299,8 @@ def test_knn_accuracy_is_that_of_a_count(evaluated):
     bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
     nearest = (saved["val_features"] @ bank.T).argmax(axis=1)
     expected = 100 * np.mean(saved["train_labels"][nearest] == saved["val_labels"])
-    result = result_of(out)
-    assert close([result["top1"], result["top5"]], [expected, expected])
+    assert close([result_of(out)["top1"]], [expected])
+    assert "top5" not in result_of(out)  # one neighbour votes for one class
 
 
 @slow

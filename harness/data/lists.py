@@ -16,7 +16,7 @@ FORMATS = {
         ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"),
     "arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
     "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')": (
-        ".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr"),
+        ".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr", ".ubyte"),
     "a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; write each "
     "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')": (
         ".nii", ".dcm", ".mha", ".nrrd"),
@@ -44,7 +44,9 @@ def suffix_of(path):
     DICOM often has none, or the last of many numbers: four letters in the file tell it.
     """
     name = os.fsdecode(path).lower()
-    _, suffix = os.path.splitext(name.replace(".nii.gz", ".nii"))
+    for theirs, ours in ((".nii.gz", ".nii"), ("-ubyte.gz", ".ubyte"), ("-ubyte", ".ubyte")):
+        name = name.replace(theirs, ours)  # of medicine, and of MNIST
+    _, suffix = os.path.splitext(name)
     if not suffix.strip(".0123456789"):
         with contextlib.suppress(OSError), open(path, "rb") as f:
             if f.read(132).endswith(b"DICM"):

@@ -67,6 +67,9 @@ class Data(NamedTuple):
         text = f"{found.layout}: {len(train):,} images, {labels}, {place}, from {train.where}"
         if self.val is not None:
             text += f"; validation: {len(self.val):,}, from {self.val.where}"
+            judged = len(np.unique(self.val.labels))
+            if judged < len(train.classes):
+                text += f", of {judged} of the classes alone"
         rows = {"data": text, "left out": describe(found.left_out), "note": "; ".join(found.notes)}
         if train.value_range:
             low, high = train.value_range
@@ -183,6 +186,7 @@ def with_validation(data, wanted):
     chance = uniforms(wanted.seed, 0, np.arange(len(train)), HELD_OUT, 0)
     order = np.lexsort((chance, train.labels))
     held = order[np.arange(0, len(train), 1 / wanted.share).astype(int)]
+    held = held[np.bincount(train.labels)[train.labels[held]] > 1]  # no class loses its only image
     val = replace(train.only(np.sort(held)), where=f"{wanted.share:g} of each class in {train.where}")
     return Data(train.only(np.setdiff1d(order, held)), val, found)
 

@@ -17,7 +17,7 @@ from ..common.errors import Refused, printable
 from .lists import read_lines
 from .source import Source
 from .tars import plain
-from .walk import REASONS, suffix_of
+from .walk import REASONS, key, suffix_of
 
 
 def named(words):
@@ -130,9 +130,25 @@ def class_folders(listing, place):
     """The classes whose folders are in a place, sorted, and notes. Shards and numbered parts are none."""
     names = sorted(listing.names(place))
     for name in names:
-        if (*place, name) in listing.shards or PARTS.fullmatch(shown(name).lower()):
+        if is_part(listing, (*place, name)):
             return [], [f"{shown(name)} is no class, but a shard or a part of the images: no labels"]
-    return sorted(set(map(class_name, names))), []
+    notes = []
+    deeper = [name for name in names if len(listing.names((*place, name))) > 1]
+    if deeper and not any((*place, name) in listing.tree for name in names):
+        notes = [f"the classes are {', '.join(map(shown, names[:3]))}, ...; the folders in each, such as "
+                 f"{shown(deeper[0], min(listing.names((*place, deeper[0]))))}, are not told apart"]
+    return sorted(set(map(class_name, names))), notes
+
+
+def is_part(listing, place):
+    """Whether a folder is a shard, or a numbered part, with images of any class. img2dataset numbers them as
+    some data sets number classes, but writes a KEY.json beside each image."""
+    *_, name = place
+    if place in listing.shards or PARTS.fullmatch(shown(name).lower()):
+        return True
+    images = listing.tree.get(place)
+    return name.isdigit() and bool(images) and os.path.exists(
+        os.path.join(listing.path(place), key(images[0]) + b".json"))
 
 
 def without_splits(listing, wanted):
@@ -146,7 +162,10 @@ def without_splits(listing, wanted):
     classes, notes = class_folders(listing, place)
     if len(classes) > 1 and wanted.share:
         return by_folder(listing, place, classes), notes
-    if len(classes) > 1:
+    splits = [name for name in classes if re.search("train|val|test", name.lower())]
+    if splits:
+        notes.append(f"{', '.join(splits[:3])} may be splits: name them train/ and val/ (links will do)")
+    elif len(classes) > 1:
         notes.append(f"{len(classes)} folders look like classes ({', '.join(classes[:2])}, ...): {HOLD_OUT}")
     return by_folder(listing, place), notes
 
@@ -165,7 +184,7 @@ def training_split(listing, parent, wanted):
                       "them, or several to train on without labels")
     place = holding_place(listing, (*parent, name))
     classes, notes = class_folders(listing, place)
-    others = beside - {name, *candidates(beside), os.fsencode(wanted.name or "")}
+    others = beside - {name, *candidates(beside), os.fsencode(os.path.normpath(wanted.name or ""))}
     if others:
         # With labels and val/, it judges what was trained on the others; else the images of both are joined.
         option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
@@ -184,7 +203,7 @@ def validation_split(listing, parent, classes, wanted):
     classes     of the training split: nothing was learned of a class that it lacks
     wanted      the name of the folder to take, or None
     """
-    names = [os.fsencode(wanted)] if wanted else candidates(listing.names(parent))
+    names = [os.fsencode(os.path.normpath(wanted))] if wanted else candidates(listing.names(parent))
     if not names:
         return None, [f"no validation split (val/ with images): {HOLD_OUT}"] if classes else []
     name = shown(names[0])

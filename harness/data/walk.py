@@ -113,19 +113,21 @@ def walk_tar(path, listing=None, place=()):
     listing     to add to; None: a new one
     """
     listing = listing or new_listing(as_folder(path))
-    inner = {}
-    add_members(listing, place, path, members(path), inner)
+    waiting = {place: None}  # where each tar file starts and ends in this one
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        headers = pool.map(lambda span: list(members(path, span)), inner.values())
-        for folder, found in zip(inner, headers):
-            add_members(listing, folder, path, found, None)
+        while waiting:
+            inner = {}
+            headers = pool.map(lambda span: list(members(path, span)), waiting.values())
+            for folder, found in zip(waiting, headers):
+                add_members(listing, folder, path, found, inner)
+            waiting = inner
     return listing
 
 
 def add_members(listing, place, path, found, inner):
     """Add to a Listing the members of a tar file, or of one inside it, as the folder at this place.
 
-    inner   {place: span} of the tar files inside it, which this fills. None: they are not looked into
+    inner   {place: span} of the tar files inside it, which this fills
     """
     beside = set()  # folders and KEYs
     for inside, offset, size, is_file in found:
@@ -135,7 +137,7 @@ def add_members(listing, place, path, found, inner):
             listing.left_out[LEFT_BEHIND] += 1
         elif not is_file:
             listing.left_out["links and the like in a tar file"] += 1
-        elif is_tar(name) and inner is not None:
+        elif is_tar(name):
             inner[*folder, as_folder(name)] = offset, offset + size
         elif is_image(name):
             listing.tree[folder].append(member_name(path, name, offset, size))

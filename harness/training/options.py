@@ -155,7 +155,7 @@ def new_parser(script, description, data, out, amp):
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
     # argparse would print the usage too, which is two screens long here.
     parser.error = lambda message: sys.exit(f"{script}: {in_our_words(parser, message)}; see --help")
-    parser.add_argument("data", nargs="?", metavar="DATA",
+    parser.add_argument("data", nargs="?", type=data_path, metavar="DATA",
                         help="an image folder (train/<class>/..., val/<class>/..., or any folder of "
                              "images), a text file with one path per line, or a CIFAR-10 folder (default: "
                              f"{data})")
@@ -196,6 +196,11 @@ def in_our_words(parser, message):
         if re.search(rf" --?({theirs})(?![a-z_-])", message) and option in parser.format_usage():
             return f"{message}; here it is {ours}"
     return message
+
+
+def data_path(text):
+    """DATA: a path that holds wherever the next program is started. "shapes" stays: to lineval.py, a name."""
+    return text if text == "shapes" else os.path.abspath(text)
 
 
 def weights_file(text):

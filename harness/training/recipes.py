@@ -9,7 +9,7 @@ import os
 from ..common.errors import Refused
 from ..common.machine import bf16_pays
 from .folder import folder_name
-from .options import add_prefix, add_setting, check_batch, named, new_parser, weights_file
+from .options import add_prefix, add_setting, check_batch, data_path, named, new_parser, weights_file
 
 RECIPES = ("imagenet", "cifar10", "shapes")
 OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # in each recipe's own data
@@ -27,9 +27,9 @@ def options(script, description, method):
         out="runs/<data name>[-<method or experiment>]",
         amp="with cuda; from --width 1/4 up, also on CPUs with bf16 instructions")
     parser.set_defaults(method=method)
-    parser.add_argument("more", nargs="*", metavar="MORE",
+    parser.add_argument("more", nargs="*", type=data_path, metavar="MORE",
                         help="more such DATA: the training images of all are used, without labels")
-    parser.add_argument("--knn-data", metavar="DATA",
+    parser.add_argument("--knn-data", type=data_path, metavar="DATA",
                         help="measure kNN with this data set, and use only training images of DATA (default: "
                              "DATA itself)")
     parser.add_argument("--recipe", choices=RECIPES,
