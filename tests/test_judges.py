@@ -181,7 +181,8 @@ def test_a_note_names_the_option_and_it_can_be_followed(tmp_path):
 
 NOTES = {  # id: the tree, words of the note, whether a share of each class is advised
     "splits by names of their own": (
-        classes("seg_train") | classes("seg_test"), "seg_test, seg_train may be splits: name them train/", False),
+        classes("seg_train") | classes("seg_test"),
+        "seg_test, seg_train may be splits: name them train/", False),
     "classes in folders of initials": (
         classes("train/a", ("abbey", "airport")) | classes("train/b", ("barn", "beach")),
         "the classes are a, b, ...; the folders in each, such as a/abbey, are not told apart", True),
