@@ -477,9 +477,11 @@ def classify(job, backbone, classifier):
     if frozen.digest != classifier["network"]:
         raise Refused(f"{job.settings['backbone']}: is not the backbone that the classifier was trained on")
     names, features = [], []
-    for source in filter(None, (job.train, job.val)):
+    splits = {"train": job.train} if job.val is None else {"train": job.train, "val": job.val}
+    for split, source in splits.items():
         good, v = frozen.features_of(source)
-        names += map(str, range(len(good))) if good.files is None else good.names.tolist()
+        numbers = [f"{split}/{i}" for i in range(len(good))]  # images of CIFAR's files have no names
+        names += numbers if good.files is None else good.names.tolist()
         features.append(v)
     scores = torch.cat(features) @ classifier["weight"].T.to(job.device) + classifier["bias"].to(job.device)
     if dist.get_rank() == 0:

@@ -8,6 +8,7 @@ import time
 import simsiam
 from harness.data import loading
 from harness.training import ends
+from harness.training import run
 from harness.training.run import Run
 from tests.helpers import watched_steps
 
@@ -23,7 +24,7 @@ def hanging(arguments):
     def hang(step):
         if step == 2:
             print("hangs", flush=True)
-            while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:  # which Run.on_signal sets
+            while signal.getsignal(signal.SIGINT) != run.interrupt:  # which Run.on_signal sets
                 time.sleep(0.01)
             print("noticed", flush=True)
             time.sleep(1000)
@@ -47,9 +48,9 @@ def stuck(arguments):
 
 
 def impatient(arguments):
-    """It is stuck, and waits a tenth of a second for images instead of ten minutes."""
+    """It is stuck, and waits half a second for images instead of ten minutes."""
     stuck(arguments)
-    loading.LOADER_TIMEOUT = 0.1
+    loading.LOADER_TIMEOUT = 0.05
 
 
 def buggy(arguments):

@@ -1,6 +1,7 @@
 """harness/training/ends.py: how a run ends early, by signals, dead processes and refusals."""
 import contextlib
 import functools
+import itertools
 import os
 import runpy
 import shlex
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import augment
 import resnet
 import simsiam
 from harness.common.errors import STOPPING, Refused
@@ -112,7 +114,8 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, small, finished):
         for said in ("hangs", "noticed"):
             wait_until(lambda: said in process.written("stdout"), process)
             process.send_signal(signal.SIGINT)
-        assert process.wait() == -signal.SIGINT
+        assert process.wait() == 1
+        assert "interrupted; if it has left a checkpoint.pth, --resume" in process.written("stderr")
     assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
     assert equal(weights_of(out), weights_of(finished[0]))
 
@@ -247,6 +250,33 @@ def test_a_worker_that_is_stuck_ends_the_run_with_a_hint(stuck):
     assert "Traceback" not in done.stderr
 
 
+def test_the_steps_before_a_failure_of_the_workers_are_saved(tmp_path, small, finished, monkeypatch):
+    """DATA is gone after the 4th batch, 4 steps are saved; resumed, the uninterrupted run's weights."""
+    real = augment.load_views
+
+    def four(*given):
+        yield from itertools.islice(real(*given), 4)
+        raise Refused("DATA is gone")
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(augment, "load_views", four)
+    assert "DATA is gone" in here("simsiam.py", small, *TINY, "--out", out)
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1)  # of 3 steps an epoch
+    monkeypatch.undo()
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
+
+
+def test_a_folder_that_is_moved_away_in_a_run_is_made_again(tmp_path, small, finished):
+    """All of the log, and the last checkpoint, against the uninterrupted run's."""
+    out = tmp_path / "run"
+    with before_each_step(lambda step: out.rename(tmp_path / "moved") if step == 4 else None):
+        assert here("simsiam.py", small, *TINY, "--out", out) is None
+    assert knn_of(out) == knn_of(finished[0])
+    assert equal(weights_of(out), weights_of(finished[0]))
+
+
 def test_news_of_a_workers_death_comes_once():
     """The connection breaks before the system tells of the death. torch's handler would then raise in the
     middle of the end."""
@@ -255,7 +285,7 @@ def test_news_of_a_workers_death_comes_once():
 
     def broken():
         raise ConnectionResetError("x")
-        yield
+        yield  # so it is a generator
 
     before = signal.signal(signal.SIGCHLD, told)
     try:
@@ -359,7 +389,10 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 
 
 TROUBLES = {  # id: (what is raised, what the one line says)
-    "Ctrl-C": (KeyboardInterrupt(), "interrupted; if there is a checkpoint, --resume goes on from it"),
+    "Ctrl-C": (KeyboardInterrupt(), "interrupted; if it has left a checkpoint.pth, --resume goes on from"),
+    "ulimit -v": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "use a smaller --batch"),
+    "ulimit -u": (BlockingIOError(11, "Resource temporarily unavailable"), "use fewer --workers"),
+    "ulimit -n": (OSError(24, "Too many open files"), "raise ulimit -n, or use fewer --workers"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
     "a full disk": (OSError(28, "No space left on device"), "No space left on device"),

@@ -104,6 +104,14 @@ def test_parts_fit_into_a_containers_shared_memory(tmp_path, monkeypatch):
         decoded(bad_levels(tmp_path), 2)
 
 
+def test_a_shared_memory_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    """It isn't there, or may not be written to; without workers nothing needs it."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/shm")
+    with pytest.raises(Refused, match="can't be written to; give --workers 0"):
+        decoded(bad_levels(tmp_path), 2)
+    assert decoded(bad_levels(tmp_path), 0)
+
+
 def test_a_tmpdir_too_long_for_sockets_is_refused(monkeypatch):
     """The longest that we take, against a socket of the name that Python would give it."""
     folder = "/tmp/".ljust(loading.SOCKETS, "x")
@@ -159,29 +167,44 @@ def test_workers_ignore_the_signals_that_end_a_run():
 
 TROUBLES = {  # id: (what the workers' queue raises, what the one line says)
     "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
-    "time": (RuntimeError("DataLoader timed out after 600 seconds"), "no images for 600 s"),
+    "time": (RuntimeError("DataLoader timed out after 60 seconds"), "no images for 600 s"),
 }
 
 
 @pytest.mark.parametrize("raised, message", TROUBLES.values(), ids=TROUBLES)
 def test_dead_or_stuck_workers_are_told_in_one_line(raised, message):
     """After two batches there come no more."""
-    def batches():
-        yield from (1, 2)
-        raise raised
-
     seen = []
     with pytest.raises(Refused, match=message):
-        for batch in loading.in_our_words(batches()):
+        for batch in loading.in_our_words(Queue([1, 2] + 10 * [raised])):
             seen.append(batch)
     assert seen == [1, 2]
+
+
+class Queue:
+    """What the workers deliver, in turn: a batch, or an error that is raised."""
+
+    def __init__(self, events):
+        self.events = iter(events)
+
+    def __next__(self):
+        event = next(self.events)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+def test_a_pause_is_no_timeout():
+    """A machine was suspended: a wait that ended at once counts once, and the batch comes with the next."""
+    timed_out = RuntimeError("DataLoader timed out after 60 seconds")
+    assert list(loading.in_our_words(Queue([timed_out, 1] * 10))) == [1] * 10
 
 
 def test_a_bug_behind_the_batches_stays_a_bug():
     """What is no worker's end is raised as it is."""
     def batches():
         raise RuntimeError("a bug")
-        yield
+        yield  # so it is a generator
 
     with pytest.raises(RuntimeError, match="a bug"):
         next(loading.in_our_words(batches()))

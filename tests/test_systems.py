@@ -205,6 +205,19 @@ def test_a_cgroups_quota_limits_the_cores(tmp_path, monkeypatch):
     assert machine.cores() == 1
 
 
+def test_a_quota_of_cgroups_of_version_1(tmp_path, monkeypatch):
+    """As RHEL 8 and older containers have them; other controllers' numbers play no part."""
+    own = tmp_path / "own"
+    own.write_text("5:cpuset:/\n4:cpu,cpuacct:/docker/1\n0::/\n")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", own)
+    (tmp_path / "cpu" / "docker").mkdir(parents=True)
+    for name, text in (("cpu.cfs_quota_us", "-1\n"), ("cpu.cfs_period_us", "100000\n")):
+        (tmp_path / "cpu" / "docker" / name).write_text(text)
+    assert machine.quota(tmp_path) == math.inf
+    (tmp_path / "cpu" / "docker" / "cpu.cfs_quota_us").write_text("200000\n")
+    assert machine.quota(tmp_path) == 2
+
+
 @pytest.mark.parametrize("given, width, size, threads", [
     ("3", 1.0, 224, 3), ("3", 1 / 8, 16, 3), (None, 1.0, 224, 6), (None, 1 / 8, 16, 2)])
 def test_threads_are_omps_or_the_cores_but_few_for_tiny_networks(monkeypatch, given, width, size, threads):

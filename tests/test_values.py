@@ -22,7 +22,7 @@ from harness.data import images, loading, opening
 from harness.evaluation import result
 from harness.training.run import Job
 from tests.helpers import CPU, ROOT, TINY, decompression_bomb, here, log_of, png_chunk, refusal
-from tests.helpers import result_of, save_image, slow
+from tests.helpers import result_of, save_image, slow, write_cifar
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -464,6 +464,29 @@ def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
     assert "photos.csv: already exists" in here("lineval.py", photos, *bare, *classify)
     other = ["--ckpt", "random:resnet18", *classify, "--out", tmp_path / "c.csv"]
     assert "is not the backbone that the classifier was trained on" in here("lineval.py", photos, *other)
+
+
+def test_the_classes_of_images_without_names(odd_run, tmp_path):
+    """CIFAR's files: a split and a number each, no two alike."""
+    pixels = np.zeros((6, 3, 32, 32), np.uint8)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    write_cifar(tmp_path, pixels, np.zeros(6, np.uint8), 10, names)
+    options = ["--ckpt", odd_run / "run", "--classify", odd_run / "eval" / "classifier.pth"]
+    assert here("lineval.py", tmp_path / "bin", *options, "--out", tmp_path / "c.csv") is None
+    files = [line.split(",")[0] for line in (tmp_path / "c.csv").read_text().splitlines()[1:]]
+    assert files == [f"train/{i}" for i in range(5)] + ["val/0"]
+
+
+def test_what_a_run_showed_its_network_is_told(odd_run, capsys):
+    """By --export, and by --init of a run with other views."""
+    seen = "size 24, mean (0.5, 0.4, 0.3), std (0.25, 0.3, 0.35), centre 0.7, range (0.0, 3000.0)"
+    assert here("lineval.py", "--ckpt", odd_run / "run", "--export", "torchvision") is None
+    assert f"give it views as its run did: {seen}" in capsys.readouterr().out
+    for options, told in ((ODD_VIEWS, False), (ODD_VIEWS[2:], True)):
+        more = ["--init", odd_run / "run", "--epochs", 1, "--batch", 4, "--workers", 0]
+        out = odd_run / str(told)
+        assert here("simsiam.py", odd_run / "data", *TINY, *more, *options, "--out", out) is None
+        assert (f"(its run had {seen})" in " ".join(capsys.readouterr().out.split())) == told
 
 
 def test_the_number_comes_before_what_can_fail(tmp_path, small, monkeypatch, capsys):

@@ -27,6 +27,7 @@ def replacing(path, mode="wb", keep=None):
     """
     temporary = f"{path}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have moved the folder away
         with open(temporary, mode) as f:
             yield f
             f.flush()

@@ -1,4 +1,5 @@
 """The machine: what we say about it, what we choose by it, and how numbers travel to a GPU and back."""
+import contextlib
 import functools
 import math
 import os
@@ -17,27 +18,38 @@ def cores():
 
 
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
+OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
 
 
 def quota(root):
     """How many cores the cgroups of a container or a job allow us; infinite if they set no limit.
 
-    root: where the cgroups (version 2) are mounted
+    root: where the cgroups are mounted
     """
     try:
-        ours = pathlib.Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:  # no Linux
         return math.inf
     allowed = math.inf
-    group = root / ours.lstrip("/")
-    for folder in (group, *group.parents):
-        try:
-            limit, period = (folder / "cpu.max").read_text().split()
-        except OSError:  # the root of them all has no limit
+    for line in lines:
+        _, controllers, ours = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
             continue
-        if limit != "max":
-            allowed = min(allowed, int(limit) / int(period))
+        # Version 1 has a tree for each controller; version 2 has one, and names none.
+        group = root / ("cpu" if controllers else "") / ours.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, period = limit_of(folder)
+            if limit not in ("max", "-1"):
+                allowed = min(allowed, int(limit) / int(period))
     return allowed
+
+
+def limit_of(group):
+    """A cgroup's CPU time and the period in which it may be used, as text: "max" or "-1" if it isn't limited."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError):
+            return " ".join((group / name).read_text() for name in names).split()
+    return "max", "1"  # the root of them all has no limit
 
 
 TINY = 64  # width of a network x pixels of a view, up to which two threads are enough

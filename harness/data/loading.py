@@ -6,6 +6,7 @@ as one tensor, in memory that it shares with the main process. The caller passes
 """
 import os
 import signal
+import sys
 import tempfile
 
 import numpy as np
@@ -15,7 +16,8 @@ from ..common.draws import permutation
 from ..common.errors import STOPPING, WORKER_KILLED, Refused
 from .images import read_or_replace
 
-LOADER_TIMEOUT = 600  # seconds without a batch, after which a run ends
+LOADER_TIMEOUT = 60   # seconds of a wait for a batch
+MOST_WAITS = 10       # for one batch, after which a run ends; a machine that was suspended loses one
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
 SOCKETS = 75          # bytes of TMPDIR's path: sockets there have names of 32 more, and may have 107
 
@@ -85,10 +87,11 @@ def images_of_a_part(waiting_bytes):
     waiting_bytes   what waits there if a part has one image
     Raises Refused if there is no room even for that.
     """
-    try:
-        status = os.statvfs("/dev/shm")
-    except OSError:  # no Linux
+    if sys.platform != "linux":
         return PART
+    if not os.access("/dev/shm", os.W_OK):
+        raise Refused("/dev/shm, where workers hand over images, can't be written to; give --workers 0")
+    status = os.statvfs("/dev/shm")
     free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = free // 2 // waiting_bytes
     if room < 1:
@@ -99,18 +102,29 @@ def images_of_a_part(waiting_bytes):
 
 def in_our_words(batches):
     """Yield the same batches. Raises Refused if the workers stop delivering."""
-    try:
-        yield from batches
-    except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
-        # A moment later the system reports its death. torch's handler would raise then, wherever we are.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise Refused(f"{error!r}: {WORKER_KILLED}") from None
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        if "DataLoader timed out" in first_line:
-            raise Refused(f"{first_line}: no images for {LOADER_TIMEOUT} s; is the disk or the network under "
-                          "DATA still there? May a process open enough files (ulimit -n)?") from None
-        raise
+    waits = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
+            # A moment later the system reports its death. torch's handler would raise then, wherever we are.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise Refused(f"{error!r}: {WORKER_KILLED}") from None
+        except FileNotFoundError:
+            raise Refused(f"the workers' sockets in TMPDIR ({tempfile.gettempdir()}) have been removed; set a "
+                          "TMPDIR that nobody tidies up") from None
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            waits += 1
+            if waits == MOST_WAITS:
+                raise Refused(f"no images for {MOST_WAITS * LOADER_TIMEOUT:g} s; is the disk or the network "
+                              "under DATA still there? May a process open enough files (ulimit -n)?") from None
+        else:
+            waits = 0
+            yield batch
 
 
 def parts(batches, most):

@@ -120,6 +120,8 @@ def load_init(model, s, prefix):
     """
     path = s["init"]
     state, _, settings, _ = read_weights(path)
+    then, now = views_in_words(settings), views_in_words(s)
+    views = "" if then in ("", now) else f" (its run had {then})"
     found = find_resnet(state, path, prefix)
     there = found.arch, found.width, found.cifar_stem
     here = s["arch"], round(64 * s["width"]) / 64, s["cifar_stem"]
@@ -133,10 +135,10 @@ def load_init(model, s, prefix):
     same_captions = settings.get("captions") == s.get("captions")
     if same_encoder and same_captions and mine.keys() <= around.keys():
         load_strictly(model, {name: around[name] for name in mine}, f"--init {path}")
-        return f"{path}, backbone and heads"
+        return f"{path}, backbone and heads{views}"
     heads = {name: t for name, t in model.encoder.state_dict().items() if name.startswith("fc.")}
     load_strictly(model.encoder, heads | found.tensors, f"--init {path}")
-    return f"{path}, the backbone; the heads are new ({describe_found(found)})"
+    return f"{path}, the backbone; the heads are new ({describe_found(found)}){views}"
 
 
 def names_of_encoder(state):
@@ -172,6 +174,13 @@ def export(backbone, path, layout, out):
     save(content, target)
     print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
     print(f"  {describe_found(backbone.found)}")
+    if seen := views_in_words(backbone.settings):
+        print(f"  give it views as its run did: {seen}")
+
+
+def views_in_words(s):
+    """How a run's settings show images to its network; empty if there are none."""
+    return ", ".join(f"{name} {s[name]}" for name in ("size", "mean", "std", "centre", "range") if s.get(name))
 
 
 def in_words(arch, width, cifar_stem):

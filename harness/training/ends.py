@@ -26,7 +26,12 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton":
         "--compile needs one; leave it out",
     # Of CUDA, cuBLAS and cuDNN: the last says it in many ways.
-    "out of memory|ALLOC_FAILED|[Uu]nable to find an engine": "use a smaller --batch, or more GPUs",
+    "out of memory|can't allocate memory|ALLOC_FAILED|[Uu]nable to find an engine":
+        "use a smaller --batch, or more GPUs",
+    "can't start new thread|Resource temporarily unavailable":
+        "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); use "
+        "fewer --workers",
+    "Too many open files": "raise ulimit -n, or use fewer --workers",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
@@ -69,16 +74,15 @@ def launch(script, run, args):
         if os.environ.get("RANK", "0") == "0":
             warn(f"{script}: {message}")
         return 128 + number
-    except (Refused, OSError) as error:
+    except Refused as error:
         message = error
-    except RuntimeError as error:
-        hints = [hint for words, hint in HINTS.items() if re.search(words, str(error))]
-        if not hints:
+    except (OSError, RuntimeError) as error:
+        hints = [f": {hint}" for words, hint in HINTS.items() if re.search(words, str(error))]
+        if not hints and isinstance(error, RuntimeError):
             raise
-        first_line = str(error).splitlines()[0]
-        message = f"{first_line}: {hints[0]}"
+        message = "".join([str(error).splitlines()[0], *hints[:1]])
     except KeyboardInterrupt:
-        message = "interrupted; if there is a checkpoint, --resume goes on from it"
+        message = "interrupted; if it has left a checkpoint.pth, --resume goes on from there"
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

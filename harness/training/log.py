@@ -12,6 +12,7 @@ records after that checkpoint are dropped: those epochs are done again.
 """
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -65,6 +66,10 @@ class Log:
             "seed": settings["seed"],
             "settings": settings,
         })
+        self.write()
+
+    def write(self):
+        """Write the file anew, with all records."""
         if self.writes:
             with replacing(self.path, "w") as f:
                 f.writelines(json.dumps(record) + "\n" for record in self.records)
@@ -76,7 +81,9 @@ class Log:
             is_odd = isinstance(value, float) and not math.isfinite(value)
             record[name] = None if is_odd else value
         self.records.append(record)
-        if self.writes:
+        if not os.path.exists(self.path):  # somebody has moved the folder away
+            self.write()
+        elif self.writes:
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
         return record

@@ -37,6 +37,8 @@ def join_world(device):
             store, rank, world = dist.HashStore(), 0, 1
         dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:  # the second: something is missing in the environment
+        if "RANK" not in os.environ:
+            raise
         reason = str(error).partition(". ")[0]
         raise Refused(f"the processes did not find each other within {PATIENCE} ({reason}); give all "
                       "machines the same --nnodes and --rdzv-endpoint, open its port, and start as many "

@@ -46,6 +46,12 @@ class Job(NamedTuple):
     resuming: bool
 
 
+def interrupt(number, frame):
+    """The second Ctrl-C: raise KeyboardInterrupt. The third ends the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 class Run:
     """How far a run is: `epoch` epochs are done, and `step` steps of the next.
 
@@ -166,9 +172,9 @@ class Run:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        """Remember the signal. A second Ctrl-C leaves at once."""
+        """Remember the signal. A second Ctrl-C leaves at once, and a third whatever hangs."""
         self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupt)
 
     def should_stop(self):
         """Whether this process got a signal, or has lost its torchrun: other signals than SIGTERM end that
@@ -213,7 +219,12 @@ class Run:
         """
         began = time.monotonic() - self.seconds
         while self.step < self.steps_per_epoch:
-            batch = next(stream)
+            try:
+                batch = next(stream)
+            except Exception:  # a worker was killed, DATA is gone: the steps so far are good
+                if self.settings["world"] == 1:
+                    self.save()
+                raise
             self.step += 1
             self.seconds = time.monotonic() - began
             yield self.position() - 1, batch
