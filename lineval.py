@@ -43,8 +43,7 @@ from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, check_same_images, neighbours
 from harness.evaluation.report import too_short
 from harness.evaluation.result import describe_accuracy, describe_evaluation, describe_result
-from harness.evaluation.result import read_classifier, save_features, save_features_alone
-from harness.evaluation.result import write_classes, write_result
+from harness.evaluation.result import read_classifier, save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, folder_name
 from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
@@ -424,64 +423,72 @@ def evaluate(args):
     policy = views_of(s)
     views = test_views(policy, device, args.workers)
     say = Progress(0, quiet=rank > 0).line
-    if args.classify or not data.can_judge():  # the user wants a table of classes, or only features
-        out = args.out or table_of(args) if args.classify else args.features
-        job = Job(s, device, data.train, data.val, views, out, resuming=False)
-        say(start_block(describe_evaluation(job, backbone, data.rows())))
-        say(classify(job, backbone, classifier) if args.classify else save_features_alone(job, backbone))
-        return
 
     # 2. Settings, all of them checked before the work begins
-    s = settings_for(args, s, policy, data)
-    protocol = PROTOCOLS[s["protocol"]]
-    out = args.out or default_folder(args, s, backbone)
-    resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
+    if args.features and not args.resume:
+        check_new(args.features)
+    out = args.features  # of data without labels or val/, which no protocol can judge
+    protocol = Protocol()
+    resuming = False
+    if args.classify:  # next to the classifier, by the name of the data
+        out = args.out or os.path.join(os.path.dirname(args.classify), f"{folder_name(args.data)}.csv")
+        check_new(out)
+    elif data.can_judge():
+        s = settings_for(args, s, policy, data)
+        protocol = PROTOCOLS[s["protocol"]]
+        out = args.out or default_folder(args, s, backbone)
+        resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
-    short = too_short(s, ENOUGH_STEPS, TOO_SHORT) if protocol.optimizer else {}
-    say(start_block(describe_evaluation(job, backbone, data.rows()) | short))
+    rows = describe_evaluation(job, backbone, data.rows())
+    if protocol.optimizer:
+        rows |= too_short(s, ENOUGH_STEPS, TOO_SHORT)
+    say(start_block(rows))
 
     # 3. Features of all good images, without augmentation: to classify, find bad files, show neighbours
     frozen = Frozen(backbone, job)
-    train, bank = frozen.features_of(data.train)
-    val, queries = frozen.features_of(data.val)
-    job = job._replace(train=train, val=val)
-    record_images(job)
+    if args.classify and frozen.digest != classifier["network"]:
+        raise Refused(f"{args.ckpt}: is not the backbone that the classifier was trained on")
+    splits = {"train": frozen.features_of(data.train)}
+    if data.val:
+        splits["val"] = frozen.features_of(data.val)
 
-    # 4. Classify
+    # 4. The result, the accuracy first
+    if "protocol" in s:
+        judge(job, frozen, policy, splits, args, say)
+    if args.features:
+        save_features(args.features, splits)
+    if args.classify:
+        write_classes(out, splits, classifier)
+    say(f"done: {out}")
+
+
+def judge(job, frozen, policy, splits, args, say):
+    """Classify the validation images, and write the result.
+
+    splits  {"train" or "val": (source of good images, their features (n, D))}
+    Raises Refused if too few images are left for a batch, or if processes have read different images.
+    """
+    s = job.settings
+    protocol = PROTOCOLS[s["protocol"]]
+    train, bank = splits["train"]
+    val, queries = splits["val"]
+    all_val = len(job.val)
+    bad = len(job.train) - len(train) + all_val - len(val)
+    job = job._replace(train=train, val=val)
+    s["images"] = len(train)
+    s["val_images"] = len(val)
+    s["content"] = train.fingerprint()
+    check_same_images([s["content"], val.fingerprint()], s["data"], job.device)
     if protocol.optimizer:
+        check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
         judged = cached(job, bank, queries, say)
     else:
         judged = knn(job, bank, queries, args.knn_k)
-
-    # 5. The result, the number first
-    say(describe_result(job, judged, images=len(data.val)))
-    bad = len(data.train) - len(train) + len(data.val) - len(val)
-    if rank == 0:
-        write_result(job, judged, bank, queries, bad, frozen.digest)
-    if args.features:
-        save_features(args.features, {"train": (train, bank), "val": (val, queries)})
-    say(f"done: {os.path.join(out, 'lineval.json')}")
-
-
-def classify(job, backbone, classifier):
-    """Write the table of --classify to job.out: the class of each image -> a line that says so
-
-    Raises Refused if the classifier is another network's.
-    """
-    frozen = Frozen(backbone, job)
-    if frozen.digest != classifier["network"]:
-        raise Refused(f"{job.settings['backbone']}: is not the backbone that the classifier was trained on")
-    names, features = [], []
-    for source in filter(None, (job.train, job.val)):
-        good, v = frozen.features_of(source)
-        names += map(str, range(len(good))) if good.files is None else good.names.tolist()
-        features.append(v)
-    scores = torch.cat(features) @ classifier["weight"].T.to(job.device) + classifier["bias"].to(job.device)
+    say(describe_result(job, judged, images=all_val))
     if dist.get_rank() == 0:
-        write_classes(job.out, names, classifier["classes"], scores.softmax(dim=1))
-    return f"done: {job.out}, classes of {len(names)} images"
+        write_result(job, judged, bank, queries, bad, frozen.digest)
 
 
 def open_all(args, seen):
@@ -491,9 +498,6 @@ def open_all(args, seen):
     seen    settings of an evaluation, which are taken instead
     Raises Refused if the user wants an accuracy, and the data can't give one.
     """
-    # An evaluation can take hours: notice now what would be in the way of a file at the end.
-    check_new(args.features if not args.resume else None)
-    check_new((args.out or table_of(args)) if args.classify else None)
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
     backbone = None
@@ -522,18 +526,12 @@ def open_all(args, seen):
 
 
 def check_new(path):
-    """Raise Refused unless a file of this name can be written, and is not there yet. None: no file"""
-    if path is None:
-        return
+    """Raise Refused unless a file of this name can be written, and is not there yet."""
+    # An evaluation can take hours: notice now what would be in the way of a file at the end.
     if os.path.exists(path):
         raise Refused(f"{path}: already exists; name another file")
     if not os.access(os.path.dirname(path) or ".", os.W_OK):
         raise Refused(f"{path}: its folder must be there, and writable; make it, or name another one")
-
-
-def table_of(args):
-    """The file of --classify: next to the classifier, by the name of the data."""
-    return os.path.join(os.path.dirname(args.classify), f"{folder_name(args.data)}.csv")
 
 
 def describe(args, backbone, data, recipe, world):
@@ -640,20 +638,6 @@ def default_folder(args, s, backbone):
     if args.data != backbone.settings.get("data"):
         name += f"-{data}"
     return os.path.join(os.path.dirname(args.ckpt), name)
-
-
-def record_images(job):
-    """Record in the settings which images are left after bad files are dropped.
-
-    Raises Refused if too few are left for a batch, or if processes have read different images.
-    """
-    s = job.settings
-    s["images"] = len(job.train)
-    s["val_images"] = len(job.val)
-    s["content"] = job.train.fingerprint()
-    check_same_images([s["content"], job.val.fingerprint()], s["data"], job.device)
-    if PROTOCOLS[s["protocol"]].optimizer:
-        check_batch(s)
 
 
 def parse(argv=None):

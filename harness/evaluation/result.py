@@ -15,7 +15,7 @@ from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
 from .backbones import in_words
-from .features import Frozen, if_unequal
+from .features import if_unequal
 from .weights import describe_found
 
 # --- On the screen ----------------------------------------------------------------------------------------
@@ -150,18 +150,26 @@ def read_classifier(path):
         return {name: content[name] for name in ("weight", "bias", "classes", "settings", "network")}
 
 
-def write_classes(path, names, classes, probabilities):
-    """Write a table: each image's name (text or bytes), its most probable class, and that one's probability.
+def write_classes(path, splits, classifier):
+    """Write a table: each image's name (or number), its most probable class, and that one's probability.
 
-    probabilities   (n, C)
+    splits      as for save_features
+    classifier  see read_classifier
     """
-    best = probabilities.max(dim=1)
-    rows = zip(map(os.fsdecode, names), best.indices.tolist(), best.values.tolist())
+    if dist.get_rank() > 0:
+        return
+    names = []
+    for source, _ in splits.values():
+        names += map(str, range(len(source))) if source.files is None else map(os.fsdecode, source.names)
+    v = torch.cat([v for _, v in splits.values()]).cpu()              # (n, D)
+    scores = v @ classifier["weight"].T + classifier["bias"]          # (n, C)
+    best = scores.softmax(dim=1).max(dim=1)
     with replacing(path) as f:
         text = io.TextIOWrapper(f, "utf-8", "surrogateescape", newline="")
         table = csv.writer(text)
         table.writerow(["file", "class", "probability"])
-        table.writerows([name, classes[k], f"{p:.4f}"] for name, k, p in rows)
+        for name, p, k in zip(names, *best):
+            table.writerow([name, classifier["classes"][k], f"{p:.4f}"])
         text.detach()
 
 
@@ -184,17 +192,3 @@ def save_features(path, splits):
     # We open the file ourselves, because numpy would add .npz to its name.
     with replacing(path) as f:
         np.savez(f, **arrays)
-
-
-def save_features_alone(job, backbone):
-    """--features for data without labels or val/, which no protocol can judge -> a line that says so
-
-    job     its `out` is the file
-    """
-    frozen = Frozen(backbone, job)
-    splits = {"train": frozen.features_of(job.train)}
-    if job.val:
-        splits["val"] = frozen.features_of(job.val)
-    save_features(job.out, splits)
-    train, _ = splits["train"]
-    return f"done: {job.out}, features of {len(train)} images ({len(job.train) - len(train)} bad)"
