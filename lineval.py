@@ -40,15 +40,14 @@ from harness.data.images import read_image
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
-from harness.evaluation.features import Frozen, accuracy, check_same_images, neighbours
+from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.report import too_short
 from harness.evaluation.result import describe_accuracy, describe_evaluation, describe_result
 from harness.evaluation.result import read_classifier, save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, folder_name
-from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
-from harness.training.options import weights_file
-from harness.training.processes import all_sum, join_world, mean_over_processes
+from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
+from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
 from harness.training.run import Job, Run
 
@@ -59,7 +58,7 @@ from torch import nn
 
 import augment
 import resnet
-from simsiam import HELP, SETTINGS, cosine, initial_lr, knn_accuracy, test_views
+from simsiam import HELP, SETTINGS, cosine, gradient_norm, initial_lr, knn_accuracy, test_views
 
 # --- 1. The linear layer, and LARS (supplement A) --------------------------------------------------------
 
@@ -231,8 +230,7 @@ def train_on_views(job, frozen, policy, queries, override):
             L = probe_step(layer, optimizer, frozen.features(x), truth, s["world"])
             L = mean_over_processes(L)
             run.add_to_means(L)
-            gradient_norm = nn.utils.get_total_norm([w.grad for w in layer.parameters()])
-            run.check_finite(L, gradient_norm)
+            run.check_finite(L, gradient_norm(optimizer))
             run.save_or_stop_if_asked()
             progress.step(lambda: f"{run.place()}  loss {L.item():.4f}  {run.rate():.0f} images/s")
         frozen.check()
@@ -376,9 +374,9 @@ def knn(job, bank, queries, asked):
 
 # --- 6. The program --------------------------------------------------------------------------------------
 
-# harness knows neither our networks nor the names of our recipes.
+# harness doesn't know our networks.
 untrained = partial(backbones.untrained, resnet.ARCHS)
-read_backbone = partial(backbones.read_backbone, resnet.ARCHS, DEFAULT)
+read_backbone = partial(backbones.read_backbone, resnet.ARCHS)
 
 
 def open_network(path):
@@ -478,7 +476,7 @@ def judge(job, frozen, policy, splits, args, say):
     s["images"] = len(train)
     s["val_images"] = len(val)
     s["content"] = train.fingerprint()
-    check_same_images([s["content"], val.fingerprint()], s["data"], job.device)
+    check_same(f"images in {s['data']}", [s["content"], val.fingerprint()], job.device)
     if protocol.optimizer:
         check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
@@ -536,36 +534,22 @@ def check_new(path):
 
 def describe(args, backbone, data, recipe, world):
     """The settings for which backbone is evaluated on which data, and how: {name: value}"""
-    arch, width, cifar_stem = backbone.shape
-    views_given = named(args, ["size", "mean", "std"])
-    return {
+    s = {
         "backbone": args.ckpt,
         "sha256": backbone.sha256,             # of the file; None for an untrained network
         "pretrained_epochs": backbone.epochs,  # None if the file doesn't say
-        "arch": arch,
-        "width": width,
-        "cifar_stem": cifar_stem,
-        "recipe": recipe["recipe"],
-        "data": args.data,                     # None: the drawn shapes
-        "val": args.val,
-        "val_share": args.val_share,
         "range": data.train.value_range,
-        # How images are shown to the network: as in its pre-training, or as the command line says.
-        "size": recipe["size"],
-        "mean": recipe["mean"],
-        "std": recipe["std"],
-        "centre": recipe["centre"],
-        **views_given,
-        "views_given": list(views_given),
-        # How it is run.
-        "seed": args.seed,
-        "device": args.device,
         "amp": bool(args.amp),
         "world": world,
-        "workers": args.workers,
-        "save_minutes": args.save_minutes,
-        "keep_every": args.keep_every,
     }
+    s |= zip(("arch", "width", "cifar_stem"), backbone.shape)
+    for name in ("data", "val", "val_share", "seed", "device", "workers", "save_minutes", "keep_every"):
+        s[name] = getattr(args, name)
+    # How images are shown to the network: as in its pre-training, or as the command line says.
+    for name in ("recipe", "size", "mean", "std", "centre"):
+        s[name] = recipe[name]
+    views_given = named(args, ["size", "mean", "std"])
+    return s | views_given | {"views_given": list(views_given)}
 
 
 def views_of(s):
@@ -615,9 +599,8 @@ def settings_for(args, described, policy, data):
     s["val_images"] = len(data.val)
     s["classes"] = len(data.train.classes)
     if protocol.optimizer:
-        s["area"] = policy.area
-        s["aspect"] = policy.aspect
-        s["flip"] = policy.flip
+        for name in ("area", "aspect", "flip"):
+            s[name] = getattr(policy, name)
         s["lr"] = initial_lr(s["base_lr"], s["batch"])
         check_batch(s)
     return s
@@ -662,7 +645,6 @@ def parse(argv=None):
     parser.add_argument("--width", type=number,
                         help="width of the network; 1 is standard (default: the file's own; random: the "
                              "recipe's)")
-    add_prefix(parser, "--ckpt")
     parser.add_argument("--features", metavar="FILE.npz",
                         help="save features, labels and file names of both splits; data without labels or "
                              "val/ then isn't evaluated")

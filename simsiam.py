@@ -43,7 +43,7 @@ from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation.backbones import load_init
-from harness.evaluation.features import accuracy, check_same_images, extract, good_ones, neighbours
+from harness.evaluation.features import accuracy, extract, good_ones, neighbours
 from harness.evaluation.report import Report, describe_run
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
@@ -51,7 +51,7 @@ from harness.training.folder import CHECKPOINTS, enter, look
 from harness.training.method import Method
 from harness.training.options import check_limits, number
 from harness.training.per_image import PerImageVectors
-from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
+from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import default_folder, list_experiments, options, settings_for
 from harness.training.run import Job, Run
 
@@ -832,12 +832,6 @@ class SimSiamMethod(Method):
     def collapsed(self, loss, std_sqrt_d):
         return collapsed(loss - self.minimum, std_sqrt_d, self.s["batch"])
 
-    def rows(self):
-        if self.s["eta"] != "average":
-            return {}
-        vectors, d = self.s["images"], self.s["dim"]
-        return {"eta": f"{vectors} vectors: {vectors * d * 4 / 2 ** 20:.1f} MiB over all processes"}
-
 
 OF_THE_MODEL = ("arch", "width", "cifar_stem", "proj_layers", "proj_hidden", "dim", "pred_dim", "predictor",
                 "bn", "affine", "fc_std")
@@ -875,11 +869,10 @@ def open_both(args):
 
 def check_same_on_all_processes(method, judge, data):
     """Raise Refused if the processes see different images, or have chosen different precisions."""
-    method.s["content"] = method.data.train.fingerprint()
-    judges = [source.fingerprint() for source in (judge.train, judge.val) if source]
-    seen = [method.s["content"], *judges, *method.numbers()]
-    check_same_images(seen, data, method.device)
-    check_same_precision(method.s["amp"], method.device)
+    seen = [source.fingerprint() for source in (method.data.train, judge.train, judge.val) if source]
+    method.s["content"] = seen[0]
+    check_same(f"images in {data}", seen + method.numbers(), method.device)
+    check_same("CPUs with instructions for bf16 (give --amp, or --no-amp)", [method.s["amp"]], method.device)
 
 
 if __name__ == "__main__":

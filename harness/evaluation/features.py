@@ -13,7 +13,7 @@ from ..common.draws import permutation
 from ..common.errors import Refused
 from ..common.machine import fastest_layout, to_device
 from ..common.progress import Progress
-from ..training.processes import all_sum, my_share, same_everywhere
+from ..training.processes import all_sum, check_same, my_share
 
 
 BATCH = 256  # images at a time
@@ -68,12 +68,15 @@ def accuracy(scores, labels):
     first, among_five = hits(found, labels[mine])
     sizes = labels.bincount()                                         # (C,): 0 for a class without an image
     right = all_sum(labels[mine][first].bincount(minlength=len(sizes)))  # (C,)
-    counts = {"top1": right.sum(), "largest_class": sizes.max()}
-    if found.shape[1] > 5:
-        counts["top5"] = all_sum(among_five.sum())
-    percent = {name: 100 * count.item() / len(labels) for name, count in counts.items()}
     within = right.double() / sizes                                   # (C,): not a number without an image
-    return percent | {"balanced": 100 * within.nanmean().item()}
+    percent = {
+        "top1": 100 * right.sum().item() / len(labels),
+        "balanced": 100 * within.nanmean().item(),
+        "largest_class": 100 * sizes.max().item() / len(labels),
+    }
+    if found.shape[1] > 5:
+        percent["top5"] = 100 * all_sum(among_five.sum()).item() / len(labels)
+    return percent
 
 
 def if_unequal(top1, balanced, largest):
@@ -101,14 +104,6 @@ def calibrated(backbone, test_views, train):
         for _, x in test_views(train, batches):
             backbone.features(x)
     return backbone
-
-
-def check_same_images(fingerprints, data, device):
-    """Raise Refused where the fingerprints of the splits differ between processes. data: for the message"""
-    for number in fingerprints:
-        if not same_everywhere(number, device):
-            raise Refused(f"{data}: the processes see different images there; all machines must have the "
-                          "same data")
 
 
 def good_ones(source, v, chosen=None):
@@ -182,9 +177,7 @@ class Frozen:
                 dist.broadcast(statistics, 0)  # GPUs can differ in the last bits
         self.network = network.eval().requires_grad_(False)
         self.digest = digest(network)
-        if not same_everywhere(self.digest, job.device):
-            raise Refused(f"{job.settings['backbone']}: the processes have read different weights from it; "
-                          "put one file where all of them can read it")
+        check_same(f"weights in {job.settings['backbone']}", [self.digest], job.device)
 
     def features(self, x):
         """Images (N, 3, S, S) -> (N, D), in pieces: a batch of 4096 may not fit on a GPU."""

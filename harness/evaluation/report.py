@@ -80,10 +80,8 @@ class Report:
         """Say once that the rank is far below the untrained network's. Loss and std may look healthy then."""
         epochs = self.run.log.epochs()
         bound = low_rank(epochs)
-        if rank is None or bound is None or rank >= bound:
-            return
         earlier = [record["rank"] for record in epochs if record["rank"] is not None]
-        if min(earlier) >= bound:
+        if rank is not None and bound is not None and rank < bound <= min(earlier):
             self.progress.line(
                 f"low rank: the features spread in {rank:.1f} directions, and did in {epochs[0]['rank']:.1f} "
                 f"at the start; below {bound:.1f}, every run that we saw had learned little, whatever its "
@@ -166,7 +164,7 @@ def too_short(s, enough, why):
 
 
 def describe_experiment(method):
-    """The experiment, the paper's result, and which of its values this recipe scales or keeps."""
+    """The experiment, the paper's result, and which of its values are others here."""
     s = method.s
     paper, changes = method.EXPERIMENTS[s["experiment"]]
     changes = changes | method.ON_IMAGENET.get(s["experiment"], {})
@@ -174,9 +172,6 @@ def describe_experiment(method):
     scaled = [f"{name} {s[name]}" for name in changes if s[name] != changes[name]]
     if scaled:
         text += f"; here {', '.join(scaled)}, not what the row says"
-    kept = [name for name in ("k", "base_lr", "weight_decay") if name in changes and s[name] == changes[name]]
-    if kept and s["recipe"] != "imagenet":
-        text += f"; {', '.join(kept)} as for ImageNet"
     return text
 
 

@@ -119,11 +119,14 @@ def write_result(job, judged, bank, queries, bad_images, network):
     with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
     if judged.layer is not None:
-        content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
-        content["classes"] = job.train.classes
-        content["note"] = job.settings["note"]
-        content["settings"] = job.settings
-        content["network"] = network
+        content = {
+            "weight": judged.layer.weight.detach().cpu(),
+            "bias": judged.layer.bias.detach().cpu(),
+            "classes": job.train.classes,
+            "note": job.settings["note"],
+            "settings": job.settings,
+            "network": network,
+        }
         save(content, os.path.join(job.out, "classifier.pth"))
     chosen, nearest = neighbors(job.train, job.val, bank, queries)
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
@@ -161,8 +164,8 @@ def write_classes(path, splits, classifier):
     names = []
     for source, _ in splits.values():
         names += map(str, range(len(source))) if source.files is None else map(os.fsdecode, source.names)
-    v = torch.cat([v for _, v in splits.values()]).cpu()              # (n, D)
-    scores = v @ classifier["weight"].T + classifier["bias"]          # (n, C)
+    v = torch.cat([v for _, v in splits.values()]).cpu()
+    scores = v @ classifier["weight"].T + classifier["bias"]
     best = scores.softmax(dim=1).max(dim=1)
     with replacing(path) as f:
         text = io.TextIOWrapper(f, "utf-8", "surrogateescape", newline="")
