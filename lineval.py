@@ -42,10 +42,10 @@ from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.report import too_short
-from harness.evaluation.result import describe_accuracy, describe_evaluation, describe_result
-from harness.evaluation.result import read_classifier, save_features, write_classes, write_result
+from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
+from harness.evaluation.result import save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, enter, folder_name
+from harness.training.folder import CHECKPOINTS, check_new, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
 from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
@@ -422,7 +422,7 @@ def evaluate(args):
     views = test_views(policy, device, args.workers)
     say = Progress(0, quiet=rank > 0).line
 
-    # 2. Settings, all of them checked before the work begins
+    # 2. Settings, all of them checked before the work begins, which can take hours
     if args.features and not args.resume:
         check_new(args.features)
     out = args.features  # of data without labels or val/, which no protocol can judge
@@ -453,9 +453,9 @@ def evaluate(args):
     # 4. The result, the accuracy first
     if "protocol" in s:
         judge(job, frozen, policy, splits, args, say)
-    if args.features:
+    if args.features and rank == 0:
         save_features(args.features, splits)
-    if args.classify:
+    if args.classify and rank == 0:
         write_classes(out, splits, classifier)
     say(f"done: {out}")
 
@@ -484,7 +484,8 @@ def judge(job, frozen, policy, splits, args, say):
         judged = cached(job, bank, queries, say)
     else:
         judged = knn(job, bank, queries, args.knn_k)
-    say(describe_result(job, judged, images=all_val))
+    say(f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {len(val)} of {all_val} validation images "
+        f"({s['note']})")
     if dist.get_rank() == 0:
         write_result(job, judged, bank, queries, bad, frozen.digest)
 
@@ -521,15 +522,6 @@ def open_all(args, seen):
         torch.manual_seed(args.seed)  # the weights that pre-training with this seed starts from
         backbone = untrained(arch, args.width or recipe["width"], recipe["cifar_stem"])
     return backbone, data, recipe
-
-
-def check_new(path):
-    """Raise Refused unless a file of this name can be written, and is not there yet."""
-    # An evaluation can take hours: notice now what would be in the way of a file at the end.
-    if os.path.exists(path):
-        raise Refused(f"{path}: already exists; name another file")
-    if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise Refused(f"{path}: its folder must be there, and writable; make it, or name another one")
 
 
 def describe(args, backbone, data, recipe, world):
@@ -589,7 +581,7 @@ def settings_for(args, described, policy, data):
         raise Refused("--knn-k needs --knn")
     s = {"protocol": name, "note": protocol.note + why}
     if protocol.epochs:
-        s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
+        s |= {option: getattr(protocol, option) for option in OF_THE_LAYER}
     changed = [f"{option} {value} instead of {s[option] or 'a sweep'}"
                for option, value in given.items() if value != s[option]]
     if changed:  # the number is no longer the protocol's

@@ -44,7 +44,7 @@ from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation.backbones import load_init
 from harness.evaluation.features import accuracy, extract, good_ones, neighbours
-from harness.evaluation.report import Report, describe_run
+from harness.evaluation.report import Report, describe_run, watches_knn
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, look
@@ -336,7 +336,7 @@ def pretrain(args):
     run = Run(job, parts, method.steps_per_epoch, args.override, follow)
     progress = Progress(method.total_steps - run.position(), quiet=rank > 0)
     report = Report(run, job, method, partial(watch, watched, method.autocast), progress)
-    rows |= describe_run(watched, method, watches_knn(watched))
+    rows |= describe_run(watched, method)
     progress.line("\n".join([start_block(rows), *run.notes]))
     run.begin(knn_pixels=None if resuming else knn_of_pixels(watched, policy))
     if rank == 0 and not resuming:
@@ -433,12 +433,6 @@ def knn_accuracy(bank, bank_labels, queries, labels, k):
     bank = l2_normalize(bank)
     queries = l2_normalize(queries)
     return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], k), labels)
-
-
-def watches_knn(job):
-    """Whether kNN is measured: it needs labels, and a validation image for each process."""
-    s = job.settings
-    return s["knn_every"] > 0 and job.val is not None and len(job.val) >= s["world"]
 
 
 def watch(job, autocast, features):

@@ -30,7 +30,7 @@ from torch import nn
 
 from ..common.errors import Refused
 from ..common.files import refusing, save
-from ..training.folder import make_folder
+from ..training.folder import check_new, make_folder
 from ..training.options import check_limits
 from ..training.recipes import RECIPES
 from .weights import describe_found, find_resnet, load_strictly, read_weights, whole_model
@@ -170,9 +170,8 @@ def export(backbone, path, layout, out):
         content = {"epoch": backbone.epochs or 0, "arch": arch, "state_dict": tensors}
     # We replace nothing: the name doesn't tell which network it is.
     target = os.path.join(out or os.path.dirname(path), name)
-    if os.path.exists(target):
-        raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
     make_folder(os.path.dirname(target) or ".")
+    check_new(target)
     save(content, target)
     print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
     print(f"  {describe_found(backbone.found)}")

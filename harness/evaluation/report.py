@@ -133,8 +133,8 @@ def low_rank(epochs):
 
 # --- The start block ---------------------------------------------------------------------------------------
 
-def describe_run(job, method, watches_knn):
-    """What to know about a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
+def describe_run(job, method):
+    """What to know about a run before it starts: {heading: text}."""
     s = job.settings
     world = s["world"]
     recipe = recipe_for(s["data"], method.data.train, s["recipe"], method.SETTINGS)
@@ -150,7 +150,7 @@ def describe_run(job, method, watches_knn):
     rows |= too_short(s, min(FEW_STEPS, on_its_own), TOO_SHORT)
     rows["processes"] = (
         f"{world}, of {s['batch'] // world} images each, BN over {s['batch']}, {hardware(s, job.device)}")
-    rows["kNN"] = describe_knn(job, watches_knn)
+    rows["kNN"] = describe_knn(job)
     return rows | method.rows() | {"writes to": job.out}
 
 
@@ -175,12 +175,18 @@ def describe_experiment(method):
     return text
 
 
-def describe_knn(job, watches_knn):
+def watches_knn(job):
+    """Whether kNN is measured: it needs labels, and a validation image for each process."""
+    s = job.settings
+    return s["knn_every"] > 0 and job.val is not None and len(job.val) >= s["world"]
+
+
+def describe_knn(job):
     """How often kNN is measured, with how many neighbours, and on what."""
     every = job.settings["knn_every"]
     if every == 0:
         return "none (--knn-every 0)"
-    if not watches_knn:
+    if not watches_knn(job):
         return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes), job.settings["knn_k"])
     return (f"every {every} epochs, k {k} (--knn-k, or a fifth of a class, at most 200), on {len(job.val)} "

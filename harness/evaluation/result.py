@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..common.files import read, refusing, replacing, save
@@ -23,28 +22,13 @@ from .weights import describe_found
 def describe_evaluation(job, backbone, rows):
     """What to know about an evaluation before it starts: {heading: text}. rows: those about the data"""
     s = job.settings
-    return {
-        "backbone": describe_backbone(s, backbone),
-        **rows,
-        "views": describe_views(s, backbone),
-        "protocol": describe_protocol(s),
-        "processes": f"{s['world']}, {hardware(s, job.device)}",
-        "writes to": job.out,
-    }
-
-
-def describe_backbone(s, backbone):
-    """Which network it is, and where it is from."""
+    # Which network it is, and where it is from.
     origin = "untrained, BN calibrated"
     if backbone.found:
         origin = f"sha256 {backbone.sha256[:12]}, {describe_found(backbone.found)}"
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
-    return f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})"
-
-
-def describe_views(s, backbone):
-    """How we show images to the network, and where that is from."""
+    # How we show images to it, and where that is from.
     told = f"of recipe {s['recipe']}, as the file names none"
     if backbone.settings:
         told = "as in its pre-training"
@@ -52,18 +36,21 @@ def describe_views(s, backbone):
         told = f"{', '.join(s['views_given'])} as given"
     mean = " ".join(f"{v:g}" for v in s["mean"])
     std = " ".join(f"{v:g}" for v in s["std"])
-    return f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)"
-
-
-def describe_protocol(s):
-    """Which protocol it is, and what it trains with."""
-    if "protocol" not in s:
-        return "none: nothing is trained or judged"
-    text = f"{s['protocol']}: {s['note']}"
+    # What judges it, and is trained for that.
+    protocol = "none: nothing is trained or judged"
+    if "protocol" in s:
+        protocol = f"{s['protocol']}: {s['note']}"
     if "epochs" in s:
         base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
-        text += f"; {s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
-    return text
+        protocol += f"; {s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
+    return {
+        "backbone": f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})",
+        **rows,
+        "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
+        "protocol": protocol,
+        "processes": f"{s['world']}, {hardware(s, job.device)}",
+        "writes to": job.out,
+    }
 
 
 def describe_accuracy(found):
@@ -72,13 +59,6 @@ def describe_accuracy(found):
     if "top5" in found:
         text += f", top-5 {found['top5']:.2f}%"
     return text + if_unequal(found["top1"], found["balanced"], found["largest_class"])
-
-
-def describe_result(job, judged, images):
-    """An evaluation's result in a line. images: how many val/ has, with those that can't be read"""
-    s = job.settings
-    return (f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {s['val_images']} of {images} "
-            f"validation images ({s['note']})")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
@@ -159,8 +139,6 @@ def write_classes(path, splits, classifier):
     splits      as for save_features
     classifier  see read_classifier
     """
-    if dist.get_rank() > 0:
-        return
     names = []
     for source, _ in splits.values():
         names += map(str, range(len(source))) if source.files is None else map(os.fsdecode, source.names)
@@ -182,8 +160,6 @@ def save_features(path, splits):
     The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split.
     splits      {NAME, "train" or "val": (source of good images, their features)}
     """
-    if dist.get_rank() > 0:
-        return
     arrays = {}
     for name, (source, v) in splits.items():
         arrays[f"{name}_features"] = v.cpu().numpy()

@@ -202,7 +202,7 @@ def find_resnet(state, path, prefix=None):
     with refusing(path, "not a file of weights"):
         forms = prefixes(state)
         if not forms:
-            shown = ", ".join(name_groups(state))[:200] or "no named tensors"
+            shown = name_groups(state)[:200] or "no named tensors"
             raise Refused(f"{path}: no ResNet in it: it must have conv1.weight (a stem of one "
                           f"convolution) and layer1 to layer4 under one prefix; it has {shown}")
         chosen = choose(forms, state, path, prefix)
@@ -245,7 +245,7 @@ def check_tensor(name, t, path):
 def describe_found(found):
     """What we took from a file, and what we left, in words."""
     where = f" of {found.prefix}*" if found.prefix else ""
-    left_out = ", ".join(name_groups(found.left_out)) or "nothing"
+    left_out = name_groups(found.left_out) or "nothing"
     return f"{len(found.tensors)} tensors{where} matched; left out: {left_out}"
 
 
@@ -324,7 +324,7 @@ def likely(prefix):
 
 
 def name_groups(names):
-    """Names in words, those with a common beginning as one: ["epoch", "module.predictor.* (8)"]"""
+    """Names in words, those with a common beginning as one: epoch, module.predictor.* (8)"""
     groups = {}
     for name in names:
         # The beginning ends before a number, a part of a ResNet, or the last part of the name.
@@ -333,7 +333,7 @@ def name_groups(names):
     shown = []
     for beginning, members in groups.items():
         shown.append(f"{beginning}.* ({len(members)})" if len(members) > 1 else members[0])
-    return shown
+    return ", ".join(shown)
 
 
 def load_strictly(module, state, path):

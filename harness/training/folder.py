@@ -100,6 +100,14 @@ def make_folder(out):
         raise Refused(f"--out {out}: can't be made a folder ({error.strerror}); name another one") from None
 
 
+def check_new(path):
+    """Raise Refused unless a file of this name can be written, and is not there yet."""
+    if os.path.exists(path):
+        raise Refused(f"{path}: already exists; move it away, or name another one")
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise Refused(f"{path}: its folder must be there, and writable; make it, or name another one")
+
+
 def try_to_lock(file, out):
     """Lock a file, and write into it who has it -> None, or who has it already."""
     try:
