@@ -339,7 +339,7 @@ def choose_lr(x, labels, classes, base_lrs, epochs, batch, seed):
     return base_lrs[merit.argmax()], dict(zip(base_lrs, top1.tolist()))
 
 
-def cached(job, bank, queries, say):
+def cached(job, bank, queries):
     """Not the paper's: train on features that are computed once, which takes seconds instead of hours.
 
     bank, queries   features of the training and validation images, (n, D) each
@@ -352,8 +352,6 @@ def cached(job, bank, queries, say):
         bank, labels, s["classes"], base_lrs, s["epochs"], s["batch"], s["seed"])
     for w in layer.parameters():
         dist.broadcast(w.data, 0)  # on GPUs the processes' fits can differ in the last bits
-    if held_out:
-        say(f"base lr {base_lr:g} is the best of the sweep on held-out training images")
     found = {"base_lr": base_lr, "lr": lr, "held_out_top1": held_out}
     return Judged(test_layer(job, layer, queries), layer, found)
 
@@ -481,7 +479,7 @@ def judge(job, frozen, policy, splits, args, say):
         check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
-        judged = cached(job, bank, queries, say)
+        judged = cached(job, bank, queries)
     else:
         judged = knn(job, bank, queries, args.knn_k)
     say(f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {len(val)} of {all_val} validation images "

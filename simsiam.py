@@ -43,7 +43,7 @@ from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation.backbones import load_init
-from harness.evaluation.features import accuracy, extract, good_ones, neighbours
+from harness.evaluation.features import accuracy, extract, neighbours
 from harness.evaluation.report import Report, describe_run, watches_knn
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
@@ -452,23 +452,21 @@ def watch(job, autocast, features):
             "rank": effective_rank(bank[some]).item(),
         }
     chosen = permutation(0, 0, len(job.train))[:RANKED]
-    v = extract(features, job.test_views, job.train, job.device, autocast, chosen)
-    v, _ = good_ones(job.train, v, chosen)
+    _, v = extract(features, job.test_views, job.train, job.device, autocast, chosen)
     return {"rank": effective_rank(v).item()}
 
 
 def knn_of(job, features, views, autocast=contextlib.nullcontext()):
     """kNN of all validation images among all training images -> accuracies, images judged, the bank.
 
-    features: images -> (N, D). views: as Job.test_views. The replacement for an unreadable image has the
-    wrong label, so it is left out.
+    features: images -> (N, D). views: as Job.test_views
     """
-    bank, voting = good_ones(job.train, extract(features, views, job.train, job.device, autocast))
-    queries, judged = good_ones(job.val, extract(features, views, job.val, job.device, autocast))
-    labels = to_device(job.train.labels[voting], job.device)
-    truth = to_device(job.val.labels[judged], job.device)
-    k = neighbours(len(bank), len(job.train.classes), job.settings["knn_k"])
-    return knn_accuracy(bank, labels, queries, truth, k), len(judged), bank
+    train, bank = extract(features, views, job.train, job.device, autocast)
+    val, queries = extract(features, views, job.val, job.device, autocast)
+    labels = to_device(train.labels, job.device)
+    truth = to_device(val.labels, job.device)
+    k = neighbours(len(bank), len(train.classes), job.settings["knn_k"])
+    return knn_accuracy(bank, labels, queries, truth, k), len(val), bank
 
 
 def knn_of_pixels(job, policy):

@@ -21,13 +21,14 @@ BATCH = 256  # images at a time
 
 @torch.no_grad()
 def extract(features, test_views, source, device, autocast=contextlib.nullcontext(), chosen=None):
-    """Features of a source's images, in order: (n, D) on every process. The processes share the work.
+    """A source -> the source without bad files, and the features of its images (n, D), on every process.
 
-    Each process needs at least one image.
+    The processes share the work; each needs at least one image. The replacement for a bad file has the wrong
+    label, so we leave it out. Raises BadImage on all processes if too many are bad.
 
     features    images (N, 3, S, S) -> (N, D)
     test_views  (source, batches of (epoch, indices)) -> yields (indices, images)
-    chosen      (n,) indices of the images; by default all
+    chosen      (n,) indices of the images to take; by default all
     """
     if chosen is None:
         chosen = np.arange(len(source))
@@ -41,7 +42,14 @@ def extract(features, test_views, source, device, autocast=contextlib.nullcontex
         if out is None:
             out = torch.zeros(len(chosen), v.shape[1], device=device)
         out[to_device(place, device)] = v
-    return all_sum(out)
+    all_sum(out)
+    is_good = ~np.isin(chosen, share_bad(source, device))
+    if not is_good.all():  # the copy may take gigabytes
+        out = out[to_device(np.flatnonzero(is_good), device)]
+    good = chosen[is_good]
+    if len(good) < len(source):
+        source = source.only(good)
+    return source, out
 
 
 def hits(scores, labels):
@@ -104,20 +112,6 @@ def calibrated(backbone, test_views, train):
         for _, x in test_views(train, batches):
             backbone.features(x)
     return backbone
-
-
-def good_ones(source, v, chosen=None):
-    """Features v (n, D) of a source's images, or of those chosen, without bad files; and their indices.
-
-    All processes call it together. Raises BadImage on all of them where too many are bad.
-    """
-    bad = share_bad(source, v.device)
-    if chosen is None:
-        chosen = np.arange(len(source))
-    is_good = ~np.isin(chosen, bad)
-    if not is_good.all():  # the copy may take gigabytes
-        v = v[to_device(np.flatnonzero(is_good), v.device)]
-    return v, chosen[is_good]
 
 
 def neighbours(images, classes, asked):
@@ -188,18 +182,14 @@ class Frozen:
     def features_of(self, source):
         """Features of a source's images -> the source without bad files, and (n, D).
 
-        The replacement for a bad file has the wrong label, so we leave it out. Raises Refused where features
-        are not finite.
+        Raises Refused where features are not finite.
         """
         def watched(x):
             self.progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
-        v = extract(watched, self.job.test_views, source, self.job.device)
-        v, good = good_ones(source, v)
+        source, v = extract(watched, self.job.test_views, source, self.job.device)
         self.check()
-        if len(good) < len(source):
-            source = source.only(good)
         if not v.isfinite().all():
             raise Refused(f"{self.job.settings['backbone']}: its features are not all finite; the run that "
                           "wrote it had diverged")
