@@ -322,8 +322,10 @@ ODD = {  # what is put into a good file, and what is said
         {"layer2.0.bn1.running_var": None}, r'Missing key\(s\) in state_dict: "layer2.0.bn1.running_var"'),
     "with a tensor more": (
         {"layer2.0.odd.weight": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "layer2.0.odd.weight"'),
-    "grey": ({"conv1.weight": torch.ones(4, 1, 3, 3)}, r"take 3 channels.*mismatch for conv1.weight.*\[4, 1, 3"),
-    "13 bands": ({"conv1.weight": torch.ones(4, 13, 3, 3)}, r"take 3 channels.*mismatch for conv1.weight.*\[4, 13"),
+    "grey": (
+        {"conv1.weight": torch.ones(4, 1, 3, 3)}, r"take 3 channels.*mismatch for conv1.weight.*\[4, 1, 3"),
+    "13 bands": (
+        {"conv1.weight": torch.ones(4, 13, 3, 3)}, r"take 3 channels.*mismatch for conv1.weight.*\[4, 13"),
     "ResNeXt": (
         {"layer1.0.conv1.weight": torch.ones(8, 4, 3, 3), "layer1.0.conv2.weight": torch.ones(4, 2, 3, 3)},
         r"no wider blocks as in Wide ResNet and ResNeXt.*mismatch for layer1.0.conv1.weight"),

@@ -103,10 +103,10 @@ def load(data, path):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # a foreign file can raise anything
         raise Refused(
-            f"{path}: can't be read: it is damaged, or torch.save did not write it (safetensors: load it with "
-            "that package, and torch.save what you get), or it holds more than tensors, numbers and words, "
-            "which could run code; if you trust it, load it with weights_only=False, and torch.save its "
-            "state_dict") from None
+            f"{path}: can't be read: it is damaged, or torch.save did not write it (safetensors: load it "
+            "with that package, and torch.save what you get), or it holds more than tensors, numbers and "
+            "words, which could run code; if you trust it, load it with weights_only=False, and torch.save "
+            "its state_dict") from None
 
 
 def stand_ins(data):

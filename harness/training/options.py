@@ -41,16 +41,16 @@ SAID_HERE = {
     "data|data.(dir|path|root)|dataset|root|i": "DATA (the path alone)",
     "device|(n|num.)?gpus?|gpu.ids?|device.id|no.cuda|cpu|distributed|multiprocessing.distributed|dist.url"
     "|world.size|rank":
-        "--device cuda or --device cpu (CUDA_VISIBLE_DEVICES=1 chooses a GPU; torchrun starts one process for "
-        "each of several)",
+        "--device cuda or --device cpu (CUDA_VISIBLE_DEVICES=1 chooses a GPU; torchrun starts one process "
+        "for each of several)",
     "resume(.from)?|continue":
         "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
         "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
     "[a-z]+_[a-z_]+": "- in place of _",
 }
 
-# (lowest, highest): the options that take values from there to there. An upper limit is either a matter of
-# meaning (a probability) or far beyond what anybody needs; it catches a typing error before a run has started.
+# (lowest, highest): the options that take such values. An upper limit is either a matter of meaning (a
+# probability) or far beyond what anybody needs; it catches a typing error before a run has started.
 LIMITS = {
     (0, math.inf): ("warmup", "k", "freeze", "knn_every", "knn_k", "keep_every"),
     (1, math.inf): ("epochs",),
