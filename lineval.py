@@ -40,16 +40,14 @@ from harness.data.images import read_image
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
-from harness.evaluation.features import Frozen, accuracy, check_same_images, neighbours
+from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.report import too_short
-from harness.evaluation.result import describe_accuracy, describe_evaluation, describe_result
-from harness.evaluation.result import read_classifier, save_features, save_features_alone
-from harness.evaluation.result import write_classes, write_result
+from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
+from harness.evaluation.result import save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, enter, folder_name
-from harness.training.options import add_prefix, check_batch, check_limits, named, new_parser, number
-from harness.training.options import weights_file
-from harness.training.processes import all_sum, join_world, mean_over_processes
+from harness.training.folder import CHECKPOINTS, check_new, enter, folder_name
+from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
+from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
 from harness.training.run import Job, Run
 
@@ -60,7 +58,7 @@ from torch import nn
 
 import augment
 import resnet
-from simsiam import HELP, SETTINGS, cosine, initial_lr, knn_accuracy, test_views
+from simsiam import HELP, SETTINGS, cosine, gradient_norm, initial_lr, knn_accuracy, test_views
 
 # --- 1. The linear layer, and LARS (supplement A) --------------------------------------------------------
 
@@ -232,8 +230,7 @@ def train_on_views(job, frozen, policy, queries, override):
             L = probe_step(layer, optimizer, frozen.features(x), truth, s["world"])
             L = mean_over_processes(L)
             run.add_to_means(L)
-            gradient_norm = nn.utils.get_total_norm([w.grad for w in layer.parameters()])
-            run.check_finite(L, gradient_norm)
+            run.check_finite(L, gradient_norm(optimizer))
             run.save_or_stop_if_asked()
             progress.step(lambda: f"{run.place()}  loss {L.item():.4f}  {run.rate():.0f} images/s")
         frozen.check()
@@ -342,7 +339,7 @@ def choose_lr(x, labels, classes, base_lrs, epochs, batch, seed):
     return base_lrs[merit.argmax()], dict(zip(base_lrs, top1.tolist()))
 
 
-def cached(job, bank, queries, say):
+def cached(job, bank, queries):
     """Not the paper's: train on features that are computed once, which takes seconds instead of hours.
 
     bank, queries   features of the training and validation images, (n, D) each
@@ -355,8 +352,6 @@ def cached(job, bank, queries, say):
         bank, labels, s["classes"], base_lrs, s["epochs"], s["batch"], s["seed"])
     for w in layer.parameters():
         dist.broadcast(w.data, 0)  # on GPUs the processes' fits can differ in the last bits
-    if held_out:
-        say(f"base lr {base_lr:g} is the best of the sweep on held-out training images")
     found = {"base_lr": base_lr, "lr": lr, "held_out_top1": held_out}
     return Judged(test_layer(job, layer, queries), layer, found)
 
@@ -380,9 +375,9 @@ def knn(job, bank, queries, asked):
 
 # --- 6. The program --------------------------------------------------------------------------------------
 
-# harness knows neither our networks nor the names of our recipes.
+# harness doesn't know our networks.
 untrained = partial(backbones.untrained, resnet.ARCHS)
-read_backbone = partial(backbones.read_backbone, resnet.ARCHS, DEFAULT)
+read_backbone = partial(backbones.read_backbone, resnet.ARCHS)
 
 
 def open_network(path):
@@ -427,66 +422,73 @@ def evaluate(args):
     policy = views_of(s)
     views = test_views(policy, device, args.workers)
     say = Progress(0, quiet=rank > 0).line
-    if args.classify or not data.can_judge():  # the user wants a table of classes, or only features
-        out = args.out or table_of(args) if args.classify else args.features
-        job = Job(s, device, data.train, data.val, views, out, resuming=False)
-        say(start_block(describe_evaluation(job, backbone, data.rows())))
-        say(classify(job, backbone, classifier) if args.classify else save_features_alone(job, backbone))
-        return
 
-    # 2. Settings, all of them checked before the work begins
-    s = settings_for(args, s, policy, data)
-    protocol = PROTOCOLS[s["protocol"]]
-    out = args.out or default_folder(args, s, backbone)
-    resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
+    # 2. Settings, all of them checked before the work begins, which can take hours
+    if args.features and not args.resume:
+        check_new(args.features)
+    out = args.features  # of data without labels or val/, which no protocol can judge
+    protocol = Protocol()
+    resuming = False
+    if args.classify:  # next to the classifier, by the name of the data
+        out = args.out or os.path.join(os.path.dirname(args.classify), f"{folder_name(args.data)}.csv")
+        check_new(out)
+    elif data.can_judge():
+        s = settings_for(args, s, policy, data)
+        protocol = PROTOCOLS[s["protocol"]]
+        out = args.out or default_folder(args, s, backbone)
+        resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
-    short = too_short(s, ENOUGH_STEPS, TOO_SHORT) if protocol.optimizer else {}
-    say(start_block(describe_evaluation(job, backbone, data.rows()) | short))
+    rows = describe_evaluation(job, backbone, data.rows())
+    if protocol.optimizer:
+        rows |= too_short(s, ENOUGH_STEPS, TOO_SHORT)
+    say(start_block(rows))
 
     # 3. Features of all good images, without augmentation: to classify, find bad files, show neighbours
     frozen = Frozen(backbone, job)
-    train, bank = frozen.features_of(data.train)
-    val, queries = frozen.features_of(data.val)
-    job = job._replace(train=train, val=val)
-    record_images(job)
+    if args.classify and frozen.digest != classifier["network"]:
+        raise Refused(f"{args.ckpt}: is not the backbone that the classifier was trained on")
+    splits = {"train": frozen.features_of(data.train)}
+    if data.val:
+        splits["val"] = frozen.features_of(data.val)
 
-    # 4. Classify
+    # 4. The result, the accuracy first
+    if "protocol" in s:
+        judge(job, frozen, policy, splits, args, say)
+    if args.features and rank == 0:
+        save_features(args.features, splits)
+    if args.classify and rank == 0:
+        write_classes(out, splits, classifier)
+    say(f"done: {out}")
+
+
+def judge(job, frozen, policy, splits, args, say):
+    """Classify the validation images, and write the result.
+
+    splits  {"train" or "val": (source of good images, their features (n, D))}
+    Raises Refused if too few images are left for a batch, or if processes have read different images.
+    """
+    s = job.settings
+    protocol = PROTOCOLS[s["protocol"]]
+    train, bank = splits["train"]
+    val, queries = splits["val"]
+    all_val = len(job.val)
+    bad = len(job.train) - len(train) + all_val - len(val)
+    job = job._replace(train=train, val=val)
+    s["images"] = len(train)
+    s["val_images"] = len(val)
+    s["content"] = train.fingerprint()
+    check_same(f"images in {s['data']}", [s["content"], val.fingerprint()], job.device)
     if protocol.optimizer:
+        check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
-        judged = cached(job, bank, queries, say)
+        judged = cached(job, bank, queries)
     else:
         judged = knn(job, bank, queries, args.knn_k)
-
-    # 5. The result, the number first
-    say(describe_result(job, judged, images=len(data.val)))
-    bad = len(data.train) - len(train) + len(data.val) - len(val)
-    if rank == 0:
-        write_result(job, judged, bank, queries, bad, frozen.digest)
-    if args.features:
-        save_features(args.features, {"train": (train, bank), "val": (val, queries)})
-    say(f"done: {os.path.join(out, 'lineval.json')}")
-
-
-def classify(job, backbone, classifier):
-    """Write the table of --classify to job.out: the class of each image -> a line that says so
-
-    Raises Refused if the classifier is another network's.
-    """
-    frozen = Frozen(backbone, job)
-    if frozen.digest != classifier["network"]:
-        raise Refused(f"{job.settings['backbone']}: is not the backbone that the classifier was trained on")
-    names, features = [], []
-    splits = {"train": job.train} if job.val is None else {"train": job.train, "val": job.val}
-    for split, source in splits.items():
-        good, v = frozen.features_of(source)
-        numbers = [f"{split}/{i}" for i in range(len(good))]  # images of CIFAR's files have no names
-        names += numbers if good.files is None else good.names.tolist()
-        features.append(v)
-    scores = torch.cat(features) @ classifier["weight"].T.to(job.device) + classifier["bias"].to(job.device)
+    say(f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {len(val)} of {all_val} validation images "
+        f"({s['note']})")
     if dist.get_rank() == 0:
-        write_classes(job.out, names, classifier["classes"], scores.softmax(dim=1))
-    return f"done: {job.out}, classes of {len(names)} images"
+        write_result(job, judged, bank, queries, bad, frozen.digest)
 
 
 def open_all(args, seen):
@@ -496,9 +498,6 @@ def open_all(args, seen):
     seen    settings of an evaluation, which are taken instead
     Raises Refused if the user wants an accuracy, and the data can't give one.
     """
-    # An evaluation can take hours: notice now what would be in the way of a file at the end.
-    check_new(args.features if not args.resume else None)
-    check_new((args.out or table_of(args)) if args.classify else None)
     arch = args.ckpt.removeprefix("random:")
     is_random = args.ckpt.startswith("random:") and arch in resnet.ARCHS
     backbone = None
@@ -523,8 +522,8 @@ def open_all(args, seen):
 def open_as_before(args, saved, value_range):
     """DATA, by default that of pre-training, whose settings are `saved` -> Data
 
-    If the command line doesn't name the images that judge, those do that pre-training held out: of its own
-    data, and of data that have no others.
+    Unless the command line says which images judge, those do that pre-training has held out: of its own data,
+    and of data that have no others.
     """
     seed = saved.get("seed", args.seed)
     wanted = Validation(args.val, args.val_share, seed)
@@ -546,53 +545,24 @@ def open_as_before(args, saved, value_range):
     return data
 
 
-def check_new(path):
-    """Raise Refused unless a file of this name can be written, and is not there yet. None: no file"""
-    if path is None:
-        return
-    if os.path.exists(path):
-        raise Refused(f"{path}: already exists; name another file")
-    if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise Refused(f"{path}: its folder must be there, and writable; make it, or name another one")
-
-
-def table_of(args):
-    """The file of --classify: next to the classifier, by the name of the data."""
-    return os.path.join(os.path.dirname(args.classify), f"{folder_name(args.data)}.csv")
-
-
 def describe(args, backbone, data, recipe, world):
     """The settings for which backbone is evaluated on which data, and how: {name: value}"""
-    arch, width, cifar_stem = backbone.shape
-    views_given = named(args, ["size", "mean", "std"])
-    return {
+    s = {
         "backbone": args.ckpt,
         "sha256": backbone.sha256,             # of the file; None for an untrained network
         "pretrained_epochs": backbone.epochs,  # None if the file doesn't say
-        "arch": arch,
-        "width": width,
-        "cifar_stem": cifar_stem,
-        "recipe": recipe["recipe"],
-        "data": args.data,                     # None: the drawn shapes
-        "val": args.val,
-        "val_share": args.val_share,
         "range": data.train.value_range,
-        # How images are shown to the network: as in its pre-training, or as the command line says.
-        "size": recipe["size"],
-        "mean": recipe["mean"],
-        "std": recipe["std"],
-        "centre": recipe["centre"],
-        **views_given,
-        "views_given": list(views_given),
-        # How it is run.
-        "seed": args.seed,
-        "device": args.device,
         "amp": bool(args.amp),
         "world": world,
-        "workers": args.workers,
-        "save_minutes": args.save_minutes,
-        "keep_every": args.keep_every,
     }
+    s |= zip(("arch", "width", "cifar_stem"), backbone.shape)
+    for name in ("data", "val", "val_share", "seed", "device", "workers", "save_minutes", "keep_every"):
+        s[name] = getattr(args, name)
+    # How images are shown to the network: as in its pre-training, or as the command line says.
+    for name in ("recipe", "size", "mean", "std", "centre"):
+        s[name] = recipe[name]
+    views_given = named(args, ["size", "mean", "std"])
+    return s | views_given | {"views_given": list(views_given)}
 
 
 def views_of(s):
@@ -632,7 +602,7 @@ def settings_for(args, described, policy, data):
         raise Refused("--knn-k needs --knn")
     s = {"protocol": name, "note": protocol.note + why}
     if protocol.epochs:
-        s |= {"base_lr": protocol.base_lr, "batch": protocol.batch, "epochs": protocol.epochs}
+        s |= {option: getattr(protocol, option) for option in OF_THE_LAYER}
     changed = [f"{option} {value} instead of {s[option] or 'a sweep'}"
                for option, value in given.items() if value != s[option]]
     if changed:  # the number is no longer the protocol's
@@ -642,9 +612,8 @@ def settings_for(args, described, policy, data):
     s["val_images"] = len(data.val)
     s["classes"] = len(data.train.classes)
     if protocol.optimizer:
-        s["area"] = policy.area
-        s["aspect"] = policy.aspect
-        s["flip"] = policy.flip
+        for name in ("area", "aspect", "flip"):
+            s[name] = getattr(policy, name)
         s["lr"] = initial_lr(s["base_lr"], s["batch"])
         check_batch(s)
     return s
@@ -665,20 +634,6 @@ def default_folder(args, s, backbone):
     if args.data != backbone.settings.get("data"):
         name += f"-{data}"
     return os.path.join(os.path.dirname(args.ckpt), name)
-
-
-def record_images(job):
-    """Record in the settings which images are left after bad files are dropped.
-
-    Raises Refused if too few are left for a batch, or if processes have read different images.
-    """
-    s = job.settings
-    s["images"] = len(job.train)
-    s["val_images"] = len(job.val)
-    s["content"] = job.train.fingerprint()
-    check_same_images([s["content"], job.val.fingerprint()], s["data"], job.device)
-    if PROTOCOLS[s["protocol"]].optimizer:
-        check_batch(s)
 
 
 def parse(argv=None):
@@ -703,7 +658,6 @@ def parse(argv=None):
     parser.add_argument("--width", type=number,
                         help="width of the network; 1 is standard (default: the file's own; random: the "
                              "recipe's)")
-    add_prefix(parser, "--ckpt")
     parser.add_argument("--features", metavar="FILE.npz",
                         help="save features, labels and file names of both splits; data without labels or "
                              "val/ then isn't evaluated")

@@ -39,7 +39,7 @@ from harness.common.errors import Refused
 from harness.common.machine import to_device
 from harness.data.captions import Vocabulary, bag, hash_of
 from harness.data.opening import open_captions, open_data
-from harness.evaluation.features import extract, good_ones
+from harness.evaluation.features import extract
 from harness.training.batchnorm import AllSum
 from harness.training.ends import run_and_leave
 from harness.training.method import Method
@@ -721,9 +721,9 @@ class CLIP(Related):
         """
         source = job.val or job.train
         chosen = permutation(0, 0, len(source))[:1000] if job.val is None else None
-        image = l2_normalize(extract(encoder, job.test_views, source, job.device, self.autocast, chosen))
-        image, good = good_ones(source, image, chosen)
-        captions = [bag(source.captions[i]) for i in good]
+        source, v = extract(encoder, job.test_views, source, job.device, self.autocast, chosen)
+        image = l2_normalize(v)
+        captions = [bag(caption) for caption in source.captions]
         text = self.text_vectors([" ".join(words) for words in captions], job.device)
         found = {
             "image_to_text": share_right(image @ text.T, captions),
@@ -731,7 +731,7 @@ class CLIP(Related):
         }
         if source.labels is not None:
             names = self.text_vectors([f"a {name}" for name in source.classes], job.device)
-            right = (image @ names.T).argmax(dim=1).cpu().numpy() == source.labels[good]
+            right = (image @ names.T).argmax(dim=1).cpu().numpy() == source.labels
             found["zero_shot"] = 100 * right.mean()
         return found
 

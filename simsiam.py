@@ -43,15 +43,15 @@ from harness.common.progress import Progress, start_block
 from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation.backbones import load_init
-from harness.evaluation.features import accuracy, check_same_images, extract, good_ones, neighbours
-from harness.evaluation.report import Report, describe_run
+from harness.evaluation.features import accuracy, extract, neighbours
+from harness.evaluation.report import Report, describe_run, watches_knn
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, enter, look
 from harness.training.method import Method
 from harness.training.options import check_limits, number
 from harness.training.per_image import PerImageVectors
-from harness.training.processes import all_sum, check_same_precision, join_world, mean_over_processes
+from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import default_folder, list_experiments, options, settings_for
 from harness.training.run import Job, Run
 
@@ -336,7 +336,7 @@ def pretrain(args):
     run = Run(job, parts, method.steps_per_epoch, args.override, follow)
     progress = Progress(method.total_steps - run.position(), quiet=rank > 0)
     report = Report(run, job, method, partial(watch, watched, method.autocast), progress)
-    rows |= describe_run(watched, method, watches_knn(watched))
+    rows |= describe_run(watched, method)
     progress.line("\n".join([start_block(rows), *run.notes]))
     run.begin(knn_pixels=None if resuming else knn_of_pixels(watched, policy))
     if rank == 0 and not resuming:
@@ -435,12 +435,6 @@ def knn_accuracy(bank, bank_labels, queries, labels, k):
     return accuracy(lambda mine: knn(bank, bank_labels, queries[mine], k), labels)
 
 
-def watches_knn(job):
-    """Whether kNN is measured: it needs labels, and a validation image for each process."""
-    s = job.settings
-    return s["knn_every"] > 0 and job.val is not None and len(job.val) >= s["world"]
-
-
 def watch(job, autocast, features):
     """Measure a network by the features (images -> (N, D)) of test views.
 
@@ -458,23 +452,21 @@ def watch(job, autocast, features):
             "rank": effective_rank(bank[some]).item(),
         }
     chosen = permutation(0, 0, len(job.train))[:RANKED]
-    v = extract(features, job.test_views, job.train, job.device, autocast, chosen)
-    v, _ = good_ones(job.train, v, chosen)
+    _, v = extract(features, job.test_views, job.train, job.device, autocast, chosen)
     return {"rank": effective_rank(v).item()}
 
 
 def knn_of(job, features, views, autocast=contextlib.nullcontext()):
     """kNN of all validation images among all training images -> accuracies, images judged, the bank.
 
-    features: images -> (N, D). views: as Job.test_views. The replacement for an unreadable image has the
-    wrong label, so it is left out.
+    features: images -> (N, D). views: as Job.test_views
     """
-    bank, voting = good_ones(job.train, extract(features, views, job.train, job.device, autocast))
-    queries, judged = good_ones(job.val, extract(features, views, job.val, job.device, autocast))
-    labels = to_device(job.train.labels[voting], job.device)
-    truth = to_device(job.val.labels[judged], job.device)
-    k = neighbours(len(bank), len(job.train.classes), job.settings["knn_k"])
-    return knn_accuracy(bank, labels, queries, truth, k), len(judged), bank
+    train, bank = extract(features, views, job.train, job.device, autocast)
+    val, queries = extract(features, views, job.val, job.device, autocast)
+    labels = to_device(train.labels, job.device)
+    truth = to_device(val.labels, job.device)
+    k = neighbours(len(bank), len(train.classes), job.settings["knn_k"])
+    return knn_accuracy(bank, labels, queries, truth, k), len(val), bank
 
 
 def knn_of_pixels(job, policy):
@@ -832,12 +824,6 @@ class SimSiamMethod(Method):
     def collapsed(self, loss, std_sqrt_d):
         return collapsed(loss - self.minimum, std_sqrt_d, self.s["batch"])
 
-    def rows(self):
-        if self.s["eta"] != "average":
-            return {}
-        vectors, d = self.s["images"], self.s["dim"]
-        return {"eta": f"{vectors} vectors: {vectors * d * 4 / 2 ** 20:.1f} MiB over all processes"}
-
 
 OF_THE_MODEL = ("arch", "width", "cifar_stem", "proj_layers", "proj_hidden", "dim", "pred_dim", "predictor",
                 "bn", "affine", "fc_std")
@@ -875,11 +861,10 @@ def open_both(args):
 
 def check_same_on_all_processes(method, judge, data):
     """Raise Refused if the processes see different images, or have chosen different precisions."""
-    method.s["content"] = method.data.train.fingerprint()
-    judges = [source.fingerprint() for source in (judge.train, judge.val) if source]
-    seen = [method.s["content"], *judges, *method.numbers()]
-    check_same_images(seen, data, method.device)
-    check_same_precision(method.s["amp"], method.device)
+    seen = [source.fingerprint() for source in (method.data.train, judge.train, judge.val) if source]
+    method.s["content"] = seen[0]
+    check_same(f"images in {data}", seen + method.numbers(), method.device)
+    check_same("CPUs with instructions for bf16 (give --amp, or --no-amp)", [method.s["amp"]], method.device)
 
 
 if __name__ == "__main__":

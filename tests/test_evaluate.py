@@ -34,8 +34,10 @@ def test_features_come_in_the_order_of_the_images(world_of_one):
         number = x[:, 0, 0, 0]
         return torch.stack([number, number ** 2], dim=1)
 
-    found = features.extract(number_and_square, as_they_are, Source(pixels=pixels), CPU)
+    source = Source(pixels=pixels)
+    good, found = features.extract(number_and_square, as_they_are, source, CPU)
     assert torch.equal(found, torch.stack([numbers, numbers ** 2], dim=1))
+    assert good is source
     assert len(batches) > 1
     assert sum(batches) == 600
 

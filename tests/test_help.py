@@ -144,7 +144,7 @@ def test_the_option_of_torchs_older_launcher_is_taken():
 
 # --- The keys of the files ----------------------------------------------------------------------------------
 
-MACHINE = set("event command device world python torch numpy pillow seed settings".split())
+MACHINE = set("event command device python torch numpy pillow settings".split())
 RUN_KEYS = {  # event: keys of its records in the log of a run
     "start": MACHINE | {"knn_pixels"},
     "resume": MACHINE | {"epoch", "step"},

@@ -539,7 +539,7 @@ def test_the_released_export_has_the_released_names(exported):
     """
     folder, model = exported
     again = ["--ckpt", folder / "checkpoint.pth", "--export", "released"]
-    assert "exists already" in refusal("lineval.py", *again)
+    assert "already exists" in refusal("lineval.py", *again)
     content = torch.load(folder / "released.pth.tar", weights_only=True)
     assert content["arch"] == "resnet50"
     assert content["epoch"] == 7  # 6, and 9 steps

@@ -49,10 +49,14 @@ def test_the_start_block_tells_of_a_precision_that_does_not_pay(cpu):
 
 
 def test_processes_of_different_precisions_are_refused(monkeypatch):
-    """Two kinds of machines, of which only one would choose bf16."""
-    monkeypatch.setattr(processes, "same_everywhere", lambda number, device: False)
-    with pytest.raises(Refused, match="give all of them --amp, or --no-amp"):
-        processes.check_same_precision(True, CPU)
+    """Two kinds of machines, of which only this one would choose bf16."""
+    def with_zero(both, op):
+        both.clamp_(min=0)
+
+    monkeypatch.setattr(processes.dist, "all_reduce", with_zero)
+    processes.check_same("CPUs", [False], CPU)
+    with pytest.raises(Refused, match="CPUs: the processes see different ones"):
+        processes.check_same("CPUs", [True], CPU)
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------

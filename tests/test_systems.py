@@ -178,12 +178,10 @@ def test_versions_that_are_too_old_are_refused_in_one_line(name, version, messag
     check_versions({"Python": "3.11.0", "torch": "2.6.0", "numpy": "1.26.4", "Pillow": "11.0.0"})
 
 
-@pytest.mark.parametrize("device, said", [
-    ("cuda:1", "choose which with CUDA_VISIBLE_DEVICES=1, and --device cuda"),
-    ("mps", "mps: must be cuda or cpu; on a Mac, cpu"),
-])
-def test_another_device_is_refused_with_what_works(device, said):
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_another_device_is_refused_with_what_works(device):
     """One line."""
+    said = "here it is --device cuda or --device cpu (CUDA_VISIBLE_DEVICES=1 chooses a GPU"
     assert said in refusal("simsiam.py", "--device", device)
     assert said in refusal("lineval.py", "--ckpt", "random:resnet18", "--device", device)
 

@@ -468,13 +468,12 @@ def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
 
 def test_the_classes_of_images_without_names(odd_run, tmp_path):
     """CIFAR's files: a split and a number each, no two alike."""
-    pixels = np.zeros((6, 3, 32, 32), np.uint8)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    write_cifar(tmp_path, pixels, np.zeros(6, np.uint8), 10, names)
+    write_cifar(tmp_path, np.zeros((60, 3, 32, 32), np.uint8), np.zeros(60, np.uint8), 10, names)
     options = ["--ckpt", odd_run / "run", "--classify", odd_run / "eval" / "classifier.pth"]
     assert here("lineval.py", tmp_path / "bin", *options, "--out", tmp_path / "c.csv") is None
     files = [line.split(",")[0] for line in (tmp_path / "c.csv").read_text().splitlines()[1:]]
-    assert files == [f"train/{i}" for i in range(5)] + ["val/0"]
+    assert files == [f"train/{i}" for i in range(50)] + [f"val/{i}" for i in range(10)]
 
 
 def test_what_a_run_showed_its_network_is_told(odd_run, capsys):

@@ -1,7 +1,7 @@
 """A backbone, the files it comes in, and those of other programs.
 
     untrained(archs, "resnet18", 1.0, False)        as initialised
-    read_backbone(archs, recipes, path)             from a file
+    read_backbone(archs, path)                      from a file
     load_init(model, settings, None)                from a file into a run: --init
     export(backbone, path, "torchvision", folder)   into a file of another layout
 
@@ -19,9 +19,9 @@ So weights.py looks for it in any nesting of dicts and under any prefix, and of 
 that was trained. Architecture, width and stem follow from names and shapes.
 
     archs       {name: function that makes this ResNet}
-    recipes     the values that a checkpoint's setting "recipe" can have
 """
 import os
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,9 @@ from torch import nn
 
 from ..common.errors import Refused
 from ..common.files import refusing, save
-from ..training.folder import make_folder
+from ..training.folder import check_new, make_folder
 from ..training.options import check_limits
+from ..training.recipes import RECIPES
 from .weights import describe_found, find_resnet, load_strictly, read_weights, whole_model
 
 
@@ -57,7 +58,7 @@ def untrained(archs, arch, width, cifar_stem):
     return Backbone(network, (arch, width, cifar_stem))
 
 
-def read_backbone(archs, recipes, path, width=None, prefix=None):
+def read_backbone(archs, path, width=None, prefix=None):
     """The ResNet in a file -> Backbone.
 
     width   by default the file's; an odd one (1/3) must be given, as the file has only rounded channels
@@ -69,7 +70,7 @@ def read_backbone(archs, recipes, path, width=None, prefix=None):
         raise Refused(f"{path}: no such file; it must be a file of weights, or one of {known}")
     state, epochs, settings, sha256 = read_weights(path)
     if settings:
-        settings = checked(settings, recipes, path)
+        settings = checked(settings, path)
     found = find_resnet(state, path, prefix)
     width = width or settings.get("width", found.width)
     backbone = untrained(archs, found.arch, width, found.cifar_stem)
@@ -77,35 +78,43 @@ def read_backbone(archs, recipes, path, width=None, prefix=None):
     return backbone._replace(found=found, settings=settings, epochs=epochs, sha256=sha256)
 
 
-def checked(settings, recipes, path):
+def floats(count, values):
+    """A tuple of so many floats. Raises ValueError or TypeError for anything else."""
+    return tuple(np.reshape(values, count).astype(float).tolist())
+
+
+NEEDED = {
+    "seed": int,
+    "size": int,
+    "width": float,
+    "mean": partial(floats, 3),
+    "std": partial(floats, 3),
+    "centre": float,
+}
+OPTIONAL = {  # None, or missing in older files
+    "data": str,
+    "knn_data": str,
+    "val": str,
+    "val_share": float,
+    "range": partial(floats, 2),
+}
+
+
+def checked(settings, path):
     """The settings of a checkpoint, with the ones that an evaluation needs converted to the right types.
 
     The file may come from anywhere. Raises Refused where a setting is missing, or is not what it must be.
     """
     with refusing(path, "not a file of weights"):
-        if settings["recipe"] not in recipes:
+        if settings["recipe"] not in RECIPES:
             raise ValueError(f"recipe {settings['recipe']}")
-        needed = {
-            "data": settings["data"] and str(settings["data"]),
-            "seed": int(settings["seed"]),
-            "size": int(settings["size"]),
-            "width": float(settings["width"]),
-            "mean": floats(settings["mean"], 3),
-            "std": floats(settings["std"], 3),
-            "centre": float(settings["centre"]),
-            "range": settings.get("range") and floats(settings["range"], 2),
-        }
-        for name, kind in (("knn_data", str), ("val", str), ("val_share", float)):  # older files lack them
+        needed = {name: kind(settings[name]) for name, kind in NEEDED.items()}
+        for name, kind in OPTIONAL.items():
             value = settings.get(name)
             needed[name] = value and kind(value)
         settings = {**settings, **needed}
         check_limits(settings)
     return settings
-
-
-def floats(values, count):
-    """A tuple of so many floats. Raises ValueError or TypeError for anything else."""
-    return tuple(np.reshape(values, count).astype(float).tolist())
 
 
 # --- From a file into a run -------------------------------------------------------------------------------
@@ -131,19 +140,14 @@ def load_init(model, s, prefix):
     around = whole_model(found, path)
     mine = model.state_dict()
     # A projector of more layers has all the names of a shorter one.
-    same_encoder = names_of_encoder(mine) == names_of_encoder(around)
+    longer = any(name.startswith("encoder.") for name in around.keys() - mine.keys())
     same_captions = settings.get("captions") == s.get("captions")
-    if same_encoder and same_captions and mine.keys() <= around.keys():
+    if same_captions and mine.keys() <= around.keys() and not longer:
         load_strictly(model, {name: around[name] for name in mine}, f"--init {path}")
         return f"{path}, backbone and heads{views}"
     heads = {name: t for name, t in model.encoder.state_dict().items() if name.startswith("fc.")}
     load_strictly(model.encoder, heads | found.tensors, f"--init {path}")
     return f"{path}, the backbone; the heads are new ({describe_found(found)}){views}"
-
-
-def names_of_encoder(state):
-    """The names of the encoder's tensors among these."""
-    return {name for name in state if name.startswith("encoder.")}
 
 
 # --- Into a file of another layout ------------------------------------------------------------------------
@@ -168,9 +172,8 @@ def export(backbone, path, layout, out):
         content = {"epoch": backbone.epochs or 0, "arch": arch, "state_dict": tensors}
     # We replace nothing: the name doesn't tell which network it is.
     target = os.path.join(out or os.path.dirname(path), name)
-    if os.path.exists(target):
-        raise Refused(f"{target}: exists already; move it away, or name another folder with --out")
     make_folder(os.path.dirname(target) or ".")
+    check_new(target)
     save(content, target)
     print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
     print(f"  {describe_found(backbone.found)}")

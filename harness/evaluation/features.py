@@ -13,7 +13,7 @@ from ..common.draws import permutation
 from ..common.errors import Refused
 from ..common.machine import fastest_layout, to_device
 from ..common.progress import Progress
-from ..training.processes import all_sum, my_share, same_everywhere
+from ..training.processes import all_sum, check_same, my_share
 
 
 BATCH = 256  # images at a time
@@ -21,13 +21,14 @@ BATCH = 256  # images at a time
 
 @torch.no_grad()
 def extract(features, test_views, source, device, autocast=contextlib.nullcontext(), chosen=None):
-    """Features of a source's images, in order: (n, D) on every process. The processes share the work.
+    """A source -> the source without bad files, and the features of its images (n, D), on every process.
 
-    Each process needs at least one image.
+    The processes share the work; each needs at least one image. The replacement for a bad file has the wrong
+    label, so we leave it out. Raises BadImage on all processes if too many are bad.
 
     features    images (N, 3, S, S) -> (N, D)
     test_views  (source, batches of (epoch, indices)) -> yields (indices, images)
-    chosen      (n,) indices of the images; by default all
+    chosen      (n,) indices of the images to take; by default all
     """
     if chosen is None:
         chosen = np.arange(len(source))
@@ -41,7 +42,14 @@ def extract(features, test_views, source, device, autocast=contextlib.nullcontex
         if out is None:
             out = torch.zeros(len(chosen), v.shape[1], device=device)
         out[to_device(place, device)] = v
-    return all_sum(out)
+    all_sum(out)
+    is_good = ~np.isin(chosen, share_bad(source, device))
+    if not is_good.all():  # the copy may take gigabytes
+        out = out[to_device(np.flatnonzero(is_good), device)]
+    good = chosen[is_good]
+    if len(good) < len(source):
+        source = source.only(good)
+    return source, out
 
 
 def hits(scores, labels):
@@ -68,12 +76,15 @@ def accuracy(scores, labels):
     first, among_five = hits(found, labels[mine])
     sizes = labels.bincount()                                         # (C,): 0 for a class without an image
     right = all_sum(labels[mine][first].bincount(minlength=len(sizes)))  # (C,)
-    counts = {"top1": right.sum(), "largest_class": sizes.max()}
-    if found.shape[1] > 5:
-        counts["top5"] = all_sum(among_five.sum())
-    percent = {name: 100 * count.item() / len(labels) for name, count in counts.items()}
     within = right.double() / sizes                                   # (C,): not a number without an image
-    return percent | {"balanced": 100 * within.nanmean().item()}
+    percent = {
+        "top1": 100 * right.sum().item() / len(labels),
+        "balanced": 100 * within.nanmean().item(),
+        "largest_class": 100 * sizes.max().item() / len(labels),
+    }
+    if found.shape[1] > 5:
+        percent["top5"] = 100 * all_sum(among_five.sum()).item() / len(labels)
+    return percent
 
 
 def if_unequal(top1, balanced, largest):
@@ -101,28 +112,6 @@ def calibrated(backbone, test_views, train):
         for _, x in test_views(train, batches):
             backbone.features(x)
     return backbone
-
-
-def check_same_images(fingerprints, data, device):
-    """Raise Refused where the fingerprints of the splits differ between processes. data: for the message"""
-    for number in fingerprints:
-        if not same_everywhere(number, device):
-            raise Refused(f"{data}: the processes see different images there; all machines must have the "
-                          "same data")
-
-
-def good_ones(source, v, chosen=None):
-    """Features v (n, D) of a source's images, or of those chosen, without bad files; and their indices.
-
-    All processes call it together. Raises BadImage on all of them where too many are bad.
-    """
-    bad = share_bad(source, v.device)
-    if chosen is None:
-        chosen = np.arange(len(source))
-    is_good = ~np.isin(chosen, bad)
-    if not is_good.all():  # the copy may take gigabytes
-        v = v[to_device(np.flatnonzero(is_good), v.device)]
-    return v, chosen[is_good]
 
 
 def neighbours(images, classes, asked):
@@ -182,9 +171,7 @@ class Frozen:
                 dist.broadcast(statistics, 0)  # GPUs can differ in the last bits
         self.network = network.eval().requires_grad_(False)
         self.digest = digest(network)
-        if not same_everywhere(self.digest, job.device):
-            raise Refused(f"{job.settings['backbone']}: the processes have read different weights from it; "
-                          "put one file where all of them can read it")
+        check_same(f"weights in {job.settings['backbone']}", [self.digest], job.device)
 
     def features(self, x):
         """Images (N, 3, S, S) -> (N, D), in pieces: a batch of 4096 may not fit on a GPU."""
@@ -195,18 +182,14 @@ class Frozen:
     def features_of(self, source):
         """Features of a source's images -> the source without bad files, and (n, D).
 
-        The replacement for a bad file has the wrong label, so we leave it out. Raises Refused where features
-        are not finite.
+        Raises Refused where features are not finite.
         """
         def watched(x):
             self.progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
-        v = extract(watched, self.job.test_views, source, self.job.device)
-        v, good = good_ones(source, v)
+        source, v = extract(watched, self.job.test_views, source, self.job.device)
         self.check()
-        if len(good) < len(source):
-            source = source.only(good)
         if not v.isfinite().all():
             raise Refused(f"{self.job.settings['backbone']}: its features are not all finite; the run that "
                           "wrote it had diverged")

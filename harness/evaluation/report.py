@@ -80,10 +80,8 @@ class Report:
         """Say once that the rank is far below the untrained network's. Loss and std may look healthy then."""
         epochs = self.run.log.epochs()
         bound = low_rank(epochs)
-        if rank is None or bound is None or rank >= bound:
-            return
         earlier = [record["rank"] for record in epochs if record["rank"] is not None]
-        if min(earlier) >= bound:
+        if rank is not None and bound is not None and rank < bound <= min(earlier):
             self.progress.line(
                 f"low rank: the features spread in {rank:.1f} directions, and did in {epochs[0]['rank']:.1f} "
                 f"at the start; below {bound:.1f}, every run that we saw had learned little, whatever its "
@@ -135,8 +133,8 @@ def low_rank(epochs):
 
 # --- The start block ---------------------------------------------------------------------------------------
 
-def describe_run(job, method, watches_knn):
-    """What to know about a run before it starts: {heading: text}. watches_knn: whether kNN is measured"""
+def describe_run(job, method):
+    """What to know about a run before it starts: {heading: text}."""
     s = job.settings
     world = s["world"]
     recipe = recipe_for(s["data"], method.data.train, s["recipe"], method.SETTINGS)
@@ -152,7 +150,7 @@ def describe_run(job, method, watches_knn):
     rows |= too_short(s, min(FEW_STEPS, on_its_own), TOO_SHORT)
     rows["processes"] = (
         f"{world}, of {s['batch'] // world} images each, BN over {s['batch']}, {hardware(s, job.device)}")
-    rows["kNN"] = describe_knn(job, watches_knn)
+    rows["kNN"] = describe_knn(job)
     return rows | method.rows() | {"writes to": job.out}
 
 
@@ -166,7 +164,7 @@ def too_short(s, enough, why):
 
 
 def describe_experiment(method):
-    """The experiment, the paper's result, and which of its values this recipe scales or keeps."""
+    """The experiment, the paper's result, and which of its values are others here."""
     s = method.s
     paper, changes = method.EXPERIMENTS[s["experiment"]]
     changes = changes | method.ON_IMAGENET.get(s["experiment"], {})
@@ -174,18 +172,21 @@ def describe_experiment(method):
     scaled = [f"{name} {s[name]}" for name in changes if s[name] != changes[name]]
     if scaled:
         text += f"; here {', '.join(scaled)}, not what the row says"
-    kept = [name for name in ("k", "base_lr", "weight_decay") if name in changes and s[name] == changes[name]]
-    if kept and s["recipe"] != "imagenet":
-        text += f"; {', '.join(kept)} as for ImageNet"
     return text
 
 
-def describe_knn(job, watches_knn):
+def watches_knn(job):
+    """Whether kNN is measured: it needs labels, and a validation image for each process."""
+    s = job.settings
+    return s["knn_every"] > 0 and job.val is not None and len(job.val) >= s["world"]
+
+
+def describe_knn(job):
     """How often kNN is measured, with how many neighbours, and on what."""
     every = job.settings["knn_every"]
     if every == 0:
         return "none (--knn-every 0)"
-    if not watches_knn:
+    if not watches_knn(job):
         return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes), job.settings["knn_k"])
     return (f"every {every} epochs, k {k} (--knn-k, or a fifth of a class, at most 200), on {len(job.val)} "

@@ -8,14 +8,13 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
 from .backbones import in_words
-from .features import Frozen, if_unequal
+from .features import if_unequal
 from .weights import describe_found
 
 # --- On the screen ----------------------------------------------------------------------------------------
@@ -23,28 +22,13 @@ from .weights import describe_found
 def describe_evaluation(job, backbone, rows):
     """What to know about an evaluation before it starts: {heading: text}. rows: those about the data"""
     s = job.settings
-    return {
-        "backbone": describe_backbone(s, backbone),
-        **rows,
-        "views": describe_views(s, backbone),
-        "protocol": describe_protocol(s),
-        "processes": f"{s['world']}, {hardware(s, job.device)}",
-        "writes to": job.out,
-    }
-
-
-def describe_backbone(s, backbone):
-    """Which network it is, and where it is from."""
+    # Which network it is, and where it is from.
     origin = "untrained, BN calibrated"
     if backbone.found:
         origin = f"sha256 {backbone.sha256[:12]}, {describe_found(backbone.found)}"
         if backbone.epochs is not None:
             origin = f"{backbone.epochs} epochs, {origin}"
-    return f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})"
-
-
-def describe_views(s, backbone):
-    """How we show images to the network, and where that is from."""
+    # How we show images to it, and where that is from.
     told = f"of recipe {s['recipe']}, as the file names none"
     if backbone.settings:
         told = "as in its pre-training"
@@ -52,18 +36,21 @@ def describe_views(s, backbone):
         told = f"{', '.join(s['views_given'])} as given"
     mean = " ".join(f"{v:g}" for v in s["mean"])
     std = " ".join(f"{v:g}" for v in s["std"])
-    return f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)"
-
-
-def describe_protocol(s):
-    """Which protocol it is, and what it trains with."""
-    if "protocol" not in s:
-        return "none: nothing is trained or judged"
-    text = f"{s['protocol']}: {s['note']}"
+    # What judges it, and is trained for that.
+    protocol = "none: nothing is trained or judged"
+    if "protocol" in s:
+        protocol = f"{s['protocol']}: {s['note']}"
     if "epochs" in s:
         base_lr = "by a sweep" if s["base_lr"] is None else s["base_lr"]
-        text += f"; {s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
-    return text
+        protocol += f"; {s['epochs']} epochs, batch {s['batch']}, base lr {base_lr}"
+    return {
+        "backbone": f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})",
+        **rows,
+        "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
+        "protocol": protocol,
+        "processes": f"{s['world']}, {hardware(s, job.device)}",
+        "writes to": job.out,
+    }
 
 
 def describe_accuracy(found):
@@ -72,13 +59,6 @@ def describe_accuracy(found):
     if "top5" in found:
         text += f", top-5 {found['top5']:.2f}%"
     return text + if_unequal(found["top1"], found["balanced"], found["largest_class"])
-
-
-def describe_result(job, judged, images):
-    """An evaluation's result in a line. images: how many val/ has, with those that can't be read"""
-    s = job.settings
-    return (f"{s['protocol']}: {describe_accuracy(judged.accuracy)} on {s['val_images']} of {images} "
-            f"validation images ({s['note']})")
 
 
 # --- In files ---------------------------------------------------------------------------------------------
@@ -119,11 +99,14 @@ def write_result(job, judged, bank, queries, bad_images, network):
     with replacing(os.path.join(job.out, "lineval.json"), "w") as f:
         f.write(json.dumps(result, indent=1) + "\n")
     if judged.layer is not None:
-        content = {name: t.cpu() for name, t in judged.layer.state_dict().items()}
-        content["classes"] = job.train.classes
-        content["note"] = job.settings["note"]
-        content["settings"] = job.settings
-        content["network"] = network
+        content = {
+            "weight": judged.layer.weight.detach().cpu(),
+            "bias": judged.layer.bias.detach().cpu(),
+            "classes": job.train.classes,
+            "note": job.settings["note"],
+            "settings": job.settings,
+            "network": network,
+        }
         save(content, os.path.join(job.out, "classifier.pth"))
     chosen, nearest = neighbors(job.train, job.val, bank, queries)
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
@@ -150,18 +133,25 @@ def read_classifier(path):
         return {name: content[name] for name in ("weight", "bias", "classes", "settings", "network")}
 
 
-def write_classes(path, names, classes, probabilities):
-    """Write a table: each image's name (text or bytes), its most probable class, and that one's probability.
+def write_classes(path, splits, classifier):
+    """Write a table: each image's name (or number), its most probable class, and that one's probability.
 
-    probabilities   (n, C)
+    splits      as for save_features
+    classifier  see read_classifier
     """
-    best = probabilities.max(dim=1)
-    rows = zip(map(os.fsdecode, names), best.indices.tolist(), best.values.tolist())
+    names = []
+    for split, (source, _) in splits.items():
+        numbers = [f"{split}/{i}" for i in range(len(source))]  # images in CIFAR's files have no names
+        names += numbers if source.files is None else map(os.fsdecode, source.names)
+    v = torch.cat([v for _, v in splits.values()]).cpu()
+    scores = v @ classifier["weight"].T + classifier["bias"]
+    best = scores.softmax(dim=1).max(dim=1)
     with replacing(path) as f:
         text = io.TextIOWrapper(f, "utf-8", "surrogateescape", newline="")
         table = csv.writer(text)
         table.writerow(["file", "class", "probability"])
-        table.writerows([name, classes[k], f"{p:.4f}"] for name, k, p in rows)
+        for name, p, k in zip(names, *best):
+            table.writerow([name, classifier["classes"][k], f"{p:.4f}"])
         text.detach()
 
 
@@ -171,8 +161,6 @@ def save_features(path, splits):
     The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split.
     splits      {NAME, "train" or "val": (source of good images, their features)}
     """
-    if dist.get_rank() > 0:
-        return
     arrays = {}
     for name, (source, v) in splits.items():
         arrays[f"{name}_features"] = v.cpu().numpy()
@@ -184,17 +172,3 @@ def save_features(path, splits):
     # We open the file ourselves, because numpy would add .npz to its name.
     with replacing(path) as f:
         np.savez(f, **arrays)
-
-
-def save_features_alone(job, backbone):
-    """--features for data without labels or val/, which no protocol can judge -> a line that says so
-
-    job     its `out` is the file
-    """
-    frozen = Frozen(backbone, job)
-    splits = {"train": frozen.features_of(job.train)}
-    if job.val:
-        splits["val"] = frozen.features_of(job.val)
-    save_features(job.out, splits)
-    train, _ = splits["train"]
-    return f"done: {job.out}, features of {len(train)} images ({len(job.train) - len(train)} bad)"

@@ -52,9 +52,6 @@ for k in range(4):
     RENAMED[f".layer.{k}.convolution."] = f".conv{k + 1}."
     RENAMED[f".layer.{k}.normalization."] = f".bn{k + 1}."
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-WHY_NOT = ("can't be read: it is damaged, or torch.save did not write it (safetensors: load it with that "
-           "package, and torch.save what you get), or it holds more than tensors, numbers and words, which "
-           "could run code; if you trust it, load it with weights_only=False, and torch.save its state_dict")
 # These are left out of names. A whole pickled network keeps its tensors in the first three; torch.compile,
 # FSDP and gradient checkpointing add the others.
 BETWEEN = {"_modules", "_parameters", "_buffers",
@@ -105,7 +102,11 @@ def load(data, path):
         with torch.serialization.safe_globals(stand_ins(data)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # a foreign file can raise anything
-        raise Refused(f"{path}: {WHY_NOT}") from None
+        raise Refused(
+            f"{path}: can't be read: it is damaged, or torch.save did not write it (safetensors: load it "
+            "with that package, and torch.save what you get), or it holds more than tensors, numbers and "
+            "words, which could run code; if you trust it, load it with weights_only=False, and torch.save "
+            "its state_dict") from None
 
 
 def stand_ins(data):
@@ -201,17 +202,13 @@ def find_resnet(state, path, prefix=None):
     with refusing(path, "not a file of weights"):
         forms = prefixes(state)
         if not forms:
-            shown = ", ".join(name_groups(state))[:200] or "no named tensors"
+            shown = name_groups(state)[:200] or "no named tensors"
             raise Refused(f"{path}: no ResNet in it: it must have conv1.weight (a stem of one "
                           f"convolution) and layer1 to layer4 under one prefix; it has {shown}")
         chosen = choose(forms, state, path, prefix)
         tensors, left_out = parts_of(state, chosen, forms[chosen])
         for name, value in tensors.items():
             check_tensor(name, value, path)
-        more = re.compile(rf"{re.escape(chosen)}(conv|bn|layer)\d\.")
-        for name, value in left_out.items():
-            if more.match(name) and isinstance(value, torch.Tensor):
-                raise Refused(f"{path}: {name}: the paper's ResNets have no such tensor")
         return FoundResNet(*shape_of(tensors, path), chosen, tensors, left_out)
 
 
@@ -227,11 +224,6 @@ def shape_of(tensors, path):
         raise Refused(f"{path}: its stages have {blocks} blocks of {2 + has_third} convolutions, unlike any "
                       f"of {', '.join(ARCHS.values())}")
     stem = tensors["conv1.weight"].shape
-    if stem[1] != 3:
-        raise Refused(f"{path}: its first convolution is made for {stem[1]}-channel images; ours has 3 "
-                      "channels")
-    if len(tensors["layer1.0.conv1.weight"]) != stem[0]:
-        raise Refused(f"{path}: its blocks are wider inside than ours (as in Wide ResNet and ResNeXt)")
     return arch, stem[0] / 64, stem[-1] == 3  # a stem has 64 channels, times the width; CIFAR's is 3 x 3
 
 
@@ -253,7 +245,7 @@ def check_tensor(name, t, path):
 def describe_found(found):
     """What we took from a file, and what we left, in words."""
     where = f" of {found.prefix}*" if found.prefix else ""
-    left_out = ", ".join(name_groups(found.left_out)) or "nothing"
+    left_out = name_groups(found.left_out) or "nothing"
     return f"{len(found.tensors)} tensors{where} matched; left out: {left_out}"
 
 
@@ -292,10 +284,12 @@ def parts_of(state, prefix, form):
     for name, value in state.items():
         part, _, rest = name.removeprefix(prefix).partition(".")
         *_, last = rest.split(".")
+        # load_strictly must see a bn2 or a layer5 too.
+        is_part = part in parts or re.fullmatch(r"(conv|bn|layer)\d", part)
         # A pickled network has numbers, words and None among its tensors.
         is_meant = isinstance(value, torch.Tensor) or last in TENSORS and value is not None
-        if name.startswith(prefix) and part in parts and is_meant:
-            tensors[f"{parts[part]}.{rest}"] = value
+        if name.startswith(prefix) and is_part and is_meant:
+            tensors[f"{parts.get(part, part)}.{rest}"] = value
         else:
             others[name] = value
     return tensors, others
@@ -316,8 +310,10 @@ def choose(forms, state, path, wanted):
         best = max(likely(prefix) for prefix in forms)
         fitting = [prefix for prefix in forms if likely(prefix) == best]
     first, *more = [parts_of(state, prefix, forms[prefix])[0] for prefix in fitting]
-    if not all(equal(first, network) for network in more):
-        raise Refused(f"{path}: several networks in it: {shown}; choose one with --prefix")
+    for network in more:
+        same_names = network.keys() == first.keys()
+        if not same_names or not all(torch.equal(first[name], network[name]) for name in first):
+            raise Refused(f"{path}: several networks in it: {shown}; choose one with --prefix")
     return fitting[0]
 
 
@@ -327,22 +323,17 @@ def likely(prefix):
     return -1 if words & FOLLOWS else int(bool(words & TRAINED))
 
 
-def equal(one, two):
-    """Whether two networks have the same tensors."""
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 def name_groups(names):
-    """Names in words, those with a common beginning as one: ["epoch", "module.predictor.* (8)"]"""
+    """Names in words, those with a common beginning as one: epoch, module.predictor.* (8)"""
     groups = {}
     for name in names:
         # The beginning ends before a number, a part of a ResNet, or the last part of the name.
-        beginning, part = re.match(r"((?:[^.]+\.)*?)((?:\d+|conv1|bn1|layer\d)\.|[^.]*$)", name).groups()
-        groups.setdefault(beginning or part, []).append(name)
+        beginning, *_ = re.split(r"\.(?:\d+|conv1|bn1|layer\d)\.|\.[^.]*$", name)
+        groups.setdefault(beginning, []).append(name)
     shown = []
     for beginning, members in groups.items():
-        shown.append(f"{beginning}* ({len(members)})" if len(members) > 1 else members[0])
-    return shown
+        shown.append(f"{beginning}.* ({len(members)})" if len(members) > 1 else members[0])
+    return ", ".join(shown)
 
 
 def load_strictly(module, state, path):
@@ -355,5 +346,6 @@ def load_strictly(module, state, path):
     except RuntimeError as error:
         _, _, found = str(error).partition("\n\t")
         found = " ".join(found.split())[:300]
-        raise Refused(f"{path}: doesn't fit the network asked for (the paper's ResNets have BN, and no "
-                      f"GroupNorm, SE or other parts): {found}") from None
+        raise Refused(f"{path}: doesn't fit the network asked for (the paper's ResNets take 3 channels, and "
+                      "have BN, no wider blocks as in Wide ResNet and ResNeXt, and no GroupNorm, SE or other "
+                      f"parts): {found}") from None

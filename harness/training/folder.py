@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..common.errors import Refused, printable
 from ..common.files import read
 from ..common.progress import warn
-from .processes import all_sum, same_everywhere
+from .processes import all_sum, check_same
 
 FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
 NEWEST = "checkpoint.pth"
@@ -62,9 +62,7 @@ def enter(out, names, resume, device):
 def look(out, names, resume, device):
     """Whether a folder holds a run. Raises Refused if that is not what --resume expects."""
     found = any(os.path.exists(os.path.join(out, name)) for name in names)
-    if not same_everywhere(found, device):
-        raise Refused(f"{out}: some processes see a run there and some don't; --out must be a folder that "
-                      "all machines share")
+    check_same(f"run in {out}", [found], device)
     # When a process dies, torchrun starts them all again with the same command, and there may be a checkpoint
     # or not. An agent that only sees the restart of others doesn't count it, so we ask all.
     restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
@@ -100,6 +98,14 @@ def make_folder(out):
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise Refused(f"--out {out}: can't be made a folder ({error.strerror}); name another one") from None
+
+
+def check_new(path):
+    """Raise Refused unless a file of this name can be written, and is not there yet."""
+    if os.path.exists(path):
+        raise Refused(f"{path}: already exists; move it away, or name another one")
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise Refused(f"{path}: its folder must be there, and writable; make it, or name another one")
 
 
 def try_to_lock(file, out):

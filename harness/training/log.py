@@ -20,7 +20,6 @@ import sys
 import numpy as np
 import PIL
 import torch
-import torch.distributed as dist
 
 from ..common.files import refusing, replacing
 from ..common.machine import device_name
@@ -58,12 +57,10 @@ class Log:
             **more,
             "command": shlex.join(sys.argv),
             "device": device_name(device),
-            "world": dist.get_world_size(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
             "pillow": PIL.__version__,
-            "seed": settings["seed"],
             "settings": settings,
         })
         self.write()

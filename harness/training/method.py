@@ -23,15 +23,7 @@ class Method:
     minimum         of the loss, or a lower bound
     lr              the highest, after the warm-up
     """
-    NAME = ""
-    SETTINGS = {}
-    HELP = {}
-    CHOICES = {}
-    IDLE = {}
-    ABLATIONS = ()
-    EXPERIMENTS = {}
     ON_IMAGENET = {}
-    REMEDY = ""
     MEASURED = ()
     views = 2
     minimum = 0
@@ -55,7 +47,6 @@ class Method:
     @staticmethod
     def open(data, value_range, wanted):
         """DATA -> the data set that the method trains on (opening.open_data)."""
-        raise NotImplementedError
 
     @staticmethod
     def check(s):
@@ -63,7 +54,6 @@ class Method:
 
     def build(self):
         """Make self.model, and return it. Its encoder is a ResNet."""
-        raise NotImplementedError
 
     def parts(self):
         """What a checkpoint holds besides the model and the optimiser: {name: with a state_dict}"""
@@ -71,18 +61,15 @@ class Method:
 
     def optimizer(self):
         """The optimiser. Its first group is the encoder's."""
-        raise NotImplementedError
 
     def set_lr(self, optimizer, step):
         """Set the lr, before each step."""
-        raise NotImplementedError
 
     def train_step(self, network, optimizer, step, index, views):
         """One step, on the views of the images `index` -> the loss, and the outputs whose std is monitored.
 
         network: the model, or its DistributedDataParallel
         """
-        raise NotImplementedError
 
     def measure(self, encoder, job):
         """What to measure along with kNN and rank, of an encoder in eval mode: {name in MEASURED: percent}"""
@@ -90,7 +77,6 @@ class Method:
 
     def collapsed(self, loss, std_sqrt_d):
         """Whether an epoch of this mean loss and std x sqrt(d) shows a collapse."""
-        raise NotImplementedError
 
     def numbers(self):
         """Numbers that must be the same on all processes, apart from those of the images."""

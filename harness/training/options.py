@@ -39,82 +39,59 @@ SAID_HERE = {
     "eval.(freq|every|interval)": "--knn-every",
     "fp16|bf16|mixed.precision": "--amp",
     "data|data.(dir|path|root)|dataset|root|i": "DATA (the path alone)",
-    "(n|num.)?gpus?|gpu.ids?|device.id|distributed|multiprocessing.distributed|dist.url|world.size|rank":
-        "--device cuda (CUDA_VISIBLE_DEVICES=0 chooses; torchrun starts one process for each of several)",
-    "no.cuda|cpu": "--device cpu",
+    "device|(n|num.)?gpus?|gpu.ids?|device.id|no.cuda|cpu|distributed|multiprocessing.distributed|dist.url"
+    "|world.size|rank":
+        "--device cuda or --device cpu (CUDA_VISIBLE_DEVICES=1 chooses a GPU; torchrun starts one process "
+        "for each of several)",
     "resume(.from)?|continue":
         "--out FOLDER --resume, after DATA: it continues from FOLDER/checkpoint.pth (from an older "
         "checkpoint: copy it, by this name, and log.jsonl to a new folder)",
     "[a-z]+_[a-z_]+": "- in place of _",
 }
 
-# The lowest and the highest value that an option takes. An upper limit is either a matter of meaning (a
+# (lowest, highest): the options that take such values. An upper limit is either a matter of meaning (a
 # probability) or far beyond what anybody needs; it catches a typing error before a run has started.
 LIMITS = {
-    "batch": (1, math.inf),
-    "epochs": (1, math.inf),
-    "warmup": (0, math.inf),
-    "base_lr": (0, 1e6),
-    "weight_decay": (0, 1e6),
-    "momentum": (0, 0.9999),
-    # Of the network. As large as anybody's memory could hold.
-    "width": (1 / 64, 64),  # below, a ResNet's stem has no channel left
-    "proj_layers": (1, 100),
-    "proj_hidden": (1, 10 ** 6),
-    "dim": (1, 10 ** 6),
-    "pred_dim": (1, 10 ** 6),
-    "bn": (0, 1),
-    "fc_std": (0, 10),
-    "k": (0, math.inf),
-    "m": (0, 0.9999),
-    # Of SimSiam's neighbours. A temperature or an eps near 0 would overflow; 100 is CLIP's own limit.
-    "temperature": (1e-3, 1e3),
-    "queue": (1, 10 ** 8),
-    "tau": (0, 1),
-    "pred_lr_times": (0, 1e4),
-    "prototypes": (2, 10 ** 6),
-    "eps": (1e-4, 1e3),
-    "iterations": (1, 1000),
-    "freeze": (0, math.inf),
-    "lr_end": (0, 1),
-    "last_bn": (0, 1),
-    "words_width": (1, 10 ** 6),
-    "scale": (1, 100),
-    # Of the views.
-    "size": (2, 4096),
-    "area": (1e-4, 1),
-    "aspect": (0.01, 100),
-    "jitter": (0, 1),
-    "strength": (0, 1),
-    "gray": (0, 1),
-    "blur": (0, 1),
-    "sigma": (0.01, 8 / 3),  # augment.blur cuts the Gaussian at 8 pixels, which is three times this std
-    "flip": (0, 1),
-    "vflip": (0, 1),
-    "mean": (-1e3, 1e3),
-    "std": (1e-3, 1e3),
-    "centre": (0.01, 1),
-    # Of the run itself.
-    "knn_every": (0, math.inf),  # 0: never
-    "val_share": (0, 0.5),       # 0: none
-    "knn_k": (0, math.inf),      # 0: by the size of the classes
-    "workers": (0, 1024),
-    "seed": (0, 2 ** 63 - 1),
-    "save_minutes": (0, 1e9),
-    "keep_every": (0, math.inf),  # 0: none
+    (0, math.inf): ("warmup", "k", "freeze", "knn_every", "knn_k", "keep_every"),
+    (1, math.inf): ("epochs",),
+    (2, math.inf): ("batch",),  # BN needs two images
+    (0, 1): ("bn", "tau", "lr_end", "last_bn", "jitter", "strength", "gray", "blur", "flip", "vflip"),
+    (0, 0.9999): ("momentum", "m"),
+    (0, 1e6): ("base_lr", "weight_decay"),
+    (1 / 64, 64): ("width",),  # below, a ResNet's stem has no channel left
+    (1, 100): ("proj_layers", "scale"),  # 100 is CLIP's own limit
+    (1, 1e6): ("proj_hidden", "dim", "pred_dim", "words_width"),  # as large as anybody's memory could hold
+    (2, 1e6): ("prototypes",),
+    (1, 1e8): ("queue",),
+    (0, 10): ("fc_std",),
+    (1e-3, 1e3): ("temperature", "std"),  # near 0, a temperature or an eps would overflow
+    (1e-4, 1e3): ("eps",),
+    (0, 1e4): ("pred_lr_times",),
+    (1, 1000): ("iterations",),
+    (2, 4096): ("size",),
+    (1e-4, 1): ("area",),
+    (0.01, 100): ("aspect",),
+    (0.01, 8 / 3): ("sigma",),  # augment.blur cuts the Gaussian at 8 pixels, which is three times this std
+    (-1e3, 1e3): ("mean",),
+    (0.01, 1): ("centre",),
+    (0, 0.5): ("val_share",),
+    (0, 1024): ("workers",),
+    (0, 2 ** 63 - 1): ("seed",),
+    (0, 1e9): ("save_minutes",),
 }
 
 
 def check_limits(values):
     """Raise Refused for a number, or one in a tuple, that is beyond its limits. values: {name: value}; None
     is not given."""
-    for name, (low, high) in LIMITS.items():
-        if values.get(name) is None:
-            continue
-        for value in np.ravel(values[name]):
-            if not low <= value <= high:
-                allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise Refused(f"--{name.replace('_', '-')} must be {allowed}, not {value:.12g}")
+    for (low, high), names in LIMITS.items():
+        for name in names:
+            given = values.get(name)
+            numbers = [] if given is None else np.ravel(given)
+            for value in numbers:
+                if not low <= value <= high:
+                    allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                    raise Refused(f"--{name.replace('_', '-')} must be {allowed}, not {value:.12g}")
 
 
 def check_batch(settings):
@@ -170,12 +147,15 @@ def new_parser(script, description, data, out, amp):
     parser.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), metavar="auto",
                         help="(after DATA) continue the run in --out; auto: if there is none, start one")
     add_range(parser)
+    parser.add_argument("--prefix",
+                        help="if a file of weights holds several networks: what the tensor names of the one "
+                             "to use begin with (default: the trained one)")
     parser.add_argument("--override", nargs="+", default=[], metavar="SETTING",
                         help="with --resume: settings that may differ from the checkpoint's")
     parser.add_argument("--seed", type=int, default=0,
                         help="seed for weights, views and order (default: %(default)s)")
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device_name, default=fastest, metavar="cuda|cpu",
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=fastest,
                         help="where to compute (default: cuda if there is one)")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         help=f"bf16 autocast (default: {amp})")
@@ -208,28 +188,11 @@ def weights_file(text):
     return os.path.join(text, NEWEST) if os.path.isdir(text) else text
 
 
-def device_name(text):
-    """--device: cuda or cpu. Raises ArgumentTypeError, which says what to do instead."""
-    if text in ("cuda", "cpu"):
-        return text
-    advice = "must be cuda or cpu; on a Mac, cpu"
-    if text.startswith("cuda:"):
-        advice = f"choose which with CUDA_VISIBLE_DEVICES={text[5:]}, and --device cuda"
-    raise argparse.ArgumentTypeError(f"{text}: {advice}")
-
-
 def add_range(parser):
     """The option that overrides the range of values that harness/data/images.py finds."""
     parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
                         help="the values that become 0 and 255, in files of more than 8 bits a channel "
                              "(default: from a sample of the files)")
-
-
-def add_prefix(parser, option):
-    """The option that chooses among several networks in a file of weights. option: the one that names it"""
-    parser.add_argument("--prefix",
-                        help=f"if the file of {option} holds several networks: what the tensor names of the "
-                             "one to use begin with (default: the trained one)")
 
 
 def add_setting(parser, name, kind, defaults, words, choices=None):

@@ -148,15 +148,11 @@ def my_share(n):
     return np.array_split(np.arange(n), dist.get_world_size())[dist.get_rank()]
 
 
-def check_same_precision(amp, device):
-    """Raise Refused if the processes have chosen different precisions, by their CPUs."""
-    if not same_everywhere(int(amp), device):
-        raise Refused("some machines have CPUs with instructions for bf16 and some don't; give all of them "
-                      "--amp, or --no-amp")
-
-
-def same_everywhere(number, device):
-    """Whether all processes have the same number: then its maximum is its minimum."""
-    both = torch.tensor([number, -number], dtype=torch.float64, device=device)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return bool(both[0] == -both[1])
+def check_same(what, numbers, device):
+    """Raise Refused unless all processes have the same numbers. what: the things behind them, in words"""
+    for number in numbers:
+        both = torch.tensor([number, -number], dtype=torch.float64, device=device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        if both[0] != -both[1]:  # the highest is not the lowest
+            raise Refused(f"{what}: the processes see different ones; give all machines the same files and "
+                          "options, and a shared --out")

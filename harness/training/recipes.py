@@ -9,7 +9,7 @@ import os
 from ..common.errors import Refused
 from ..common.machine import bf16_pays
 from .folder import folder_name
-from .options import add_prefix, add_setting, check_batch, data_path, named, new_parser, weights_file
+from .options import add_setting, check_batch, data_path, named, new_parser, weights_file
 
 RECIPES = ("imagenet", "cifar10", "shapes")
 OWN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "shapes": 12_000}  # in each recipe's own data
@@ -45,7 +45,6 @@ def options(script, description, method):
     parser.add_argument("--init", type=weights_file, metavar="FILE",
                         help="start from a file of model or backbone weights, in any layout that lineval.py "
                              "reads")
-    add_prefix(parser, "--init")
     recipe_group = parser.add_argument_group("recipe (defaults: imagenet | cifar10 | shapes)")
     ablations = parser.add_argument_group("the paper's ablations (defaults in the same order)")
     for name, (kind, *defaults) in method.SETTINGS.items():
@@ -113,7 +112,8 @@ def settings_for(args, train, world):
     method = args.method
     settings = recipe_for(args.data, train, args.recipe, method.SETTINGS)
     settings |= experiment_settings(method, args.experiment, settings)
-    settings |= named(args, method.SETTINGS)
+    given = named(args, method.SETTINGS)
+    settings |= given
     if args.warmup is None:  # a short run must not end before its warm-up does
         settings["warmup"] = min(settings["warmup"], settings["epochs"] - 1)
     for name in ("experiment", "init", "seed", "data", "val", "val_share", "knn_data", "device", "compile",
@@ -124,29 +124,20 @@ def settings_for(args, train, world):
     settings["range"] = train.value_range
     settings["amp"] = bf16_pays(args.device, settings["width"]) if args.amp is None else args.amp
     settings["world"] = world
-    check_effects(args, settings)
-    check_together(settings)
-    method.check(settings)
-    return settings
-
-
-def check_effects(args, settings):
-    """Raise Refused for an option on the command line that has no effect with these settings."""
-    method = args.method
-    given = named(args, method.SETTINGS)
     if args.prefix and not args.init:
         raise Refused("--prefix needs --init")
     for name, (other, *values) in method.IDLE.items():
         if name in given and settings[other] in values:
             raise Refused(f"--{name.replace('_', '-')} ({method.HELP[name]}) has no effect with "
                           f"--{other.replace('_', '-')} {settings[other]}")
+    check_together(settings)
+    method.check(settings)
+    return settings
 
 
 def check_together(s):
     """Raise Refused for settings that are valid alone but conflict."""
     check_batch(s)
-    if s["batch"] < 2:
-        raise Refused("--batch must be at least 2: BN needs two images")
     for name in ("area", "aspect", "sigma"):
         low, high = s[name]
         if low > high:

@@ -24,7 +24,7 @@ from ..common.files import refusing, replacing, save
 from ..common.machine import OnTheirWay
 from .folder import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
 from .log import Log
-from .processes import all_sum, same_everywhere
+from .processes import all_sum, check_same
 
 
 class Job(NamedTuple):
@@ -120,9 +120,7 @@ class Run:
             self.load_parts(checkpoint)
             self.load_position(checkpoint, path)
         position = self.position()
-        if not same_everywhere(position, self.device):
-            raise Refused(f"{path}: the processes have read different checkpoints; --out must be a folder "
-                          "that all machines share")
+        check_same(f"checkpoint {path}", [position], self.device)
         self.notes.append(f"continuing after {self.epoch} epochs and {self.step} steps")
         # Epoch 0's record, of the untrained network, is written after the first checkpoint.
         self.log.read(last_epoch=self.epoch if position > 0 else -1)
