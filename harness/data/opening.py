@@ -33,7 +33,7 @@ from .shapes import draw_data_set
 from .source import Source
 from .splits import Validation, find_splits
 from .tars import is_tar
-from .walk import describe, walk, walk_tar
+from .walk import describe, walk
 
 SMALL = 64  # pixels a side, up to which images of one size are held in memory
 
@@ -41,7 +41,7 @@ SMALL = 64  # pixels a side, up to which images of one size are held in memory
 class Found(NamedTuple):
     """What a run says about DATA."""
     layout: str          # in words
-    left_out: dict = {}  # {reason: files}
+    left_out: collections.Counter = collections.Counter()  # {reason: files}
     notes: tuple = ()    # on validation, on classes, on where the images were found
 
 
@@ -115,10 +115,8 @@ def find(path, wanted):
     if not os.path.exists(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
-    if os.path.isdir(path) and not path.endswith(b".zarr"):  # which is a folder
+    if is_tar(path) or os.path.isdir(path) and not path.endswith(b".zarr"):  # which is a folder
         return find_in_folder(path, wanted)
-    if is_tar(path):
-        return find_images("a tar file", walk_tar(path), wanted)
     if is_image(path):
         layout, files = "one image", [path]
     else:
@@ -128,32 +126,27 @@ def find(path, wanted):
 
 
 def find_in_folder(path, wanted):
-    """A folder of CIFAR, one around it, or one of images."""
+    """A folder of CIFAR, one around it, or one of images; or a tar file in its place."""
     layout = cifar.layout_of(path)
     if layout:
         return Data(*cifar.read(path, layout), Found(f"{layout.name} ({layout.form})"))
     listing = walk(path)
+    if listing.tree:
+        train, val = find_splits(listing, wanted)
+        return Data(train, val, Found("an image folder", listing.left_out, tuple(listing.notes)))
     inside = [os.path.join(path, name) for name in cifar.FOLDERS]
     inside = [folder for folder in inside if cifar.layout_of(folder)]
-    if listing.tree or not inside:
-        return find_images("an image folder", listing, wanted)
     if len(inside) > 1:
         names = ", ".join(map(os.fsdecode, inside))
         raise Refused(f"{os.fsdecode(path)}: has several data sets in it; name one of them: {names}")
-    return find_in_folder(inside[0], wanted)
-
-
-def find_images(layout, listing, wanted):
-    """A folder of images, or a tar file in its place: with splits and classes, or without (splits.py)."""
-    if not listing.tree:
-        advice = "give a folder of JPEG, PNG or other image files"
-        for suffix, _ in reversed(listing.left_out.most_common()):
-            if suffix in KINDS:
-                advice = f"{suffix}: {KINDS[suffix]}"
-        raise Refused(f"{os.fsdecode(listing.root)}: no images there "
-                      f"({describe(listing.left_out) or 'it is empty'}); {advice}")
-    train, val, notes = find_splits(listing, wanted)
-    return Data(train, val, Found(layout, listing.left_out, tuple(notes)))
+    if inside:
+        return find_in_folder(inside[0], wanted)
+    advice = "give a folder of JPEG, PNG or other image files"
+    for suffix, _ in reversed(listing.left_out.most_common()):
+        if suffix in KINDS:
+            advice = f"{suffix}: {KINDS[suffix]}"
+    raise Refused(f"{os.fsdecode(path)}: no images there ({describe(listing.left_out) or 'it is empty'}); "
+                  f"{advice}")
 
 
 def together(paths):
