@@ -25,10 +25,9 @@ from .tars import open_bytes, plain
 
 # Pillow knows more formats. The others aren't pictures, or need another program, which a file from anywhere
 # must not start.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX", "SGI",
-           "SUN", "PSD", "QOI", "DDS", "FITS")
+FORMATS = "JPEG PNG GIF BMP DIB WEBP AVIF TIFF PPM JPEG2000 TGA PCX SGI SUN PSD QOI DDS FITS".split()
 Image.init()
-FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF may be missing in a Pillow
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF may be missing in a Pillow
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 IN_A_ROW = 20  # this many bad files in a row end a run
 WAITS = (0.1, 0.3, 0.6)  # seconds before a file is read again that the system couldn't read
@@ -149,24 +148,22 @@ OUTLIERS = 0.01  # percent of the values at either end that don't count: hot pix
 
 
 def sample(files):
-    """Look at some files -> {(width, height)}, a list of values of those with more than 8 bits, and how many
-    frames they have besides the first
+    """Look at some files -> a list of values of those with more than 8 bits, and how many frames they have
+    besides the first
 
     Bad files are passed over: whoever reads them says what is wrong. The same files give the same sample, so
     a run that is resumed finds the same range.
     """
-    sizes = set()
     values = []
     frames = 0
     spread = np.linspace(0, len(files) - 1, SAMPLE)
     for i in np.unique(spread.astype(int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
-            sizes.add(image.size)
             if is_deep(image):
                 pixels = deep_values(files[i], image).ravel()
                 values.append(pixels[::1 + len(pixels) // 2 ** 16])  # some of a large picture's
             frames += further_frames(image)
-    return sizes, values, frames
+    return values, frames
 
 
 def range_of(values):

@@ -12,30 +12,30 @@ from ..common.errors import Refused, printable
 
 # What files are, and what to do: their suffixes in lower case.
 FORMATS = {
-    "an archive; unpack it, and name the folder": (
-        ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"),
+    "an archive; unpack it, and name the folder":
+        ".zip .gz .tgz .bz2 .xz .7z .rar .zst",
     "arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
-    "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')": (
-        ".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr"),
+    "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')":
+        ".npy .npz .mat .h5 .hdf5 .zarr",
     "a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; write each "
-    "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')": (
-        ".nii", ".dcm", ".mha", ".nrrd"),
-    "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes": (
-        ".nd2", ".czi", ".lif"),
-    "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles": (
-        ".ndpi", ".svs", ".mrxs"),
-    "a table; give a list with a path alone on each line, or class folders: train/<class>/...": (
-        ".csv", ".tsv", ".json", ".jsonl", ".xlsx"),
-    "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg": (
-        ".mp4", ".avi", ".mov", ".mkv", ".webm"),
-    "a container of records; write its images as files, in train/<class>/...": (
-        ".parquet", ".arrow", ".tfrecord", ".lmdb", ".beton"),
-    "weights, not images; lineval.py --ckpt takes those": (
-        ".pth", ".pt", ".ckpt", ".safetensors"),
-    "not an image format that we read; convert it to PNG or JPEG": (
-        ".heic", ".svg", ".pdf", ".dng"),
+    "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')":
+        ".nii .dcm .mha .nrrd",
+    "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes":
+        ".nd2 .czi .lif",
+    "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles":
+        ".ndpi .svs .mrxs",
+    "a table; give a list with a path alone on each line, or class folders: train/<class>/...":
+        ".csv .tsv .json .jsonl .xlsx",
+    "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg":
+        ".mp4 .avi .mov .mkv .webm",
+    "a container of records; write its images as files, in train/<class>/...":
+        ".parquet .arrow .tfrecord .lmdb .beton",
+    "weights, not images; lineval.py --ckpt takes those":
+        ".pth .pt .ckpt .safetensors",
+    "not an image format that we read; convert it to PNG or JPEG":
+        ".heic .svg .pdf .dng",
 }
-KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes}
+KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes.split()}
 
 
 def suffix_of(path):

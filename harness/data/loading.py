@@ -126,8 +126,7 @@ class Decoder(torch.utils.data.Dataset):
     all its views."""
 
     def __init__(self, source, cut):
-        self.files = source.files
-        self.value_range = source.value_range
+        self.source = source
         self.cut = cut
 
     def __getitems__(self, part):
@@ -142,7 +141,7 @@ class Decoder(torch.utils.data.Dataset):
         bad = {}
         try:
             for i in index:
-                image, met = read_or_replace(self.files, i, self.value_range)
+                image, met = read_or_replace(self.source.files, i, self.source.value_range)
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
         except Refused as error:

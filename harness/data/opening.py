@@ -117,12 +117,9 @@ def find(path, wanted):
                       "or a CIFAR-10 folder")
     if is_tar(path) or os.path.isdir(path) and not path.endswith(b".zarr"):  # which is a folder
         return find_in_folder(path, wanted)
-    if is_image(path):
-        layout, files = "one image", [path]
-    else:
-        layout, files = "a list of images", read_list(path)
+    files = [path] if is_image(path) else read_list(path)
     train = Source(files=np.array(files), where=os.fsdecode(path))
-    return Data(train, None, Found(layout))
+    return Data(train, None, Found("image files"))
 
 
 def find_in_folder(path, wanted):
@@ -190,33 +187,32 @@ def settle(data, value_range, hold):
             raise Refused(f"--range must be two numbers, the lower one first, not {low:g} {high:g}")
     if data.train.pixels is not None:  # drawn, or CIFAR's
         return data
-    sources = [source for source in (data.train, data.val) if source]
-    samples = [sample(source.files) for source in sources]
-    values = [deep for _, values, _ in samples for deep in values]
     found = data.found
-    if frames := sum(frames for *_, frames in samples):
-        note = f"of a sample of files, {frames} further frames are not read (augment.py --check counts all)"
+    sources = [source for source in (data.train, data.val) if source]
+    values, frames = zip(*[sample(source.files) for source in sources])
+    if sum(frames):
+        note = (f"of a sample of files, {sum(frames)} further frames are not read (augment.py --check counts "
+                "all)")
         found = found._replace(notes=(*found.notes, note))
+    values = sum(values, [])
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))
     sources = [replace(source, value_range=value_range) for source in sources]
     if hold:
-        sources = [in_memory(source, sizes) for source, (sizes, *_) in zip(sources, samples)]
-    return Data(sources[0], sources[1] if data.val else None, found)
+        sources = map(in_memory, sources)
+    train, val, *_ = [*sources, None]
+    return Data(train, val, found)
 
 
-def in_memory(source, sizes):
-    """The same source, its pixels in one tensor, if all its images are small and of one size.
-
-    sizes   of a sample: {(width, height)}
-    """
-    if len(sizes) != 1 or max(max(sizes)) > SMALL:
+def in_memory(source):
+    """The same source, its pixels in one tensor, if all its images are small and of one size."""
+    height, width, _ = source.image(0).shape
+    if max(height, width) > SMALL:
         return source
-    (width, height), = sizes
     pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
     for i in range(len(source)):
         image = source.image(i)
-        if image.shape != (height, width, 3):  # the sample was of one size by chance
+        if image.shape != (height, width, 3):
             return source
         pixels[i] = image.permute(2, 0, 1)
     return replace(source, pixels=pixels)

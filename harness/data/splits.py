@@ -30,9 +30,9 @@ TRAIN = named("train|training")
 PARTS = re.compile(r"(part|shard|chunk)[-_]?\d\d+")  # names of folders of any images: part-0012
 VAL = [named("val"), named("valid|validation"), named("test|testing")]  # the first that is there
 # A folder of the first names holds the images of the folder that it is in, alone or beside one of the second.
-IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
-BESIDE = {"labels", "masks", "mask", "annotations", "segmentation", "segmentations", "segmentationclass",
-          "segmentationobject", "depth", "trimaps", "gt", "ground_truth", "groundtruth"}
+IMAGES = set("images image imgs img jpegimages".split())
+BESIDE = set("labels masks mask annotations segmentation segmentations segmentationclass segmentationobject "
+             "depth trimaps gt ground_truth groundtruth".split())
 
 
 class Validation(NamedTuple):
@@ -106,14 +106,15 @@ def parent_of_splits(listing):
 def holding_place(listing, place):
     """Where in a place the images or the classes are: the place itself, or the folder images/ in it, or one
     of its own name, as archives unpack."""
-    names = listing.names(place)
-    if place and names == {place[-1]}:
-        return holding_place(listing, (*place, place[-1]))
-    holding = [name for name in names if os.fsdecode(name).lower() in IMAGES]
-    others = {os.fsdecode(name).lower() for name in names} - IMAGES
-    if len(holding) == 1 and others <= BESIDE:
-        return holding_place(listing, (*place, holding[0]))
-    return place
+    names = {os.fsdecode(name).lower(): name for name in listing.names(place)}
+    holding = names.keys() & IMAGES
+    if place and list(names.values()) == [place[-1]]:
+        inner = place[-1]
+    elif len(holding) == 1 and names.keys() - IMAGES <= BESIDE:
+        inner = names[holding.pop()]
+    else:
+        return place
+    return holding_place(listing, (*place, inner))
 
 
 # --- What they are --------------------------------------------------------------------------------------
@@ -210,8 +211,8 @@ def validation_split(listing, parent, classes, wanted):
                  for folder in (listing.path(parent), listing.path((*parent, names[0])))
                  for end in (b".txt", b"_annotations.txt")]
         val = by_text(listing, place, classes, texts)
-        problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class on "
-                   "each line: a folder of train/, or its number from 0")
+        problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class "
+                   "on each line: a folder of train/, or its number from 0")
     if val is None:
         listing.notes.append(f"{name}/ is not used: {problem}")
     elif name != "val":
