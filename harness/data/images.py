@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -207,7 +208,13 @@ def whole_range(values):
 
 def is_deep(image):
     """Whether an open image file (PIL) has more than 8 bits a value. It reads no pixels."""
-    return image.mode[0] in "IF" or raw_mode(image).startswith(("RGB;16", "RGBA;16", "RGBX;16"))
+    return image.mode[0] in "IF" or deep_colours(image) is not None
+
+
+def deep_colours(image):
+    """How Pillow names the order of the bytes in an open file of 16 bits a colour, RGB;16B for one, as a
+    match; None for other files."""
+    return re.search(r"RGB[AX]?;16\w", str(image.tile[:1]))  # the arguments of its decoder
 
 
 def deep_values(path, image):
@@ -217,34 +224,27 @@ def deep_values(path, image):
     Pillow has no colour of 16 bits: it keeps the higher byte of each value. So such a file is read twice, the
     second time with the bytes in the other order.
     """
+    colours = deep_colours(image)  # once its pixels are read, an image no longer knows
+    values = pixels_of(path, image)
     if image.mode == "F":
-        return pixels_of(path, image)
-    order = raw_mode(image)  # decoded, an image no longer has it
-    high = pixels_of(path, image).astype(np.int64)
-    if image.mode[0] == "I":
-        return high
+        return values
+    values = values.astype(np.int64)
+    if colours is None:
+        return values
+    order = colours[0]
     other_order = order[:-1] + ("L" if order.endswith("B") else "B")
     with open_image(path) as again:
         for k, tile in enumerate(again.tile):
             args = other_order if isinstance(tile.args, str) else (other_order, *tile.args[1:])
             again.tile[k] = tile._replace(args=args)
         low = pixels_of(path, again)
-    return (256 * high + low)[..., :3]
+    return (256 * values + low)[..., :3]
 
 
 def pixels_of(path, image):
     """The pixels of an open image, (H, W) or (H, W, bands). Raises BadImage."""
     with pillow_reads(path):
         return np.asarray(image)
-
-
-def raw_mode(image):
-    """How Pillow's decoder names the order of the bytes in the file, RGB;16B for one."""
-    if not image.tile:
-        return ""
-    arguments = image.tile[0].args
-    name = arguments if isinstance(arguments, str) else arguments and arguments[0]
-    return str(name or "")
 
 
 # --- What is wrong with a bad file ----------------------------------------------------------------------

@@ -87,7 +87,7 @@ def open_data(path, value_range=None, wanted=Validation()):
 
 def find_data(path, value_range=None):
     """The same, but image files stay files."""
-    return settle(find(path, Validation()), value_range, hold=False)
+    return settle(find(path), value_range, hold=False)
 
 
 def open_captions(path, value_range=None, wanted=Validation()):
@@ -103,7 +103,7 @@ def open_captions(path, value_range=None, wanted=Validation()):
 
 # --- What is at DATA ------------------------------------------------------------------------------------
 
-def find(path, wanted):
+def find(path, wanted=Validation()):
     """What is at a path (text or bytes), or at several -> Data. It reads names, and labels in text files, but
     no image files."""
     if isinstance(path, list):
@@ -148,7 +148,7 @@ def find_in_folder(path, wanted):
 
 def together(paths):
     """The training images at these paths, without labels -> Data. A file at two of them counts once."""
-    parts = [find(path, Validation()) for path in paths]
+    parts = [find(path) for path in paths]
     if any(part.train.files is None for part in parts):
         raise Refused("CIFAR and the drawn shapes can't be joined with other images, nor go with --knn-data")
     files = np.unique(np.concatenate([part.train.files for part in parts]))
