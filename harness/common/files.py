@@ -67,7 +67,7 @@ def read(path):
     """A checkpoint, as save() writes it -> the dict in it. Raises Refused if it is damaged or foreign."""
     with open(path, "rb") as f:
         data = f.read()
-    with refusing(path, "damaged, or not written by a run"):
+    with refusing(path, "can't be read: damaged, or not written by a run"):
         check_sums(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 

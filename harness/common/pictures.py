@@ -43,8 +43,10 @@ def draw_contact_sheet(rows, size):
     shown = []
     for original, views in rows:
         views = [view.resize((side, side), Image.Resampling.NEAREST) for view in views]
-        pairs = [grid([pair], gap=4) for pair in zip(views[::2], views[1::2])]
-        shown.append([on_a_square(original, side), *pairs])
+        row = [on_a_square(original, side)]
+        for pair in zip(views[::2], views[1::2]):
+            row.append(grid([pair], gap=4))
+        shown.append(row)
     return grid(shown, gap=12)
 
 
@@ -79,7 +81,8 @@ def draw_panels(path, panels, runs, columns):
     runs        [(records of its epochs, colour)]
     """
     pictures = [draw_panel(runs, *panel) for panel in panels]
-    rows = [pictures[k:k + columns] for k in range(0, len(pictures), columns)]
+    starts = range(0, len(pictures), columns)
+    rows = [pictures[k:k + columns] for k in starts]
     save_picture(grid(rows, gap=0), path)
 
 
@@ -148,5 +151,6 @@ def framed(source, i, tile, colour):
     cell = Image.new("RGB", (picture.width, picture.height + 16), "white")
     cell.paste(picture)
     pen = ImageDraw.Draw(cell)
-    pen.text((3, picture.height + 1), name[:14], colour, ImageFont.load_default(12))  # more would not fit
+    font = ImageFont.load_default(12)
+    pen.text((3, picture.height + 1), name[:14], colour, font)  # more would not fit
     return cell

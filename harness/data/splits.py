@@ -207,9 +207,9 @@ def validation_split(listing, parent, classes, wanted):
         problem = f"{min(folders)} is not a class of the training split"
     else:
         word = names[0] if b"val" not in names[0].lower() else b"val"
+        beside, inside = listing.path(parent), listing.path((*parent, names[0]))
         texts = [os.path.join(folder, word + end)
-                 for folder in (listing.path(parent), listing.path((*parent, names[0])))
-                 for end in (b".txt", b"_annotations.txt")]
+                 for folder in (beside, inside) for end in (b".txt", b"_annotations.txt")]
         val = by_text(listing, place, classes, texts)
         problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class "
                    "on each line: a folder of train/, or its number from 0")
@@ -272,5 +272,6 @@ def by_text(listing, place, classes, texts):
         return None
     listing.left_out[suffix_of(path)] -= 1
     listing.tree[place] = [image for image in said if image not in known]
-    taken = {os.path.join(listing.path(place), image): k for image, k in known.items()}
+    folder = listing.path(place)
+    taken = {os.path.join(folder, image): k for image, k in known.items()}
     return source_of(listing, place, taken, classes)
