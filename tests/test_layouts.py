@@ -155,8 +155,8 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         classes("train", "a") | many("elsewhere/{}.png", 5)
         | {"train/b": "../elsewhere", "train/c": "../elsewhere"},
         "18 images, 3 classes", "5 files: 5 images in elsewhere/", "train/ is used as the training split"),
-    "photos at any depth, and a link back": (
-        many("2019/deep/{}.png", 3) | {"B.JPG": 1, "2019/deep/loop": "../.."},
+    "photos at any depth, a link back, and one to the folder around": (
+        many("2019/deep/{}.png", 3) | {"B.JPG": 1, "2019/deep/loop": "../..", "up": ".."},
         "4 images", "", ""),
     "a link below a link": (
         many("disk/{}.png", 3) | many("other/deep/{}.png", 5) | {"disk/more": "../other", "link": "disk"},
