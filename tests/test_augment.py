@@ -345,8 +345,8 @@ def test_contact_sheet_shows_an_image_beside_its_views():
     sheet = augment.contact_sheet(Source(pixels=pixels), policy, 0, pairs=2)
     sheet = np.array(sheet)
     for row, level in enumerate((40, 90, 200)):
-        for left in (0, 104, 204, 308, 408):  # tiles of 96, gaps of 4, and of 8 before a pair
-            top = 100 * row
+        for left in (0, 108, 208, 316, 416):  # tiles of 96, gaps of 4 in a pair, of 12 elsewhere
+            top = 108 * row
             assert (sheet[top:top + 96, left:left + 96] == level).all()
 
 

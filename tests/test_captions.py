@@ -104,7 +104,7 @@ def test_lists_are_read_as_people_write_them(tmp_path, text):
     ("a.png\ta dog\nb b.png\t...\n", "must have a path, a tab and a caption with a word in it"),
     ("c.png\ta dog\n", "names a file that doesn't exist: "),
     ("", "must be a text file with a path, a tab and a caption on each line"),
-    (b"a.png\tGr\xf6\xdfe\n", "line 1 (not counting empty ones) has a caption that isn't UTF-8 text; iconv")])
+    (b"a.png\tGr\xf6\xdfe\n", "a path, a tab and a caption with a word in it, in UTF-8 (iconv converts it)")])
 def test_bad_lists_are_refused_in_one_line(tmp_path, text, said):
     """With the number of the line, and what must be on it."""
     with pytest.raises(Refused) as refused:

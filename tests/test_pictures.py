@@ -32,13 +32,13 @@ def test_neighbors_are_the_nearest_and_framed_by_class(tmp_path):
     found = result.neighbors(train, val, bank, query, columns=3)
     pictures.draw_neighbors(tmp_path / "n.png", train, val, *found, tile=20)
     sheet = Image.open(tmp_path / "n.png")
-    expected = {  # middles of tiles of 20 pixels with frames of 6; a gap of 12 after the first
-        16: (GREY, (0, 0, 0)),
-        60: (RED, RIGHT),
-        92: (BLUE, RIGHT),
-        124: (GREEN, WRONG)}
+    expected = {  # middles of tiles of 20 pixels with frames of 3, and gaps of 6 between them
+        13: (GREY, (0, 0, 0)),
+        45: (RED, RIGHT),
+        77: (BLUE, RIGHT),
+        109: (GREEN, WRONG)}
     for x, colours in expected.items():
-        shown = sheet.getpixel((x, 16)), sheet.getpixel((x, 4))
+        shown = sheet.getpixel((x, 13)), sheet.getpixel((x, 1))
         assert shown == colours
 
 

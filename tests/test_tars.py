@@ -176,10 +176,10 @@ def told_of(path):
 
 # --- Refused ------------------------------------------------------------------------------------------------
 
-def negative():
-    """Headers that claim a negative size, which would lead back."""
+def lie(**claims):
+    """Headers that claim a negative size, which would lead back, or a name with a zero byte."""
     info = tarfile.TarInfo("a/x.png")
-    info.pax_headers = {"size": "-1536"}
+    info.pax_headers = claims
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
@@ -193,7 +193,8 @@ DAMAGES = {  # what happens to the bytes
     "cut in a member": lambda whole: whole[:len(whole) // 2 + 100],
     "without an end mark": without_end_mark,
     "a letter of a name": lambda whole: whole.replace(b"a/003", b"a/\xff03"),
-    "a size below 0": lambda whole: whole[:512] + negative() + whole[512:],
+    "a size below 0": lambda whole: whole[:512] + lie(size="-1536") + whole[512:],
+    "a zero in a name": lambda whole: whole[:512] + lie(path="a/x\0.png") + whole[512:],
     "empty": lambda whole: b"",
 }
 

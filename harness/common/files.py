@@ -68,11 +68,9 @@ def read(path):
     """A checkpoint, as save() writes it -> the dict in it. Raises Refused if it is damaged or foreign."""
     with open(path, "rb") as f:
         data = f.read()
-    try:
+    with refusing(path, "can't be read: damaged, or not written by a run"):
         check_sums(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file can raise anything
-        raise Refused(f"{path}: can't be read (damaged, or not written by a run)") from None
 
 
 def check_sums(data):
@@ -105,10 +103,6 @@ def save_picture(image, path):
 
 def has_mark(path):
     """Whether a file (path: bytes) has our mark."""
-    if not os.path.isfile(path):  # opening a pipe would block
-        return False
-    try:
-        with open(path, "rb") as f:
-            return MARK.encode() in f.read(256)
-    except OSError:  # reading it as an image will tell what is wrong
-        return False
+    with contextlib.suppress(OSError), open(path, "rb") as f:  # reading it as an image says what is wrong
+        return MARK.encode() in f.read(256)
+    return False

@@ -45,7 +45,7 @@ def quota(root):
 
 
 def limit_of(group):
-    """A cgroup's CPU time and the period in which it may be used, as text: "max" or "-1" if it isn't limited."""
+    """A cgroup's CPU time and the period in which it may be used, as text: "max" or "-1" without a limit."""
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         with contextlib.suppress(OSError):
             return " ".join((group / name).read_text() for name in names).split()

@@ -1,6 +1,4 @@
 """The pictures that the programs draw: contact sheets, training curves, nearest neighbours."""
-import math
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -13,25 +11,18 @@ BLUE = "#1f4e9c"
 ORANGE = "#e08214"
 GREY = "#dddddd"
 
-# --- The contact sheet ----------------------------------------------------------------------------------
+# --- Sheets of several pictures ---------------------------------------------------------------------------
 
-def draw_contact_sheet(rows, size, gap=4):
-    """An image and its views on each row: (original, [view, view, ...]) of PIL images -> PIL image.
-
-    The views come in pairs, size x size. If they are below 96 pixels, we enlarge them by a whole factor.
-    """
-    tile = size * max(1, 96 // size)
-    pairs = len(rows[0][1]) // 2
-    width = tile + pairs * (2 * tile + 3 * gap)
-    height = len(rows) * (tile + gap) - gap
-    sheet = Image.new("RGB", (width, height), "white")
-    for row, (original, views) in enumerate(rows):
-        y = row * (tile + gap)
-        sheet.paste(on_a_square(original, tile), (0, y))
-        for k, view in enumerate(views):
-            x = (k + 1) * (tile + gap) + (k // 2 + 1) * gap  # pairs are a little apart
-            view = view.resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(view, (x, y))
+def grid(rows, gap):
+    """Rows of pictures of one height, `gap` pixels apart on white -> PIL image"""
+    width = sum(picture.width + gap for picture in rows[0]) - gap
+    pitch = rows[0][0].height + gap
+    sheet = Image.new("RGB", (width, len(rows) * pitch - gap), "white")
+    for number, row in enumerate(rows):
+        x = 0
+        for picture in row:
+            sheet.paste(picture, (x, number * pitch))
+            x += picture.width + gap
     return sheet
 
 
@@ -43,10 +34,26 @@ def on_a_square(image, side):
     return ImageOps.pad(image, (side, side), color="white")
 
 
+def draw_contact_sheet(rows, size):
+    """An image and its views on each row: (original, [view, view, ...]) of PIL images -> PIL image.
+
+    The views come in pairs, size x size. If they are below 96 pixels, we enlarge them by a whole factor.
+    """
+    side = size * max(1, 96 // size)
+    shown = []
+    for original, views in rows:
+        views = [view.resize((side, side), Image.Resampling.NEAREST) for view in views]
+        row = [on_a_square(original, side)]
+        for pair in zip(views[::2], views[1::2]):
+            row.append(grid([pair], gap=4))
+        shown.append(row)
+    return grid(shown, gap=12)
+
+
 # --- Training curves ------------------------------------------------------------------------------------
 
-WIDTH = 420   # of a panel, in pixels
-HEIGHT = 300
+WIDTH, HEIGHT = 420, 300  # of a panel, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 58, 404, 40, 256  # the ends of its axes
 
 
 def draw_curves(path, records, knn_pixels, minimum, low_rank):
@@ -73,46 +80,39 @@ def draw_panels(path, panels, runs, columns):
     panels      [(key in a record, title, the ends of the axis, the value of a red line or None)]
     runs        [(records of its epochs, colour)]
     """
-    rows = math.ceil(len(panels) / columns)
-    image = Image.new("RGB", (columns * WIDTH, rows * HEIGHT), "white")
-    pen = ImageDraw.Draw(image)
-    for k, panel in enumerate(panels):
-        corner = k % columns * WIDTH, k // columns * HEIGHT
-        draw_panel(pen, corner, runs, *panel)
-    save_picture(image, path)
+    pictures = [draw_panel(runs, *panel) for panel in panels]
+    starts = range(0, len(pictures), columns)
+    rows = [pictures[k:k + columns] for k in starts]
+    save_picture(grid(rows, gap=0), path)
 
 
-def draw_panel(pen, corner, runs, key, title, low, high, red):
-    """One panel: a line for each run, and a red one at the value `red`, unless None.
+def draw_panel(runs, key, title, low, high, red):
+    """One panel: a line for each run, and a red one at the value `red`, unless None -> PIL image
 
-    corner      the left upper one
     low, high   ends of the vertical axis, which goes further if a value does
     """
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(image)
     last_epoch = max(1, runs[0][0][-1]["epoch"])
-    left, top = corner
     font = ImageFont.load_default(15)
     values = [r[key] for records, _ in runs for r in records if r[key] is not None]
     low = min([low, *values])
     high = max([high, *values])
-    x0 = left + 58
-    x1 = left + WIDTH - 16
-    y0 = top + HEIGHT - 44
-    y1 = top + 40
 
     def at(epoch, value):  # y grows downwards
-        x = x0 + (x1 - x0) * epoch / last_epoch
-        y = y0 + (y1 - y0) * (value - low) / (high - low)
+        x = LEFT + (RIGHT - LEFT) * epoch / last_epoch
+        y = BOTTOM + (TOP - BOTTOM) * (value - low) / (high - low)
         return x, y
 
-    pen.text((x0, top + 12), title, "black", font)
+    pen.text((LEFT, 12), title, "black", font)
     for value in np.linspace(low, high, 5):
         _, y = at(0, value)
-        pen.line([(x0, y), (x1, y)], GREY)
-        pen.text((x0 - 6, y), f"{value:.3g}", "black", font, anchor="rm")
+        pen.line([(LEFT, y), (RIGHT, y)], GREY)
+        pen.text((LEFT - 6, y), f"{value:.3g}", "black", font, anchor="rm")
     for epoch in (0, last_epoch // 2, last_epoch):
         x, _ = at(epoch, low)
-        pen.text((x, y0 + 6), f"{epoch}", "black", font, anchor="mt")
-    pen.text((x1, y0 + 25), "epoch", "black", font, anchor="rt")
+        pen.text((x, BOTTOM + 6), f"{epoch}", "black", font, anchor="mt")
+    pen.text((RIGHT, BOTTOM + 25), "epoch", "black", font, anchor="rt")
     if red is not None:
         pen.line([at(0, red), at(last_epoch, red)], RED)
     for records, colour in runs:
@@ -120,40 +120,37 @@ def draw_panel(pen, corner, runs, key, title, low, high, red):
         if points:  # without labels, kNN has none
             pen.line(points, colour, 2)
             pen.circle(points[-1], 3, colour)
-    pen.rectangle((x0, y1, x1, y0), outline="black")
+    pen.rectangle((LEFT, TOP, RIGHT, BOTTOM), outline="black")
+    return image
 
 
 # --- Nearest neighbours ---------------------------------------------------------------------------------
 
-def draw_neighbors(path, train, val, chosen, nearest, tile=96, gap=6):
+def draw_neighbors(path, train, val, chosen, nearest, tile=96):
     """On each row a validation image and its nearest training images, in a green frame if the class is right.
 
     train, val  Sources with labels
     chosen      (R,) indices of validation images
     nearest     (R, C) indices of the training images nearest to each
     """
+    rows = []
+    for i, neighbors in zip(chosen, nearest):
+        row = [framed(val, i, tile, "black")]
+        for k in neighbors:
+            is_right = train.labels[k] == val.labels[i]
+            row.append(framed(train, k, tile, GREEN if is_right else RED))
+        rows.append(row)
+    save_picture(grid(rows, gap=6), path)
+
+
+def framed(source, i, tile, colour):
+    """Image i on a square of `tile` pixels, in a frame of this colour, its class below -> PIL image"""
+    picture = on_a_square(Image.fromarray(source.image(i).numpy()), tile)
+    picture = ImageOps.expand(picture, 3, colour)
+    name = printable(source.classes[source.labels[i]])
+    cell = Image.new("RGB", (picture.width, picture.height + 16), "white")
+    cell.paste(picture)
+    pen = ImageDraw.Draw(cell)
     font = ImageFont.load_default(12)
-    text = 16  # pixels under a tile, for the class
-    cell = tile + 2 * gap
-    columns = 1 + nearest.shape[1]
-    width = columns * cell + 2 * gap
-    height = len(chosen) * (cell + text)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-
-    def show(source, i, left, top, colour):
-        x = left + gap
-        y = top + gap
-        picture = on_a_square(Image.fromarray(source.image(i).numpy()), tile)
-        sheet.paste(ImageOps.expand(picture, 3, colour), (x - 3, y - 3))
-        name = printable(source.classes[source.labels[i]])
-        pen.text((x, y + tile + 4), name[:14], colour, font)  # more would not fit
-
-    # The validation image is on the left, its neighbours a little apart from it.
-    for row, i in enumerate(chosen):
-        top = row * (cell + text)
-        show(val, i, 0, top, "black")
-        for column, k in enumerate(nearest[row], 1):
-            same = train.labels[k] == val.labels[i]
-            show(train, k, column * cell + 2 * gap, top, GREEN if same else RED)
-    save_picture(sheet, path)
+    pen.text((3, picture.height + 1), name[:14], colour, font)  # more would not fit
+    return cell

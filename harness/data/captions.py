@@ -13,7 +13,7 @@ import unicodedata
 
 import torch
 
-from ..common.errors import Refused, printable
+from ..common.errors import Refused
 from .lists import read_lines
 
 WORDINGS = (
@@ -25,8 +25,7 @@ WORDINGS = (
 SIZES = ("small", "medium", "large")
 ROWS = ("at the top", "in the middle", "at the bottom")
 COLUMNS = ("on the left", "in the centre", "on the right")
-COLOURS = ("red", "orange", "yellow", "green", "green", "turquoise", "turquoise", "blue", "blue", "violet",
-           "pink", "pink")  # by hue, every 30 degrees
+COLOURS = "red orange yellow green green turquoise turquoise blue blue violet pink pink".split()  # by hue
 PALE = 40     # levels between the strongest and the weakest channel, below which a colour is white
 TURN = 30     # degrees, to whose multiples a rotation is rounded down
 LONGEST = 256  # words of a text that we keep: in memory, all texts are as long as the longest
@@ -74,15 +73,12 @@ def read_captions(path):
         image, _, caption = line.partition(b"\t")
         files.append(os.path.join(folder, image.strip()))
         captions.append(caption.decode("utf-8", errors="replace").strip())
-        problem = None
-        if not words_of(captions[-1]):
-            problem = "must have a path, a tab and a caption with a word in it"
-        elif "\ufffd" in captions[-1]:  # in place of bytes that aren't UTF-8
-            problem = "has a caption that isn't UTF-8 text; iconv, or an editor, converts the list"
-        elif not os.path.isfile(files[-1]):
-            problem = f"names a file that doesn't exist: {os.fsdecode(files[-1][:200])}"
-        if problem:
-            raise Refused(f"{name}: line {number} (not counting empty ones) {printable(problem)}")
+        where = f"{name}: line {number} (not counting empty ones)"
+        if not words_of(captions[-1]) or "\ufffd" in captions[-1]:  # in place of bytes that aren't UTF-8
+            raise Refused(f"{where} must have a path, a tab and a caption with a word in it, in UTF-8 (iconv "
+                          "converts it)")
+        if not os.path.isfile(files[-1]):
+            raise Refused(f"{where} names a file that doesn't exist: {os.fsdecode(files[-1])}")
     return files, captions
 
 

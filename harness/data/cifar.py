@@ -5,6 +5,7 @@ The Python layout is pickled, and a pickle can call any function that it names. 
 the few names that CIFAR's files have.
 """
 import os
+import pathlib
 import pickle
 from typing import NamedTuple
 
@@ -69,12 +70,9 @@ def hundred_classes(folder, layout):
     """The names of CIFAR-100's classes, from the file beside the images"""
     path = os.path.join(folder, "meta" if layout.form == "Python" else "fine_label_names.txt")
     with refusing(path, DAMAGED.format(layout.name)):
-        if layout.form == "Python":
-            names = unpickle(path)[b"fine_label_names"]
-        else:
-            with open(path, "rb") as f:
-                names = f.read().split()
-        return [name.decode("ascii") for name in names]
+        if layout.form == "binary":
+            return pathlib.Path(path).read_text("ascii").split()
+        return [name.decode("ascii") for name in unpickle(path)[b"fine_label_names"]]
 
 
 def read_batch(path, layout, classes):

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -25,10 +26,9 @@ from .tars import open_bytes, plain
 
 # Pillow knows more formats. The others aren't pictures, or need another program, which a file from anywhere
 # must not start.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA", "PCX", "SGI",
-           "SUN", "PSD", "QOI", "DDS", "FITS")
+FORMATS = "JPEG PNG GIF BMP DIB WEBP AVIF TIFF PPM JPEG2000 TGA PCX SGI SUN PSD QOI DDS FITS".split()
 Image.init()
-FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF may be missing in a Pillow
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF may be missing in a Pillow
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 IN_A_ROW = 20  # this many bad files in a row end a run
 WAITS = (0.1, 0.3, 0.6)  # seconds before a file is read again that the system couldn't read
@@ -149,24 +149,22 @@ OUTLIERS = 0.01  # percent of the values at either end that don't count: hot pix
 
 
 def sample(files):
-    """Look at some files -> {(width, height)}, a list of values of those with more than 8 bits, and how many
-    frames they have besides the first
+    """Look at some files -> a list of values of those with more than 8 bits, and how many frames they have
+    besides the first
 
     Bad files are passed over: whoever reads them says what is wrong. The same files give the same sample, so
     a run that is resumed finds the same range.
     """
-    sizes = set()
     values = []
     frames = 0
     spread = np.linspace(0, len(files) - 1, SAMPLE)
     for i in np.unique(spread.astype(int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
-            sizes.add(image.size)
             if is_deep(image):
                 pixels = deep_values(files[i], image).ravel()
                 values.append(pixels[::1 + len(pixels) // 2 ** 16])  # some of a large picture's
             frames += further_frames(image)
-    return sizes, values, frames
+    return values, frames
 
 
 def range_of(values):
@@ -210,7 +208,13 @@ def whole_range(values):
 
 def is_deep(image):
     """Whether an open image file (PIL) has more than 8 bits a value. It reads no pixels."""
-    return image.mode[0] in "IF" or raw_mode(image).startswith(("RGB;16", "RGBA;16", "RGBX;16"))
+    return image.mode[0] in "IF" or deep_colours(image) is not None
+
+
+def deep_colours(image):
+    """How Pillow names the order of the bytes in an open file of 16 bits a colour, RGB;16B for one, as a
+    match; None for other files."""
+    return re.search(r"RGB[AX]?;16\w", str(image.tile[:1]))  # the arguments of its decoder
 
 
 def deep_values(path, image):
@@ -220,34 +224,27 @@ def deep_values(path, image):
     Pillow has no colour of 16 bits: it keeps the higher byte of each value. So such a file is read twice, the
     second time with the bytes in the other order.
     """
+    colours = deep_colours(image)  # once its pixels are read, an image no longer knows
+    values = pixels_of(path, image)
     if image.mode == "F":
-        return pixels_of(path, image)
-    order = raw_mode(image)  # decoded, an image no longer has it
-    high = pixels_of(path, image).astype(np.int64)
-    if image.mode[0] == "I":
-        return high
+        return values
+    values = values.astype(np.int64)
+    if colours is None:
+        return values
+    order = colours[0]
     other_order = order[:-1] + ("L" if order.endswith("B") else "B")
     with open_image(path) as again:
         for k, tile in enumerate(again.tile):
             args = other_order if isinstance(tile.args, str) else (other_order, *tile.args[1:])
             again.tile[k] = tile._replace(args=args)
         low = pixels_of(path, again)
-    return (256 * high + low)[..., :3]
+    return (256 * values + low)[..., :3]
 
 
 def pixels_of(path, image):
     """The pixels of an open image, (H, W) or (H, W, bands). Raises BadImage."""
     with pillow_reads(path):
         return np.asarray(image)
-
-
-def raw_mode(image):
-    """How Pillow's decoder names the order of the bytes in the file, RGB;16B for one."""
-    if not image.tile:
-        return ""
-    arguments = image.tile[0].args
-    name = arguments if isinstance(arguments, str) else arguments and arguments[0]
-    return str(name or "")
 
 
 # --- What is wrong with a bad file ----------------------------------------------------------------------

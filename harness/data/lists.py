@@ -7,35 +7,38 @@ file is, and what to do.
 import codecs
 import contextlib
 import os
+import re
 
 from ..common.errors import Refused, printable
 
 # What files are, and what to do: their suffixes in lower case.
 FORMATS = {
-    "an archive; unpack it, and name the folder": (
-        ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"),
+    "an archive; unpack it, and name the folder":
+        ".zip .gz .tgz .bz2 .xz .7z .rar .zst",
     "arrays; scale each picture a, (H, W) or (H, W, 3), to values from 0 to 255, and write it: "
-    "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')": (
-        ".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr", ".ubyte"),
+    "PIL.Image.fromarray(a.astype('uint8')).save('NAME.png')":
+        ".npy .npz .mat .h5 .hdf5 .zarr .ubyte",
     "a medical image; SimpleITK.GetArrayFromImage(SimpleITK.ReadImage('FILE')) gives its slices; write each "
-    "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')": (
-        ".nii", ".dcm", ".mha", ".nrrd"),
-    "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes": (
-        ".nd2", ".czi", ".lif"),
-    "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles": (
-        ".ndpi", ".svs", ".mrxs"),
-    "a table; give a list with a path alone on each line, or class folders: train/<class>/...": (
-        ".csv", ".tsv", ".json", ".jsonl", ".xlsx"),
-    "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg": (
-        ".mp4", ".avi", ".mov", ".mkv", ".webm"),
-    "a container of records; write its images as files, in train/<class>/...": (
-        ".parquet", ".arrow", ".tfrecord", ".lmdb", ".beton"),
-    "weights, not images; lineval.py --ckpt takes those": (
-        ".pth", ".pt", ".ckpt", ".safetensors"),
-    "not an image format that we read; convert it to PNG or JPEG": (
-        ".heic", ".svg", ".pdf", ".dng"),
+    "slice a: PIL.Image.fromarray(a.astype('float32')).save('NAME.tif')":
+        ".nii .dcm .mha .nrrd",
+    "a microscope's file; bfconvert FILE NAME_%s_%z_%c_%t.tif, of Bio-Formats, writes its planes":
+        ".nd2 .czi .lif",
+    "a whole slide; vips dzsave FILE FOLDER --depth one --overlap 0 --suffix .png cuts it into tiles":
+        ".ndpi .svs .mrxs",
+    "a table; give a list with a path alone on each line, or class folders: train/<class>/...":
+        ".csv .tsv .json .jsonl .xlsx",
+    "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg":
+        ".mp4 .avi .mov .mkv .webm",
+    "a container of records; write its images as files, in train/<class>/...":
+        ".parquet .arrow .tfrecord .lmdb .mdb .beton",
+    "weights, not images; lineval.py --ckpt takes those":
+        ".pth .pt .ckpt",
+    "weights; torch.save(safetensors.torch.load_file('FILE'), 'NAME.pth') writes a file for lineval.py --ckpt":
+        ".safetensors",
+    "not an image format that we read; convert it to PNG or JPEG":
+        ".heic .svg .pdf .dng",
 }
-KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes}
+KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes.split()}
 
 
 def suffix_of(path):
@@ -44,8 +47,8 @@ def suffix_of(path):
     DICOM often has none, or the last of many numbers: four letters in the file tell it.
     """
     name = os.fsdecode(path).lower()
-    for theirs, ours in ((".nii.gz", ".nii"), ("-ubyte.gz", ".ubyte"), ("-ubyte", ".ubyte")):
-        name = name.replace(theirs, ours)  # of medicine, and of MNIST
+    for theirs, ours in ((r"\.nii\.gz", ".nii"), (r"-ubyte(\.gz)?", ".ubyte"), (r"-\d{5}-of-\d{5}", "")):
+        name = re.sub(f"{theirs}$", ours, name)  # of medicine, of MNIST, of TensorFlow
     _, suffix = os.path.splitext(name)
     if not suffix.strip(".0123456789"):
         with contextlib.suppress(OSError), open(path, "rb") as f:

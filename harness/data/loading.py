@@ -113,15 +113,16 @@ def in_our_words(batches):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise Refused(f"{error!r}: {WORKER_KILLED}") from None
         except FileNotFoundError:
-            raise Refused(f"the workers' sockets in TMPDIR ({tempfile.gettempdir()}) have been removed; set a "
-                          "TMPDIR that nobody tidies up") from None
+            raise Refused(f"the workers' sockets in TMPDIR ({tempfile.gettempdir()}) have been removed; set "
+                          "a TMPDIR that nobody tidies up") from None
         except RuntimeError as error:
             if "DataLoader timed out" not in str(error):
                 raise
             waits += 1
             if waits == MOST_WAITS:
-                raise Refused(f"no images for {MOST_WAITS * LOADER_TIMEOUT:g} s; is the disk or the network "
-                              "under DATA still there? May a process open enough files (ulimit -n)?") from None
+                seconds = MOST_WAITS * LOADER_TIMEOUT
+                raise Refused(f"no images for {seconds:g} s; is the disk or the network under DATA still "
+                              "there? May a process open enough files (ulimit -n)?") from None
         else:
             waits = 0
             yield batch
@@ -140,8 +141,7 @@ class Decoder(torch.utils.data.Dataset):
     all its views."""
 
     def __init__(self, source, cut):
-        self.files = source.files
-        self.value_range = source.value_range
+        self.source = source
         self.cut = cut
 
     def __getitems__(self, part):
@@ -156,7 +156,7 @@ class Decoder(torch.utils.data.Dataset):
         bad = {}
         try:
             for i in index:
-                image, met = read_or_replace(self.files, i, self.value_range)
+                image, met = read_or_replace(self.source.files, i, self.source.value_range)
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
         except Refused as error:

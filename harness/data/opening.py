@@ -33,7 +33,7 @@ from .shapes import draw_data_set
 from .source import Source
 from .splits import Validation, find_splits
 from .tars import is_tar
-from .walk import describe, walk, walk_tar
+from .walk import describe, walk
 
 SMALL = 64  # pixels a side, up to which images of one size are held in memory
 
@@ -41,7 +41,7 @@ SMALL = 64  # pixels a side, up to which images of one size are held in memory
 class Found(NamedTuple):
     """What a run says about DATA."""
     layout: str          # in words
-    left_out: dict = {}  # {reason: files}
+    left_out: collections.Counter = collections.Counter()  # {reason: files}
     notes: tuple = ()    # on validation, on classes, on where the images were found
 
 
@@ -90,7 +90,7 @@ def open_data(path, value_range=None, wanted=Validation()):
 
 def find_data(path, value_range=None):
     """The same, but image files stay files."""
-    return settle(find(path, Validation()), value_range, hold=False)
+    return settle(find(path), value_range, hold=False)
 
 
 def open_captions(path, value_range=None, wanted=Validation()):
@@ -106,7 +106,7 @@ def open_captions(path, value_range=None, wanted=Validation()):
 
 # --- What is at DATA ------------------------------------------------------------------------------------
 
-def find(path, wanted):
+def find(path, wanted=Validation()):
     """What is at a path (text or bytes), or at several -> Data. It reads names, and labels in text files, but
     no image files."""
     if isinstance(path, list):
@@ -118,50 +118,40 @@ def find(path, wanted):
     if not os.path.exists(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
-    if os.path.isdir(path) and not path.endswith(b".zarr"):  # which is a folder
+    if is_tar(path) or os.path.isdir(path) and not path.endswith(b".zarr"):  # which is a folder
         return find_in_folder(path, wanted)
-    if is_tar(path):
-        return find_images("a tar file", walk_tar(path), wanted)
-    if is_image(path):
-        layout, files = "one image", [path]
-    else:
-        layout, files = "a list of images", read_list(path)
+    files = [path] if is_image(path) else read_list(path)
     train = Source(files=np.array(files), where=os.fsdecode(path))
-    return Data(train, None, Found(layout))
+    return Data(train, None, Found("image files"))
 
 
 def find_in_folder(path, wanted):
-    """A folder of CIFAR, one around it, or one of images."""
+    """A folder of CIFAR, one around it, or one of images; or a tar file in its place."""
     layout = cifar.layout_of(path)
     if layout:
         return Data(*cifar.read(path, layout), Found(f"{layout.name} ({layout.form})"))
     listing = walk(path)
+    if listing.tree:
+        train, val = find_splits(listing, wanted)
+        return Data(train, val, Found("an image folder", listing.left_out, tuple(listing.notes)))
     inside = [os.path.join(path, name) for name in cifar.FOLDERS]
     inside = [folder for folder in inside if cifar.layout_of(folder)]
-    if listing.tree or not inside:
-        return find_images("an image folder", listing, wanted)
     if len(inside) > 1:
         names = ", ".join(map(os.fsdecode, inside))
         raise Refused(f"{os.fsdecode(path)}: has several data sets in it; name one of them: {names}")
-    return find_in_folder(inside[0], wanted)
-
-
-def find_images(layout, listing, wanted):
-    """A folder of images, or a tar file in its place: with splits and classes, or without (splits.py)."""
-    if not listing.tree:
-        advice = "give a folder of JPEG, PNG or other image files"
-        for suffix, _ in reversed(listing.left_out.most_common()):
-            if suffix in KINDS:
-                advice = f"{suffix}: {KINDS[suffix]}"
-        raise Refused(f"{os.fsdecode(listing.root)}: no images there "
-                      f"({describe(listing.left_out) or 'it is empty'}); {advice}")
-    train, val, notes = find_splits(listing, wanted)
-    return Data(train, val, Found(layout, listing.left_out, tuple(notes)))
+    if inside:
+        return find_in_folder(inside[0], wanted)
+    advice = "give a folder of JPEG, PNG or other image files"
+    for suffix, _ in reversed(listing.left_out.most_common()):
+        if suffix in KINDS:
+            advice = f"{suffix}: {KINDS[suffix]}"
+    raise Refused(f"{os.fsdecode(path)}: no images there ({describe(listing.left_out) or 'it is empty'}); "
+                  f"{advice}")
 
 
 def together(paths):
     """The training images at these paths, without labels -> Data. A file at two of them counts once."""
-    parts = [find(path, Validation()) for path in paths]
+    parts = [find(path) for path in paths]
     if any(part.train.files is None for part in parts):
         raise Refused("CIFAR and the drawn shapes can't be joined with other images, nor go with --knn-data")
     files = np.unique(np.concatenate([part.train.files for part in parts]))
@@ -201,33 +191,32 @@ def settle(data, value_range, hold):
             raise Refused(f"--range must be two numbers, the lower one first, not {low:g} {high:g}")
     if data.train.pixels is not None:  # drawn, or CIFAR's
         return data
-    sources = [source for source in (data.train, data.val) if source]
-    samples = [sample(source.files) for source in sources]
-    values = [deep for _, values, _ in samples for deep in values]
     found = data.found
-    if frames := sum(frames for *_, frames in samples):
-        note = f"of a sample of files, {frames} further frames are not read (augment.py --check counts all)"
+    sources = [source for source in (data.train, data.val) if source]
+    values, frames = zip(*[sample(source.files) for source in sources])
+    if sum(frames):
+        note = (f"of a sample of files, {sum(frames)} further frames are not read (augment.py --check counts "
+                "all)")
         found = found._replace(notes=(*found.notes, note))
+    values = sum(values, [])
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))
     sources = [replace(source, value_range=value_range) for source in sources]
     if hold:
-        sources = [in_memory(source, sizes) for source, (sizes, *_) in zip(sources, samples)]
-    return Data(sources[0], sources[1] if data.val else None, found)
+        sources = map(in_memory, sources)
+    train, val, *_ = [*sources, None]
+    return Data(train, val, found)
 
 
-def in_memory(source, sizes):
-    """The same source, its pixels in one tensor, if all its images are small and of one size.
-
-    sizes   of a sample: {(width, height)}
-    """
-    if len(sizes) != 1 or max(max(sizes)) > SMALL:
+def in_memory(source):
+    """The same source, its pixels in one tensor, if all its images are small and of one size."""
+    height, width, _ = source.image(0).shape
+    if max(height, width) > SMALL:
         return source
-    (width, height), = sizes
     pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
     for i in range(len(source)):
         image = source.image(i)
-        if image.shape != (height, width, 3):  # the sample was of one size by chance
+        if image.shape != (height, width, 3):
             return source
         pixels[i] = image.permute(2, 0, 1)
     return replace(source, pixels=pixels)

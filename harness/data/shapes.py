@@ -7,6 +7,7 @@ no augmentation takes away, and SimSiam would learn that first.
 As with CIFAR-10, the images are the same whatever the seed of a run, so that runs can be compared. Each has a
 caption, too, which says what was drawn (harness/data/captions.py).
 """
+import itertools
 import multiprocessing
 from functools import partial
 
@@ -56,35 +57,30 @@ def draw_data_set():
     """The drawn data set -> (train Source, val Source). All cores draw, because it takes seconds."""
     pieces = np.array_split(np.arange(TRAINING + VALIDATION), 64)
     with multiprocessing.Pool(cores()) as pool:
-        drawn = pool.map(partial(draw_images, 0), pieces)
-    images = np.concatenate([images for images, _ in drawn])
-    captions = [caption for _, captions in drawn for caption in captions]
-    return (as_source(images[:TRAINING], captions[:TRAINING], 0),
-            as_source(images[TRAINING:], captions[TRAINING:], TRAINING))
+        drawn = list(itertools.chain(*pool.map(partial(draw_images, 0), pieces)))
+    return as_source(drawn[:TRAINING], 0), as_source(drawn[TRAINING:], TRAINING)
 
 
 def draw_shapes(seed, start, count, side=SIDE):
     """Images start ... start + count - 1 of the shapes of this seed, `side` pixels each -> Source. The
     kinds take turns."""
-    return as_source(*draw_images(seed, np.arange(start, start + count), side), start)
-
-
-def as_source(images, captions, start):
-    """Images (N, side, side, 3) and N captions, the first of which is number `start` -> Source"""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)             # (N, 3, side, side)
-    pixels = pixels.contiguous()
-    labels = np.arange(start, start + len(images)) % len(OBJECTS)
-    return Source(pixels=pixels, labels=labels, classes=list(OBJECTS), captions=captions,
-                  where="harness/data/shapes.py")
+    return as_source(draw_images(seed, np.arange(start, start + count), side), start)
 
 
 def draw_images(seed, index, side=SIDE):
-    """The images of these numbers -> (N, side, side, 3) uint8, and their captions"""
+    """The images of these numbers -> [((side, side, 3) uint8, caption), ...]"""
     kinds = list(OBJECTS)
     u = uniforms(seed, 0, index[:, None], SHAPES, np.arange(80))  # 80 numbers an image, more than it needs
-    drawn = [draw_shape(kinds[i % len(kinds)], iter(u_i), side) for i, u_i in zip(index, u)]
+    return [draw_shape(kinds[i % len(kinds)], iter(u_i), side) for i, u_i in zip(index, u)]
+
+
+def as_source(drawn, start):
+    """What draw_images gives, from image number `start` on -> Source"""
     images, captions = zip(*drawn)
-    return np.stack(images), list(captions)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, side, side)
+    labels = np.arange(start, start + len(images)) % len(OBJECTS)
+    return Source(pixels=pixels.contiguous(), labels=labels, classes=list(OBJECTS), captions=list(captions),
+                  where="harness/data/shapes.py")
 
 
 def draw_shape(kind, u, side):

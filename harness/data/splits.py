@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..common.errors import Refused, printable
+from ..common.errors import Refused
 from .lists import read_lines
 from .source import Source
 from .tars import plain
@@ -30,9 +30,9 @@ TRAIN = named("train|training")
 PARTS = re.compile(r"(part|shard|chunk)[-_]?\d\d+")  # names of folders of any images: part-0012
 VAL = [named("val"), named("valid|validation"), named("test|testing")]  # the first that is there
 # A folder of the first names holds the images of the folder that it is in, alone or beside one of the second.
-IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
-BESIDE = {"labels", "masks", "mask", "annotations", "segmentation", "segmentations", "segmentationclass",
-          "segmentationobject", "depth", "trimaps", "gt", "ground_truth", "groundtruth"}
+IMAGES = set("images image imgs img jpegimages".split())
+BESIDE = set("labels masks mask annotations segmentation segmentations segmentationclass segmentationobject "
+             "depth trimaps gt ground_truth groundtruth".split())
 
 
 class Validation(NamedTuple):
@@ -43,27 +43,30 @@ class Validation(NamedTuple):
 
 
 def find_splits(listing, wanted):
-    """What is below a folder (walk.Listing) -> training Source, validation Source or None, notes
+    """What is below a folder (walk.Listing) -> training Source, validation Source or None
 
     What a split takes leaves the listing's tree; the images that are still there at the end count as left
-    out. Raises Refused if several folders could be the training split.
+    out. The listing's notes say what was chosen. Raises Refused if several folders could be the training
+    split.
     """
     val = None
     parent = parent_of_splits(listing)
     if parent is None:
-        train, notes = without_splits(listing, wanted)
+        train = without_splits(listing, wanted)
     else:
-        train, notes = training_split(listing, parent, wanted)
-        if not wanted.share:
-            val, more = validation_split(listing, parent, train.classes, wanted.name)
-            notes += more
         if parent:
-            notes.insert(0, f"the splits were found in {shown(*parent)}/")
+            listing.notes.append(f"the splits were found in {shown(*parent)}/")
+        train = training_split(listing, parent, wanted)
+        if not wanted.share:
+            val = validation_split(listing, parent, train.classes, wanted.name)
+        if val and os.path.realpath(val.where) == os.path.realpath(train.where):
+            listing.notes.append(f"{val.where} is not used: it is a link to the training images")
+            val = None
     depth = 2 if len(listing.tree) <= REASONS // 2 else 1  # what a line can hold
     for place, names in listing.tree.items():
         where = f"in {shown(*place[:depth])}/" if place else "beside them"
         listing.left_out[f"images {where}"] += len(names)
-    return train, val, notes
+    return train, val
 
 
 def shown(*place):
@@ -106,14 +109,15 @@ def parent_of_splits(listing):
 def holding_place(listing, place):
     """Where in a place the images or the classes are: the place itself, or the folder images/ in it, or one
     of its own name, as archives unpack."""
-    names = listing.names(place)
-    if place and names == {place[-1]}:
-        return holding_place(listing, (*place, place[-1]))
-    holding = [name for name in names if os.fsdecode(name).lower() in IMAGES]
-    others = {os.fsdecode(name).lower() for name in names} - IMAGES
-    if len(holding) == 1 and others <= BESIDE:
-        return holding_place(listing, (*place, holding[0]))
-    return place
+    names = {os.fsdecode(name).lower(): name for name in listing.names(place)}
+    holding = names.keys() & IMAGES
+    if place and list(names.values()) == [place[-1]]:
+        inner = place[-1]
+    elif len(holding) == 1 and names.keys() - IMAGES <= BESIDE:
+        inner = names[holding.pop()]
+    else:
+        return place
+    return holding_place(listing, (*place, inner))
 
 
 # --- What they are --------------------------------------------------------------------------------------
@@ -127,17 +131,20 @@ def class_name(folder):
 
 
 def class_folders(listing, place):
-    """The classes whose folders are in a place, sorted, and notes. Shards and numbered parts are none."""
+    """The classes whose folders are in a place, sorted. Shards and numbered parts are none."""
     names = sorted(listing.names(place))
     for name in names:
         if is_part(listing, (*place, name)):
-            return [], [f"{shown(name)} is no class, but a shard or a part of the images: no labels"]
-    notes = []
-    deeper = [name for name in names if len(listing.names((*place, name))) > 1]
+            listing.notes.append(f"{shown(name)} is no class, but a shard or a part of the images: no labels")
+            return []
+    inside = {name: listing.names(holding_place(listing, (*place, name))) for name in names}
+    deeper = [name for name in names if len(inside[name]) > 1]
     if deeper and not any((*place, name) in listing.tree for name in names):
-        notes = [f"the classes are {', '.join(map(shown, names[:3]))}, ...; the folders in each, such as "
-                 f"{shown(deeper[0], min(listing.names((*place, deeper[0]))))}, are not told apart"]
-    return sorted(set(map(class_name, names))), notes
+        examples = ", ".join(map(shown, names[:3]))
+        listing.notes.append(f"the classes are {examples}, ...; the folders in each, such as "
+                             f"{shown(deeper[0], min(inside[deeper[0]]))}, are not told apart, and with "
+                             "--val-share images of one such folder judge each other")
+    return sorted(set(map(class_name, names)))
 
 
 def is_part(listing, place):
@@ -152,26 +159,30 @@ def is_part(listing, place):
 
 
 def without_splits(listing, wanted):
-    """All images at any depth -> Source, notes. Of a folder with images/ beside masks/, only the images. They
-    have labels, of class folders, if a share of each class is to be held out."""
+    """All images at any depth -> Source. Of a folder with images/ beside masks/, only the images. They have
+    labels, of class folders, if a share of each class is to be held out."""
     place = holding_place(listing, ())
     while place not in listing.tree and len(listing.names(place)) == 1:
         place = (*place, *listing.names(place))
+    place = holding_place(listing, place)
     if names := ", ".join(map(shown, candidates(listing.names(place)))):
-        return by_folder(listing, place), [f"no train/ there: the images in {names}/ are trained on too"]
-    classes, notes = class_folders(listing, place)
+        listing.notes.append(f"no train/ there: the images in {names}/ are trained on too")
+        return by_folder(listing, place)
+    classes = class_folders(listing, place)
     if len(classes) > 1 and wanted.share:
-        return by_folder(listing, place, classes), notes
+        return by_folder(listing, place, classes)
     splits = [name for name in classes if re.search("train|val|test", name.lower())]
     if splits:
-        notes.append(f"{', '.join(splits[:3])} may be splits: name them train/ and val/ (links will do)")
+        examples = ", ".join(splits[:3])
+        listing.notes.append(f"{examples} may be splits: name them train/ and val/ (links will do)")
     elif len(classes) > 1:
-        notes.append(f"{len(classes)} folders look like classes ({', '.join(classes[:2])}, ...): {HOLD_OUT}")
-    return by_folder(listing, place), notes
+        examples = ", ".join(classes[:2])
+        listing.notes.append(f"{len(classes)} folders look like classes ({examples}, ...): {HOLD_OUT}")
+    return by_folder(listing, place)
 
 
 def training_split(listing, parent, wanted):
-    """The images of train/, and its classes if there are two or more -> Source, notes
+    """The images of train/, and its classes if there are two or more -> Source
 
     An image outside the class folders has no class, and is left out. Raises Refused if two folders could be
     the training split.
@@ -183,44 +194,56 @@ def training_split(listing, parent, wanted):
         raise Refused(f"{os.fsdecode(listing.path(parent))}: several training splits: {names}; name one of "
                       "them, or several to train on without labels")
     place = holding_place(listing, (*parent, name))
-    classes, notes = class_folders(listing, place)
+    classes = class_folders(listing, place)
     others = beside - {name, *candidates(beside), os.fsencode(os.path.normpath(wanted.name or ""))}
     if others:
         # With labels and val/, it judges what was trained on the others; else the images of both are joined.
         option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
         folders = " ".join(listing.shell_path(*parent, other) for other in sorted(others))
-        notes.append(f"{shown(name)}/ is used as the training split: the images beside it are left out; to "
-                     f"train on them: {folders} {option}{listing.shell_path(*parent)}")
+        listing.notes.append(
+            f"{shown(name)}/ is used as the training split: the images beside it are left out; to train on "
+            f"them: {folders} {option}{listing.shell_path(*parent)}")
     if len(classes) > 1:
-        return by_folder(listing, place, classes), notes
-    notes += [f"one class ({printable(name)}): nothing to classify" for name in classes]
-    return by_folder(listing, place), notes
+        return by_folder(listing, place, classes)
+    if classes:
+        listing.notes.append(f"one class ({classes[0]}): nothing to classify")
+    return by_folder(listing, place)
 
 
 def validation_split(listing, parent, classes, wanted):
-    """The images of val/ that have labels, by their folders or by a text file -> Source or None, notes
+    """The images of val/ that have labels, by their folders or by a text file -> Source or None
 
     classes     of the training split: nothing was learned of a class that it lacks
     wanted      the name of the folder to take, or None
     """
     names = [os.fsencode(os.path.normpath(wanted))] if wanted else candidates(listing.names(parent))
     if not names:
-        return None, [f"no validation split (val/ with images): {HOLD_OUT}"] if classes else []
+        if classes:
+            listing.notes.append(f"no validation split (val/ with images): {HOLD_OUT}")
+        return None
     name = shown(names[0])
     place = holding_place(listing, (*parent, names[0]))
     folders = set(map(class_name, listing.names(place)))
     val = problem = None
     if classes is None:
         problem = "the training images have no labels"
-    elif folders and not folders & set(classes):
-        problem = f"{min(folders)} is not a class of the training split"
-    elif folders:
+    elif folders & set(classes):
         val = by_folder(listing, place, classes)
+    elif folders:
+        problem = f"{min(folders)} is not a class of the training split"
     else:
-        val, problem = by_text(listing, parent, names[0], place, classes)
-    if problem:
-        return None, [f"{name}/ is not used: {problem}"]
-    return val, [] if name == "val" else [f"{name}/ is used as the validation split"]
+        word = names[0] if b"val" not in names[0].lower() else b"val"
+        beside, inside = listing.path(parent), listing.path((*parent, names[0]))
+        texts = [os.path.join(folder, word + end)
+                 for folder in (beside, inside) for end in (b".txt", b"_annotations.txt")]
+        val = by_text(listing, place, classes, texts)
+        problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class "
+                   "on each line: a folder of train/, or its number from 0")
+    if val is None:
+        listing.notes.append(f"{name}/ is not used: {problem}")
+    elif name != "val":
+        listing.notes.append(f"{name}/ is used as the validation split")
+    return val
 
 
 # --- The images of a split ------------------------------------------------------------------------------
@@ -250,36 +273,33 @@ def source_of(listing, place, taken, classes):
         where=os.fsdecode(listing.path(place)))
 
 
-def by_text(listing, parent, name, place, classes):
-    """The images of a flat val/ with a class in a text file -> Source or None, and what is wrong or None
+def by_text(listing, place, classes, texts):
+    """The images of a flat val/ with a class in the first text file that is there -> Source, or None if there
+    is none, or its lines aren't clear
 
     val_annotations.txt of Tiny-ImageNet, or val.txt for ImageNet's 50,000 as they are downloaded: each line
     has an image's name and its class, the name of a training folder or its number as sorted, from 0. We
     guess nothing that could have two meanings: a wrong label would only show as a low accuracy.
     """
-    word = b"val" if b"val" in name.lower() else name
-    beside, inside = listing.path(parent), listing.path((*parent, name))
-    paths = [os.path.join(folder, word + end)
-             for folder in (beside, inside) for end in (b".txt", b"_annotations.txt")]
-    paths = list(filter(os.path.isfile, paths))
-    if not paths:
-        return None, f"it has no class folders, and there is no {shown(word)}.txt with labels"
+    path = next(filter(os.path.isfile, texts), None)
+    if path is None:
+        return None
     class_of = {}
-    for line in read_lines(paths[0]):
-        image, *more = line.split()
-        class_of[os.path.basename(image)] = class_name(more[0]) if more else ""
-    images = listing.tree[place]
-    said = {image: class_of[plain(image)] for image in images if plain(image) in class_of}
+    for line in read_lines(path):
+        image, text, *_ = [*line.split(), b""]
+        class_of[os.path.basename(image)] = class_name(text)
+    said = {image: class_of.get(plain(image), "") for image in listing.tree[place]}
     numbers = {name: k for k, name in enumerate(classes)}
     if "0" in said.values() and not any(map(str.isdecimal, numbers)):
         numbers = {str(k): k for k in range(len(classes))}
+    elif all(map(str.isdecimal, numbers)):  # 00007 is 7
+        numbers |= {str(int(name)): k for name, k in numbers.items()}
+    known = {image: numbers[text] for image, text in said.items() if text in numbers}
     unknown = set(said.values()) - numbers.keys()
-    said = {image: text for image, text in said.items() if text in numbers}
-    if not said or any(map(str.isdecimal, unknown)):
-        return None, (f"{shown(os.path.basename(paths[0]))} must have an image and its class on each line: a "
-                      "folder of train/, or its number from 0")
-    listing.left_out[suffix_of(paths[0])] -= 1
-    listing.tree[place] = [image for image in images if image not in said]
+    if not known or any(map(str.isdecimal, unknown)):
+        return None
+    listing.left_out[suffix_of(path)] -= 1
+    listing.tree[place] = [image for image in said if image not in known]
     folder = listing.path(place)
-    taken = {os.path.join(folder, image): numbers[text] for image, text in said.items()}
-    return source_of(listing, place, taken, classes), None
+    taken = {os.path.join(folder, image): k for image, k in known.items()}
+    return source_of(listing, place, taken, classes)

@@ -113,6 +113,8 @@ def read_headers(descriptor, at, end):
         elif kind not in (OF_ALL, LONG_LINK):
             name = said.pop(b"path", name)
             said.pop(b"size", None)
+            if b"\0" in name:  # which would end it, in a path of ours
+                raise ValueError
             if kind != FOLDER and not name.endswith(b"/"):
                 yield name, content, size, kind in FILES and not said  # the rest is about a sparse file
             said = {}

@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import os
 import shlex
-from typing import NamedTuple
 
 from ..common.errors import Refused, printable
 from ..common.files import OURS, has_mark
@@ -32,12 +31,15 @@ BESIDE_IMAGES = (b".cls", b".json", b".txt")  # what a shard has for each image
 READERS = 8   # threads that read the headers of tar files: they mostly wait for the disk
 
 
-class Listing(NamedTuple):
+class Listing:
     """The files below a folder. A place is a tuple of names (bytes), from the folder on."""
-    root: bytes
-    tree: dict     # {place: names of the images that are in it directly}
-    left_out: collections.Counter  # {reason: files}
-    shards: set    # the places of tar files with images of any class
+
+    def __init__(self, root):
+        self.root = root
+        self.tree = collections.defaultdict(list)  # {place: names of the images that are in it directly}
+        self.left_out = collections.Counter()      # {reason: files}
+        self.shards = set()                        # places of tar files with images of any class
+        self.notes = []                            # for the user, on what the images are used for
 
     def inside(self, place):
         """The places at and below a place."""
@@ -61,36 +63,32 @@ class Listing(NamedTuple):
         return [os.path.join(folder, name) for name in self.tree.pop(place)]
 
 
-def new_listing(root):
-    """A Listing without files"""
-    return Listing(root, collections.defaultdict(list), collections.Counter(), set())
-
-
 def walk(root):
     """All files below a folder (its path: bytes), at any depth, and in tar files there -> Listing
 
-    Links to folders are followed, but never into a folder that they are in, nor from one link into another:
-    links across class folders could lead round in any order. A folder that isn't entered counts as the files
-    in it. Raises Refused if a folder can't be listed.
+    root    a folder, or a tar file in its place
+    Links to folders are followed, but never back to a folder that they are in, nor from one link into
+    another: links across class folders could lead round in any order. A folder that isn't entered counts as
+    the files in it. Raises Refused if a folder can't be listed.
     """
-    listing = new_listing(root)
-    waiting = [((), frozenset(), False)]  # place, identities of the folders above, whether a link led there
+    if not os.path.isdir(root):
+        listing = Listing(as_folder(root))
+        walk_tar(root, listing, ())
+        return listing
+    listing = Listing(root)
+    waiting = [((), False)]  # place, whether a link led there
     while waiting:
-        place, above, linked = waiting.pop()
-        folder = listing.path(place)
-        above |= {identity(folder)}
-        for entry in entries(folder):
+        place, linked = waiting.pop()
+        for entry in entries(listing.path(place)):
             kind = kind_of(entry)
             if is_left_behind(entry.name):
                 listing.left_out[LEFT_BEHIND] += files_in(entry.path)
             elif kind == "folder" and not entry.name.endswith(b".zarr"):
                 is_link = entry.is_symlink()
-                if is_link and identity(entry.path) in above:
-                    listing.left_out["links that lead back"] += 1
-                elif is_link and linked:
+                if is_link and linked:
                     listing.left_out["behind links below links"] += files_in(entry.path)
-                else:
-                    waiting.append(((*place, entry.name), above, linked or is_link))
+                elif not (is_link and leads_back(entry.path)):
+                    waiting.append(((*place, entry.name), linked or is_link))
             elif kind not in ("folder", "file"):
                 listing.left_out[kind] += 1
             elif is_tar(entry.name):
@@ -107,28 +105,24 @@ def walk(root):
     return listing
 
 
-def walk_tar(path, listing=None, place=()):
-    """A tar file, and the tar files inside it, as the folder at this place of a Listing -> Listing
-
-    listing     to add to; None: a new one
-    """
-    listing = listing or new_listing(as_folder(path))
+def walk_tar(path, listing, place):
+    """Add a tar file, and the tar files inside it, as the folder at this place of a Listing."""
     waiting = {place: None}  # where each tar file starts and ends in this one
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         while waiting:
             inner = {}
             headers = pool.map(lambda span: list(members(path, span)), waiting.values())
             for folder, found in zip(waiting, headers):
-                add_members(listing, folder, path, found, inner)
+                inner |= add_members(listing, folder, path, found)
             waiting = inner
-    return listing
 
 
-def add_members(listing, place, path, found, inner):
+def add_members(listing, place, path, found):
     """Add to a Listing the members of a tar file, or of one inside it, as the folder at this place.
 
-    inner   {place: span} of the tar files inside it, which this fills
+    Returns {place: where it starts and ends} of the tar files inside it.
     """
+    inner = {}
     beside = set()  # folders and KEYs
     for inside, offset, size, is_file in found:
         *folders, name = os.path.normpath(inside).lstrip(b"/").split(b"/")
@@ -149,6 +143,7 @@ def add_members(listing, place, path, found, inner):
         images = [(folder, key(image)) for folder in listing.inside(place) for image in listing.tree[folder]]
         if beside.issuperset(images):
             listing.shards.add(place)
+    return inner
 
 
 def key(name):
@@ -167,10 +162,11 @@ def entries(folder):
                       "to read it, or move it away") from None
 
 
-def identity(folder):
-    """What a folder is known by, whichever way leads to it."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+def leads_back(link):
+    """Whether a link leads to a folder that it is in."""
+    folder = os.path.realpath(os.path.dirname(link))
+    target = os.path.realpath(link)
+    return os.path.commonpath([folder, target]) == target
 
 
 def kind_of(entry):
@@ -199,14 +195,14 @@ def is_left_behind(name):
 
 
 def describe(left_out):
-    """The files left out, by reason, in one line, the most frequent first; None if there are none."""
-    reasons = [(reason, n) for reason, n in left_out.items() if n > 0]
-    if not reasons:
+    """The files left out (a Counter), by reason, in one line, the most frequent first; None if there are
+    none."""
+    total = left_out.total()
+    if not total:
         return None
-    reasons.sort(key=lambda item: (-item[1], item[0]))
-    shown = [f"{n} {printable(reason)}" for reason, n in reasons[:REASONS]]
+    reasons = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{n} {printable(reason)}" for reason, n in reasons[:REASONS] if n]
     rest = sum(n for _, n in reasons[REASONS:])
     if rest:
         shown.append(f"{rest} others")
-    total = sum(n for _, n in reasons)
     return f"{total} file{'s' if total > 1 else ''}: {', '.join(shown)}"

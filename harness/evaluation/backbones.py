@@ -183,7 +183,8 @@ def export(backbone, path, layout, out):
 
 def views_in_words(s):
     """How a run's settings show images to its network; empty if there are none."""
-    return ", ".join(f"{name} {s[name]}" for name in ("size", "mean", "std", "centre", "range") if s.get(name))
+    names = ("size", "mean", "std", "centre", "range")
+    return ", ".join(f"{name} {s[name]}" for name in names if s.get(name))
 
 
 def in_words(arch, width, cifar_stem):

@@ -29,8 +29,8 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "out of memory|can't allocate memory|ALLOC_FAILED|[Uu]nable to find an engine":
         "use a smaller --batch, or more GPUs",
     "can't start new thread|Resource temporarily unavailable":
-        "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); use "
-        "fewer --workers",
+        "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); "
+        "use fewer --workers",
     "Too many open files": "raise ulimit -n, or use fewer --workers",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
