@@ -186,6 +186,13 @@ NOTES = {  # id: the tree, words of the note, whether a share of each class is a
     "classes in folders of initials": (
         classes("train/a", ("abbey", "airport")) | classes("train/b", ("barn", "beach")),
         "the classes are a, b, ...; the folders in each, such as a/abbey, are not told apart", True),
+    "domains, with images/ between": (
+        classes("amazon/images", ("bag", "desk")) | classes("dslr/images", ("bag", "desk")),
+        "such as amazon/bag, are not told apart", True),
+    "masks below a folder": (
+        many("VOC2012/JPEGImages/{}.png", 9) | many("VOC2012/SegmentationClass/{}.png", 3), "", False),
+    "val/ that leads to train/": (
+        classes("train") | {"val": "train"}, "val is not used: it is a link to the training images", False),
     "img2dataset's parts": (
         classes("train", ("00000", "00001")) | {"train/00000/000.json": b"{}", "train/00001/000.json": b"{}"},
         "00000 is no class, but a shard or a part of the images: no labels", False),

@@ -33,7 +33,7 @@ FORMATS = {
         ".parquet .arrow .tfrecord .lmdb .mdb .beton",
     "weights, not images; lineval.py --ckpt takes those":
         ".pth .pt .ckpt",
-    "weights; torch.save(safetensors.torch.load_file('FILE'), 'NAME.pth') writes a file for lineval.py --ckpt":
+    "weights; torch.save(safetensors.torch.load_file('FILE'), 'W.pth') writes a file for lineval.py --ckpt":
         ".safetensors",
     "not an image format that we read; convert it to PNG or JPEG":
         ".heic .svg .pdf .dng",
