@@ -198,6 +198,7 @@ LABELS = [  # classes, a text file beside three images of val/, their labels; No
     ("abc", b"0.png 2\r\n1.png 0\r\n2.png 1\r\n", [2, 0, 1]),
     ("abc", b"\xef\xbb\xbf0.png c\n1.png a\n2.png b\n", [2, 0, 1]),               # Windows' byte order mark
     (["1", "2", "10"], b"0.png 2\n1.png 10\n", [2, 1]),                            # names, sorted as text
+    (["00000", "00001", "00002"], b"0.png 2\n1.png 0\n2.png 1\n", [2, 0, 1]),      # GTSRB's
     ("abc", b"0.png 1\n1.png 2\n2.png 1\n", None),                                # from 1 on
     (["1", "2", "10"], b"0.png 0\n1.png 1\n2.png 2\n", None),                      # numbers, or names?
     ("abc", b"0.png a\n1.png 2\n2.png c\n", None),                                # names and numbers mixed
