@@ -538,8 +538,9 @@ def open_as_before(args, saved, value_range):
     if not (data.can_judge() or args.val or args.val_share) and held_out.share:
         wanted = held_out
         data = open_data(args.data, value_range, wanted)
-    if is_own and wanted == held_out and not saved.get("knn_data") and not args.range \
-            and data.train.fingerprint() != saved["content"]:
+    # The fingerprint of other images, or of images held in memory with another range, must differ.
+    is_same = is_own and wanted == held_out and not (saved.get("knn_data") or args.range)
+    if is_same and data.train.fingerprint() != saved.get("content", data.train.fingerprint()):
         warn(f"{args.data}: its images are not those of pre-training any more")
     args.val, args.val_share = wanted.name, wanted.share
     return data

@@ -79,6 +79,15 @@ def test_the_drawn_shapes_have_a_validation_split_of_their_own(monkeypatch, want
         open_data(None, wanted=wanted)
 
 
+def test_an_untrained_network_on_the_drawn_shapes(tmp_path, monkeypatch, capsys):
+    """Without DATA: there is no pre-training whose data they could be, so nothing is told of it."""
+    monkeypatch.setattr(shapes, "TRAINING", 60)
+    monkeypatch.setattr(shapes, "VALIDATION", 20)
+    assert here("lineval.py", *EVALUATION, "--knn", "--out", tmp_path) is None
+    assert result_of(tmp_path)["val_images"] == 20
+    assert capsys.readouterr().err == ""
+
+
 # --- A share that is held out -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.03])

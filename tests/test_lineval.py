@@ -312,7 +312,7 @@ def test_two_processes_give_the_accuracy_of_one(tmp_path, ten, evaluated, protoc
     assert done.returncode == 0, done.stderr
     one, two = result_of(evaluated(protocol)), result_of(tmp_path)
     for key in ("top1", "top5", "balanced", "largest_class", "val_images"):
-        assert two[key] == one[key]
+        assert two.get(key) == one.get(key)
     assert two["world"] == 2
 
 
