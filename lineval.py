@@ -392,14 +392,14 @@ def open_network(path):
     if not s:
         raise Refused(f"{path}: doesn't say how its network saw images; it must be a checkpoint.pth or "
                       "backbone.pth of simsiam.py")
-    policy = views_of(s)
-
-    def view(file):
-        image = read_image(os.fsencode(file), s["range"])
-        x, = augment.cut_centre(policy, image, 0, 0)
-        return augment.normalize(x[None].float(), policy)
-
+    view = partial(test_view, views_of(s), s["range"])
     return backbone.network.eval().requires_grad_(False), view
+
+
+def test_view(policy, value_range, file):
+    """The test view of an image file: (1, 3, S, S). Raises BadImage."""
+    x, = augment.cut_centre(policy, read_image(os.fsencode(file), value_range), 0, 0)
+    return augment.normalize(x[None].float(), policy)
 
 
 def evaluate(args):

@@ -2,12 +2,14 @@
 import contextlib
 import functools
 import itertools
+import multiprocessing
 import os
 import runpy
 import shlex
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -307,6 +309,24 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_hint(tmp_path, stuck):
     assert process.returncode == 1
     assert "a process that decodes images was killed" in said
     assert "Traceback" not in said
+
+
+def test_the_steps_before_a_workers_death_are_saved(tmp_path, large):
+    """It is killed within a step, by which time others wait in the queue."""
+    out = tmp_path / "run"
+    options = [*TINY, "--workers", 2, "--batch", 4, "--knn-every", 0]
+
+    def kill(step):
+        if step == 3:
+            worker, *_ = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(0.5)  # the system reports it within the step
+
+    with before_each_step(kill):
+        said = here("simsiam.py", large, *options, "--epochs", 50, "--out", out)
+    assert "a process that decodes images was killed" in said
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
+    assert 5 * checkpoint["epoch"] + checkpoint["step"] >= 4  # 20 images in batches of 4
 
 
 def opened(pipe):

@@ -217,15 +217,17 @@ def test_a_quota_of_cgroups_of_version_1(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given, width, size, threads", [
-    ("3", 1.0, 224, 3), ("3", 1 / 8, 16, 3), (None, 1.0, 224, 6), (None, 1 / 8, 16, 2)])
+    ("3", 1.0, 224, 3), ("3", 1 / 8, 16, 3), (None, 1.0, 224, 6), (None, 1 / 8, 16, 2), ("", 1 / 8, 16, 2),
+    ("auto", 1.0, 224, 6)])
 def test_threads_are_omps_or_the_cores_but_few_for_tiny_networks(monkeypatch, given, width, size, threads):
     """On a machine of six cores."""
     monkeypatch.setattr(machine, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
-    if given:
+    if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-        torch.set_num_threads(int(given))  # as torch does when it is imported
+    if given == "3":
+        torch.set_num_threads(3)  # as torch does when it is imported
     try:
         machine.set_threads(width, size)
         assert machine.device_name(CPU) == f"CPU, {threads} threads"

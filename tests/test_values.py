@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -427,6 +428,8 @@ def test_the_documented_lines_give_the_features_of_the_evaluation(odd_run, capsy
     lines = re.search(r"```python\n(.*?)```", (ROOT / "docs/operations.md").read_text(), re.S)[1]
     lines = lines.replace("runs/IMAGENET/lineval-lars", str(odd_run / "eval"))
     lines = lines.replace("runs/IMAGENET", str(odd_run / "run"))
+    _, view = lineval.open_network(odd_run / "run" / "backbone.pth")
+    assert pickle.loads(pickle.dumps(view))  # for workers that are spawned
     saved = np.load(odd_run / "f.npz")
     right = 0
     for file, label, expected in zip(saved["val_files"], saved["val_labels"], saved["val_features"]):

@@ -11,7 +11,7 @@ import signal
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 WORKER_KILLED = ("a process that decodes images was killed, usually because memory or /dev/shm ran out; use "
-                 "fewer --workers")
+                 "fewer --workers; if there is a checkpoint.pth, --resume goes on")
 
 
 class Refused(Exception):

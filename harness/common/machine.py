@@ -61,7 +61,7 @@ def set_threads(width, size):
     All our cores compute, but for tiny networks at most two: their operations are too short to be shared
     among more. If OMP_NUM_THREADS is set, torch has taken its number already.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip().isdigit():
         torch.set_num_threads(min(cores(), 2) if width * size ** 2 <= TINY else cores())
 
 

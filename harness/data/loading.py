@@ -102,15 +102,18 @@ def images_of_a_part(waiting_bytes):
 
 def in_our_words(batches):
     """Yield the same batches. Raises Refused if the workers stop delivering."""
+    # When a worker dies, torch's handler raises wherever we are. It may only while we wait: what it raises
+    # within a step would leave the step half done, and the steps before it couldn't be saved.
+    handler = signal.getsignal(signal.SIGCHLD)
     waits = 0
     while True:
+        signal.signal(signal.SIGCHLD, handler)
         try:
             batch = next(batches)
         except StopIteration:
             return
         except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
-            # A moment later the system reports its death. torch's handler would raise then, wherever we are.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the system reports its death a moment later
             raise Refused(f"{error!r}: {WORKER_KILLED}") from None
         except FileNotFoundError:
             raise Refused(f"the workers' sockets in TMPDIR ({tempfile.gettempdir()}) have been removed; set "
@@ -125,6 +128,7 @@ def in_our_words(batches):
                               "there? May a process open enough files (ulimit -n)?") from None
         else:
             waits = 0
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield batch
 
 
