@@ -402,9 +402,10 @@ def test_a_picture_with_much_text_in_it_is_read(tmp_path):
 ODD_VIEWS = shlex.split("--size 24 --centre 0.7 --mean .5 .4 .3 --std .25 .3 .35 --range 0 3000")
 
 
-@pytest.fixture
-def odd_run(tmp_path):
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory):
     """A folder with deep images, a run with settings of its own, and its evaluation with features."""
+    tmp_path = tmp_path_factory.mktemp("odd")
     data = tmp_path / "data"
     for k, name in enumerate("ab"):
         for i in range(9):
