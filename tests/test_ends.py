@@ -39,7 +39,7 @@ def signalled(number, at):
     return before_each_step(lambda step: os.kill(os.getpid(), number) if step == at else None)
 
 
-@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.parametrize("name", [*ENDING[:3], *(pytest.param(name, marks=slow) for name in ENDING[3:])])
 def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys, name):
     """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
     number = signal.Signals["SIG" + name]
