@@ -60,7 +60,7 @@ def test_log_holds_what_the_readme_promises(finished):
 def test_screen_says_what_the_run_does(finished):
     """Words that its output must have, for 50 training images."""
     _, printed = finished
-    assert "k 3 (--knn-k, or a fifth of a class, at most 200), on 9 images" in printed
+    assert "k 3 (--knn-k, or a fifth of the average class, at most 200), on 9 images" in printed
     assert "3 epochs of 3 steps, 9 in all (the recipe on its own data: 77,600)" in " ".join(printed.split())
     assert "\ntoo short   on 1,000 to 5,000 images, 500 steps gained" in printed
     assert "low rank" not in printed

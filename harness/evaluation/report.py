@@ -149,7 +149,8 @@ def describe_run(job, method):
         f"global batch {s['batch']}, lr {method.lr:.4g}")
     rows |= too_short(s, min(FEW_STEPS, on_its_own), TOO_SHORT)
     rows["processes"] = (
-        f"{world}, of {s['batch'] // world} images each, BN over {s['batch']}, {hardware(s, job.device)}")
+        f"{world}, with {s['batch'] // world} images per process, BN over {s['batch']}, "
+        f"{hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job)
     return rows | method.rows() | {"writes to": job.out}
 
@@ -189,5 +190,5 @@ def describe_knn(job):
     if not watches_knn(job):
         return f"none (it needs labels, and a val/ image for each process); the rank every {every} epochs"
     k = neighbours(len(job.train), len(job.train.classes), job.settings["knn_k"])
-    return (f"every {every} epochs, k {k} (--knn-k, or a fifth of a class, at most 200), on {len(job.val)} "
-            f"images, from {job.val.where}")
+    return (f"every {every} epochs, k {k} (--knn-k, or a fifth of the average class, at most 200), on "
+            f"{len(job.val):,} images from {job.val.where}")

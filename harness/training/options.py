@@ -138,9 +138,9 @@ def new_parser(script, description, data, out, amp):
                              f"{data})")
     judges = parser.add_mutually_exclusive_group()
     judges.add_argument("--val", metavar="NAME",
-                        help="the folder beside train/ that judges (default: val, else valid, else test)")
+                        help="the folder beside train/ to validate on (default: val, else valid, else test)")
     judges.add_argument("--val-share", type=number, metavar="SHARE",
-                        help="hold out this share of each class, such as 0.2, to judge by; --seed chooses "
+                        help="hold out this share of each class, such as 0.2, for validation; --seed chooses "
                              "the images, and class folders need no train/ (default: none)")
     parser.add_argument("--out", help=f"run folder (default: {out})")
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)  # torch.distributed.launch's
@@ -148,8 +148,8 @@ def new_parser(script, description, data, out, amp):
                         help="(after DATA) continue the run in --out; auto: if there is none, start one")
     add_range(parser)
     parser.add_argument("--prefix",
-                        help="if a file of weights holds several networks: what the tensor names of the one "
-                             "to use begin with (default: the trained one)")
+                        help="if a file of weights holds several networks: the prefix of the tensor names of "
+                             "the one to use (default: the trained one)")
     parser.add_argument("--override", nargs="+", default=[], metavar="SETTING",
                         help="with --resume: settings that may differ from the checkpoint's")
     parser.add_argument("--seed", type=int, default=0,
@@ -191,7 +191,7 @@ def weights_file(text):
 def add_range(parser):
     """The option that overrides the range of values that harness/data/images.py finds."""
     parser.add_argument("--range", type=number, nargs=2, metavar=("LOW", "HIGH"),
-                        help="the values that become 0 and 255, in files of more than 8 bits a channel "
+                        help="the values that become 0 and 255, in files with more than 8 bits per channel "
                              "(default: from a sample of the files)")
 
 

@@ -33,11 +33,11 @@ def options(script, description, method):
                         help="measure kNN with this data set, and use only training images of DATA (default: "
                              "DATA itself)")
     parser.add_argument("--recipe", choices=RECIPES,
-                        help="default: shapes without DATA, cifar10 for images of the same size, up "
-                             "to 64 pixels a side; else imagenet")
+                        help="default: shapes without DATA, cifar10 if all images are the same size, "
+                             "at most 64 pixels a side; else imagenet")
     parser.add_argument("--experiment", choices=(*method.EXPERIMENTS, "list"), default=method.NAME,
                         metavar="NAME",
-                        help="one of the paper's results; list shows them all (default: %(default)s)")
+                        help="one of the paper's experiments; 'list' shows them all (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="fuse the operations of the network and of the colour changes with "
                              "torch.compile; it takes a minute or more at the start, and on a CPU it needs "
