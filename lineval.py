@@ -540,7 +540,7 @@ def open_as_before(args, saved, value_range):
         data = open_data(args.data, value_range, wanted)
     # The fingerprint of other images, or of images held in memory with another range, must differ.
     is_same = is_own and wanted == held_out and not (saved.get("knn_data") or args.range)
-    if is_same and data.train.fingerprint() != saved.get("content", data.train.fingerprint()):
+    if is_same and "content" in saved and data.train.fingerprint() != saved["content"]:
         warn(f"{args.data}: its images are not those of pre-training any more")
     args.val, args.val_share = wanted.name, wanted.share
     return data

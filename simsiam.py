@@ -861,7 +861,8 @@ def open_both(args):
 
 def check_same_on_all_processes(method, judge, data):
     """Raise Refused if the processes see different images, or have chosen different precisions."""
-    seen = [source.fingerprint() for source in (method.data.train, judge.train, judge.val) if source]
+    judges = [judge.val] if judge is method.data else [judge.train, judge.val]
+    seen = [source.fingerprint() for source in (method.data.train, *judges) if source]
     method.s["content"] = seen[0]
     check_same(f"images in {data}", seen + method.numbers(), method.device)
     check_same("CPUs with instructions for bf16 (give --amp, or --no-amp)", [method.s["amp"]], method.device)

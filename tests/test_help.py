@@ -28,8 +28,8 @@ RUN_OPTIONS = "--init --compile --no-compile".split()
 RUN_DEFAULTS = {
     "--out": "(default: runs/<data name>[-<method or experiment>])",
     "--amp": "(default: with cuda; from --width 1/4 up, also on CPUs",
-    "--recipe": "default: shapes without DATA, cifar10 if all images are the same size, at most 64 pixels a side; "
-                "else imagenet",
+    "--recipe": "default: shapes without DATA, cifar10 if all images are the same size, at most 64 "
+                "pixels a side; else imagenet",
     "--experiment": "(default: simsiam)",
 }
 EVALUATION_OPTIONS = "--ckpt --lars --sgd --cached --knn --knn-k --features --export".split()

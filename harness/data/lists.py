@@ -41,20 +41,24 @@ FORMATS = {
 KINDS = {suffix: what for what, suffixes in FORMATS.items() for suffix in suffixes.split()}
 
 
-def suffix_of(path):
-    """The suffix of a file's name in lower case, as the reason why it isn't an image.
-
-    DICOM often has none, or the last of many numbers: four letters in the file tell it.
-    """
-    name = os.fsdecode(path).lower()
+def suffix_of(name):
+    """The suffix of a file's name in lower case, as the reason why it isn't an image."""
+    name = os.fsdecode(name).lower()
     for theirs, ours in ((r"\.nii\.gz", ".nii"), (r"-ubyte(\.gz)?", ".ubyte"), (r"-\d{5}-of-\d{5}", "")):
         name = re.sub(f"{theirs}$", ours, name)  # of medicine, of MNIST, of TensorFlow
     _, suffix = os.path.splitext(name)
-    if not suffix.strip(".0123456789"):
+    return suffix or "without a suffix"
+
+
+def kind_of_file(path):
+    """The same of a file on the disk. DICOM often has no suffix, or the last of many numbers: four letters in
+    the file tell it."""
+    suffix = suffix_of(path)
+    if suffix == "without a suffix" or not suffix.strip(".0123456789"):
         with contextlib.suppress(OSError), open(path, "rb") as f:
             if f.read(132).endswith(b"DICM"):
                 return ".dcm"
-    return suffix or "without a suffix"
+    return suffix
 
 
 def read_lines(path):
@@ -72,7 +76,7 @@ def read_list(path):
     file holds: whoever reads it says what is wrong.
     """
     shown = os.fsdecode(path)
-    suffix = suffix_of(path)
+    suffix = kind_of_file(path)
     if suffix in KINDS:
         raise Refused(f"{shown}: {suffix}: {KINDS[suffix]}")
     with open(path, "rb") as f:

@@ -145,7 +145,9 @@ class Decoder(torch.utils.data.Dataset):
     all its views."""
 
     def __init__(self, source, cut):
-        self.source = source
+        # Not the source: where workers are spawned, its labels and captions would be copied to each.
+        self.files = source.files
+        self.value_range = source.value_range
         self.cut = cut
 
     def __getitems__(self, part):
@@ -160,7 +162,7 @@ class Decoder(torch.utils.data.Dataset):
         bad = {}
         try:
             for i in index:
-                image, met = read_or_replace(self.source.files, i, self.source.value_range)
+                image, met = read_or_replace(self.files, i, self.value_range)
                 cuts.append(self.cut(image, epoch, i))
                 bad |= met
         except Refused as error:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common.errors import Refused
-from .lists import read_lines
+from .lists import read_lines, suffix_of
 from .source import Source
 from .tars import plain
-from .walk import REASONS, key, suffix_of
+from .walk import REASONS, key
 
 
 def named(words):
@@ -56,9 +56,10 @@ def find_splits(listing, wanted):
     else:
         if parent:
             listing.notes.append(f"the splits were found in {shown(*parent)}/")
-        train = training_split(listing, parent, wanted)
+        judge = wanted.name and os.fsencode(os.path.normpath(wanted.name))
+        train = training_split(listing, parent, judge)
         if not wanted.share:
-            val = validation_split(listing, parent, train.classes, wanted.name)
+            val = validation_split(listing, parent, train.classes, judge)
         if val and os.path.realpath(val.where) == os.path.realpath(train.where):
             listing.notes.append(f"{val.where} is not used: it is a link to the training images")
             val = None
@@ -181,9 +182,10 @@ def without_splits(listing, wanted):
     return by_folder(listing, place)
 
 
-def training_split(listing, parent, wanted):
+def training_split(listing, parent, judge):
     """The images of train/, and its classes if there are two or more -> Source
 
+    judge   the name of the folder that --val names, or None
     An image outside the class folders has no class, and is left out. Raises Refused if two folders could be
     the training split.
     """
@@ -195,7 +197,7 @@ def training_split(listing, parent, wanted):
                       "them, or several to train on without labels")
     place = holding_place(listing, (*parent, name))
     classes = class_folders(listing, place)
-    others = beside - {name, *candidates(beside), os.fsencode(os.path.normpath(wanted.name or ""))}
+    others = beside - {name, *candidates(beside), judge}
     if others:
         # With labels and val/, it judges what was trained on the others; else the images of both are joined.
         option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
@@ -210,13 +212,13 @@ def training_split(listing, parent, wanted):
     return by_folder(listing, place)
 
 
-def validation_split(listing, parent, classes, wanted):
+def validation_split(listing, parent, classes, judge):
     """The images of val/ that have labels, by their folders or by a text file -> Source or None
 
     classes     of the training split: nothing was learned of a class that it lacks
-    wanted      the name of the folder to take, or None
+    judge       the name of the folder to take, or None
     """
-    names = [os.fsencode(os.path.normpath(wanted))] if wanted else candidates(listing.names(parent))
+    names = [judge] if judge else candidates(listing.names(parent))
     if not names:
         if classes:
             listing.notes.append(f"no validation split (val/ with images): {HOLD_OUT}")

@@ -15,7 +15,7 @@ import shlex
 from ..common.errors import Refused, printable
 from ..common.files import OURS, has_mark
 from .images import is_image
-from .lists import suffix_of
+from .lists import kind_of_file, suffix_of
 from .tars import as_folder, is_tar, member_name, members
 
 # Besides all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
@@ -82,11 +82,11 @@ def walk(root):
         for entry in entries(listing.path(place)):
             kind = kind_of(entry)
             if is_left_behind(entry.name):
-                listing.left_out[LEFT_BEHIND] += files_in(entry.path)
+                listing.left_out[LEFT_BEHIND] += files_in(entry)
             elif kind == "folder" and not entry.name.endswith(b".zarr"):
                 is_link = entry.is_symlink()
                 if is_link and linked:
-                    listing.left_out["behind links below links"] += files_in(entry.path)
+                    listing.left_out["behind links below links"] += files_in(entry)
                 elif not (is_link and leads_back(entry.path)):
                     waiting.append(((*place, entry.name), linked or is_link))
             elif kind not in ("folder", "file"):
@@ -97,7 +97,7 @@ def walk(root):
                                   "move one of them away")
                 walk_tar(entry.path, listing, (*place, as_folder(entry.name)))
             elif not is_image(entry.name):
-                listing.left_out[suffix_of(entry.path)] += files_in(entry.path)
+                listing.left_out[kind_of_file(entry.path)] += files_in(entry)
             elif entry.name in OURS and has_mark(entry.path):
                 listing.left_out["pictures that our programs drew"] += 1
             else:
@@ -181,11 +181,11 @@ def kind_of(entry):
     return "links to nothing, or pipes"
 
 
-def files_in(path):
-    """How many files lie at a path that isn't entered. Links to folders below it aren't followed."""
-    if not os.path.isdir(path):
+def files_in(entry):
+    """How many files an entry that isn't entered stands for. Links to folders below it aren't followed."""
+    if kind_of(entry) != "folder":
         return 1
-    return sum(len(files) for _, _, files in os.walk(path))
+    return sum(len(files) for _, _, files in os.walk(entry.path))
 
 
 def is_left_behind(name):

@@ -10,8 +10,8 @@ Start it from the repository's root, on Linux; it takes some minutes on 2 cores.
 resumed. When it has ended, its weights and momentum must equal those of the uninterrupted run, bit for bit.
 
 The run is a tiny network on drawn shapes. For kill -9 it writes a checkpoint after every step, so many kills
-hit the writing. Each process is forked from this one, which has imported torch already. In a byte of shared memory it
-says what it is doing.
+hit the writing. Each process is forked from this one, which has imported torch already. In a byte of shared
+memory it says what it is doing.
 """
 import argparse
 import collections
