@@ -145,6 +145,15 @@ def test_members_that_are_no_images_are_counted(tmp_path, packed):
     assert found.left_out == {"links and the like in a tar file": 6, "hidden or a system's": 4, ".txt": 2}
 
 
+def test_a_members_name_is_no_path_on_the_disk(tmp_path, packed, monkeypatch):
+    """A DICOM file of its name lies in the shell's folder, and plays no part."""
+    with_member(packed, "scan", b"text")
+    (tmp_path / "scan").write_bytes(bytes(128) + b"DICM")
+    monkeypatch.chdir(tmp_path)
+    _, _, found = find_data(packed.parent)
+    assert found.left_out == {"without a suffix": 1}
+
+
 def test_a_folder_and_a_tar_file_of_one_name_in_one_tar(tmp_path, packed):
     """Both are read: they are one class."""
     folder = tmp_path / "more" / "a"
