@@ -60,6 +60,12 @@ def writer(number, path, **options):
     return open(number, "w", closefd=False, **options)
 
 
+def start_server():
+    """Start the forkserver, which then imports while this process goes on."""
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for what it imports
+        forkserver.ensure_running()
+
+
 class Child:
     """A child that runs a command, with what the tests use of subprocess.Popen. It does not outlive a `with`.
 
@@ -75,8 +81,7 @@ class Child:
         self.output = pathlib.Path(output)
         place = os.fspath(cwd or os.getcwd())
         method = multiprocessing.get_start_method()
-        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for what the forkserver imports
-            forkserver.ensure_running()
+        start_server()
         self.process = CONTEXT.Process(
             target=become, args=(self.args, dict(env or os.environ), place, self.output, method))
         self.process.start()

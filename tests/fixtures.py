@@ -1,6 +1,7 @@
 """The fixtures: data sets and runs, each made once for all tests. No test may change them."""
 import functools
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -11,13 +12,21 @@ from PIL import Image
 import simsiam
 from harness.data import shapes
 from harness.training import processes
+from tests import children
 from tests.helpers import CPU, EVALUATION, LONGER, PROTOCOL_OPTIONS, REAL, ROOT, TINY
 from tests.helpers import here, program, save_image, settings_of, torchrun, write_folder
 
 
 def pytest_configure(config):
-    """Torch warns that decoded images are read-only. The programs silence that, but pytest resets it."""
+    """Torch warns that decoded images are read-only. The programs silence that, but pytest resets it.
+
+    The tests' networks are too small for two threads, which would also wait for any other busy process. And
+    the server of our children can start while the tests are collected.
+    """
     config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable")
+    if os.environ.setdefault("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(1)
+    children.start_server()
 
 
 def real_photos():
