@@ -40,7 +40,7 @@ def signalled(number, at):
 
 
 def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, capsys):
-    """One after the other, each in the second step after the last: the position, and in the end the weights of
+    """One after the other, each in the second step after the last: the position, and at last the weights of
     an uninterrupted run."""
     options = [small, *TINY, "--epochs", 4, "--batch", 10, "--knn-every", 0]  # 5 steps an epoch
     assert here("simsiam.py", *options, "--out", tmp_path / "whole") is None
