@@ -411,7 +411,10 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; if it has left a checkpoint.pth, --resume goes on from"),
     "ulimit -v": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "use a smaller --batch"),
-    "ulimit -u": (BlockingIOError(11, "Resource temporarily unavailable"), "use fewer --workers"),
+    "ulimit -u": (
+        BlockingIOError(11, "Resource temporarily unavailable"), "use fewer --workers, or none: --workers 0"),
+    "no room for sockets": (
+        FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "set TMPDIR to a folder"),
     "ulimit -n": (OSError(24, "Too many open files"), "raise ulimit -n, or use fewer --workers"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),

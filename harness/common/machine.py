@@ -9,23 +9,49 @@ import sys
 
 import torch
 
+from .errors import Refused
+
 
 def cores():
     """This process's share of the cores that the machine lets us use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    usable = min(usable, quota(CGROUPS))
-    return max(1, int(usable / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, int(min(usable, quota("cpu")) / local_world()))
 
 
+def memory():
+    """This process's share of the memory that the machine lets us use, in bytes."""
+    return min(MEMORY, quota("memory")) / local_world()
+
+
+def check_memory(needed, what):
+    """Raise Refused if so many bytes more don't fit into this process's share of the memory.
+
+    what: the things that take them, in words
+    """
+    needed += peak_memory(torch.device("cpu")) << 20
+    if needed > memory():
+        raise Refused(f"{what}: this process would need {needed / 2 ** 30:.1f} GiB of memory, and may use "
+                      f"{memory() / 2 ** 30:.1f} (the machine's, or a container's or job's limit); allow it "
+                      "more, or give it fewer images")
+
+
+def local_world():
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
+LIMITS = {  # of a controller: files that hold its limit, in cgroups of version 2, and of version 1
+    "cpu": (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]),
+    "memory": (["memory.max"], ["memory.limit_in_bytes"]),
+}
 
 
-def quota(root):
-    """How many cores the cgroups of a container or a job allow us; infinite if they set no limit.
-
-    root: where the cgroups are mounted
-    """
+def quota(controller):
+    """How many cores ("cpu") or bytes ("memory") the cgroups of a container or a job allow us; infinite, or
+    more than there are, if they set no limit."""
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:  # no Linux
@@ -33,23 +59,23 @@ def quota(root):
     allowed = math.inf
     for line in lines:
         _, controllers, ours = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # Version 1 has a tree for each controller; version 2 has one, and names none.
-        group = root / ("cpu" if controllers else "") / ours.lstrip("/")
+        group = CGROUPS / (controller if controllers else "") / ours.lstrip("/")
         for folder in (group, *group.parents):
-            limit, period = limit_of(folder)
-            if limit not in ("max", "-1"):
-                allowed = min(allowed, int(limit) / int(period))
+            for names in LIMITS[controller]:
+                with contextlib.suppress(OSError):  # the root of them all has no limit
+                    limit, *period = " ".join((folder / name).read_text() for name in names).split()
+                    if limit not in ("max", "-1"):
+                        allowed = min(allowed, int(limit) / int(*period or [1]))
     return allowed
 
 
-def limit_of(group):
-    """A cgroup's CPU time and the period in which it may be used, as text: "max" or "-1" without a limit."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError):
-            return " ".join((group / name).read_text() for name in names).split()
-    return "max", "1"  # the root of them all has no limit
+FEWER_WORKERS = "use fewer --workers, or none: --workers 0"
+WORKER_KILLED = (f"a process that decodes images was killed, usually because memory ({memory() / 2 ** 30:.1f} "
+                 f"GiB for each process of the run) or /dev/shm ran out; {FEWER_WORKERS}; if there is a "
+                 "checkpoint.pth, --resume goes on")
 
 
 TINY = 64  # width of a network x pixels of a view, up to which two threads are enough
@@ -84,6 +110,8 @@ def hardware(settings, device):
     if settings.get("compile"):
         parts.append("compiled")
     parts.append(f"{settings['workers']} workers")
+    if quota("memory") < MEMORY:
+        parts.append(f"at most {quota('memory') / 2 ** 30:.1f} GiB of memory")
     return ", ".join(parts)
 
 

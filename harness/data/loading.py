@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..common.draws import permutation
-from ..common.errors import STOPPING, WORKER_KILLED, Refused
+from ..common.errors import STOPPING, Refused
+from ..common.machine import FEWER_WORKERS, WORKER_KILLED, local_world, memory
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 60   # seconds of a wait for a batch
@@ -82,7 +83,8 @@ def check_sockets():
 
 
 def images_of_a_part(waiting_bytes):
-    """How many images a worker prepares at a time: PART, or fewer if /dev/shm is small, as in a container.
+    """How many images a worker prepares at a time: PART, or fewer if /dev/shm or memory, which it is part of,
+    is small, as in a container.
 
     waiting_bytes   what waits there if a part has one image
     Raises Refused if there is no room even for that.
@@ -92,11 +94,11 @@ def images_of_a_part(waiting_bytes):
     if not os.access("/dev/shm", os.W_OK):
         raise Refused("/dev/shm, where workers hand over images, can't be written to; give --workers 0")
     status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = free // 2 // waiting_bytes
+    free = min(status.f_bavail * status.f_frsize / local_world(), memory() / 2)
+    room = int(free / 2 // waiting_bytes)
     if room < 1:
         raise Refused(f"/dev/shm has {free / 2 ** 20:.1f} MiB free for this process, too few for its "
-                      "workers: give fewer --workers, or a container more (docker run --shm-size 8g)")
+                      f"workers: {FEWER_WORKERS}, or give a container more (docker run --shm-size 8g)")
     return min(PART, room)
 
 

@@ -15,6 +15,7 @@ The rule: every file below DATA is used, or counted in one line that says why no
 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
 import collections
+import math
 import os
 import textwrap
 from dataclasses import replace
@@ -25,6 +26,7 @@ import torch
 
 from ..common.draws import HELD_OUT, uniforms
 from ..common.errors import Refused
+from ..common.machine import check_memory
 from . import cifar
 from .captions import read_captions
 from .images import is_image, range_of, sample
@@ -210,13 +212,14 @@ def settle(data, value_range, hold):
 
 def in_memory(source):
     """The same source, its pixels in one tensor, if all its images are small and of one size."""
-    height, width, _ = source.image(0).shape
-    if max(height, width) > SMALL:
+    height, width, _ = shape = source.image(0).shape
+    if max(shape) > SMALL or source.image(len(source) - 1).shape != shape:
         return source
+    check_memory(math.prod(shape) * len(source), f"{source.where}: {len(source):,} images in memory")
     pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
     for i in range(len(source)):
         image = source.image(i)
-        if image.shape != (height, width, 3):
+        if image.shape != shape:
             return source
         pixels[i] = image.permute(2, 0, 1)
     return replace(source, pixels=pixels)

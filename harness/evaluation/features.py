@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.draws import permutation
 from ..common.errors import Refused
-from ..common.machine import fastest_layout, to_device
+from ..common.machine import check_memory, fastest_layout, to_device
 from ..common.progress import Progress
 from ..training.processes import all_sum, check_same, my_share
 
@@ -40,6 +40,8 @@ def extract(features, test_views, source, device, autocast=contextlib.nullcontex
         with autocast:
             v = features(x).float()                                   # (N, D)
         if out is None:
+            if device.type == "cpu":
+                check_memory(4 * len(chosen) * v.shape[1], f"features of {len(chosen):,} images")
             out = torch.zeros(len(chosen), v.shape[1], device=device)
         out[to_device(place, device)] = v
     all_sum(out)

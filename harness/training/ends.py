@@ -18,7 +18,8 @@ import traceback
 
 import torch.distributed as dist
 
-from ..common.errors import STOPPING, WORKER_KILLED, Refused, Stopped, printable
+from ..common.errors import STOPPING, Refused, Stopped, printable
+from ..common.machine import FEWER_WORKERS, WORKER_KILLED
 from ..common.progress import warn
 from . import folder
 
@@ -30,8 +31,9 @@ HINTS = {  # words of torch's message (a regular expression): what to do
         "use a smaller --batch, or more GPUs",
     "can't start new thread|Resource temporarily unavailable":
         "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); "
-        "use fewer --workers",
-    "Too many open files": "raise ulimit -n, or use fewer --workers",
+        f"{FEWER_WORKERS}",
+    "Too many open files": f"raise ulimit -n, or {FEWER_WORKERS}",
+    "No usable temporary directory": "they are full or can't be written to; set TMPDIR to a folder that can",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
