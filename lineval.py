@@ -43,7 +43,7 @@ from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.report import too_short
 from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
-from harness.evaluation.result import save_features, write_classes, write_result
+from harness.evaluation.result import earlier_result, save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, check_new, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
@@ -436,7 +436,11 @@ def evaluate(args):
         s = settings_for(args, s, policy, data)
         protocol = PROTOCOLS[s["protocol"]]
         out = args.out or default_folder(args, s, backbone)
-        resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
+        done = earlier_result(out, s) if args.resume else None
+        if done and os.path.exists(args.features or out):
+            say(f"done already: {out}, {describe_accuracy(done)}")
+            return
+        resuming = enter(out, FILES, args.resume if protocol.optimizer or done else None, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     rows = describe_evaluation(job, backbone, data.rows())
     if protocol.optimizer:
@@ -455,7 +459,7 @@ def evaluate(args):
     if "protocol" in s:
         judge(job, frozen, policy, splits, args, say)
     if args.features and rank == 0:
-        save_features(args.features, splits)
+        save_features(args.features, splits, s)
     if args.classify and rank == 0:
         write_classes(out, splits, classifier)
     say(f"done: {out}")
@@ -563,7 +567,8 @@ def describe(args, backbone, data, recipe, world):
     for name in ("recipe", "size", "mean", "std", "centre"):
         s[name] = recipe[name]
     views_given = named(args, ["size", "mean", "std"])
-    return s | views_given | {"views_given": list(views_given)}
+    given = views_given | dict.fromkeys(recipe.get("views_given", []))  # or to the evaluation of --classify
+    return s | views_given | {"views_given": list(given)}
 
 
 def views_of(s):

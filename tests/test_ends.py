@@ -418,7 +418,8 @@ TROUBLES = {  # id: (what is raised, what the one line says)
     "ulimit -n": (OSError(24, "Too many open files"), "raise ulimit -n, or use fewer --workers"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
-    "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
+    "a full disk": (OSError(28, "No space left on device"), "No space left on device: make room, then"),
+    "a folder of others": (PermissionError(13, "Permission denied", ".writer"), "or name another --out"),
     "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a\\x1b[2J.png: no image"),
 }
 

@@ -1,5 +1,6 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import simsiam
 from harness.common import draws, files
 from harness.data import opening
 from harness.evaluation import report
+from harness.evaluation.result import describe_accuracy
 from harness.training import recipes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT, TINY
 from tests.helpers import close, equal, here, interrupted_before, kill_when, log_of, prefixed, python, refusal
@@ -464,6 +466,21 @@ def test_killed_and_resumed_evaluation_ends_with_the_uninterrupted_layer(tmp_pat
     assert_same_evaluation(tmp_path / "whole", killed)
 
 
+@pytest.mark.parametrize("protocol, refused", [
+    ("cached", "holds a run or a result already"), ("lars", "was made with other settings (seed 0 -> 1)")])
+def test_an_evaluation_that_is_done_says_so_again(evaluated, ten, capsys, protocol, refused):
+    """--resume auto, as a job script gives it again: the number, and no file changes. Of other settings it is
+    another evaluation."""
+    out = evaluated(protocol)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    features = ["--features", out.parent / "features.npz"]
+    command = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], *features, "--out", out, "--resume", "auto"]
+    assert here("lineval.py", *command) is None
+    assert capsys.readouterr().out == f"done already: {out}, {describe_accuracy(result_of(out))}\n"
+    assert refused in refusal("lineval.py", *command, "--seed", "1")
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-18 of width 1/16
@@ -553,15 +570,17 @@ def test_the_released_export_has_the_released_names(exported):
 # --- Features alone -----------------------------------------------------------------------------------------
 
 def test_data_without_labels_gets_features_alone(tmp_path, judged, ten, capsys):
-    """Against those that an evaluation saved of the same images. Nothing else is written."""
+    """Against those that an evaluation saved of the same images, and the weights they say they are of. Nothing
+    else is written."""
     path, _ = judged
     arguments = [ten / "train", "--ckpt", path, "--features", tmp_path / "f.npz"]
     assert here("lineval.py", *arguments) is None
     assert f"writes to   {tmp_path}/f.npz" in capsys.readouterr().out
     alone = np.load(tmp_path / "f.npz")
     beside_the_result = np.load(path.parent / "f.npz")
-    assert set(alone) == {"train_features", "train_files"}
-    for name in alone:
+    assert set(alone) == {"train_features", "train_files", "settings"}
+    assert json.loads(str(alone["settings"]))["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in ("train_features", "train_files"):
         assert np.array_equal(alone[name], beside_the_result[name])
     assert list(tmp_path.iterdir()) == [tmp_path / "f.npz"]
 

@@ -442,7 +442,7 @@ def test_the_documented_lines_give_the_features_of_the_evaluation(odd_run, capsy
     assert result_of(odd_run / "eval")["top1"] == pytest.approx(100 * right / 6)
 
 
-def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
+def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path, capsys):
     """--classify on the validation images, one of them bad: the names, and the accuracy against --cached's.
 
     The evaluation was told views and range, because the weights don't know them; the classifier does.
@@ -458,6 +458,7 @@ def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
     (new_file(photos / "x.png")).write_bytes(b"bad")
     classify = ["--classify", odd_run / "told" / "classifier.pth"]
     assert here("lineval.py", photos, *bare, *classify) is None
+    assert "(size, mean, std as given; --size" in " ".join(capsys.readouterr().out.split())
     with open(odd_run / "told" / "photos.csv", encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
     files = [os.path.relpath(row["file"], photos) for row in rows]

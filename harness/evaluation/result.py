@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
+from ..training.folder import MAY_CHANGE
 from .backbones import in_words
 from .features import if_unequal
 from .weights import describe_found
+
+# Settings of two evaluations with the same result: it doesn't depend on them, or has found them itself.
+MAY_DIFFER = MAY_CHANGE - {"data"} | {"device", "base_lr", "images", "val_images"}
 
 # --- On the screen ----------------------------------------------------------------------------------------
 
@@ -112,6 +116,18 @@ def write_result(job, judged, bank, queries, bad_images, network):
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
 
 
+def earlier_result(out, s):
+    """What lineval.json in a folder has, if the result there is whole, and of the same settings; else None."""
+    if not os.path.exists(os.path.join(out, "neighbors.png")):  # which is written last
+        return None
+    path = os.path.join(out, "lineval.json")
+    with refusing(path, "can't be read"), open(path) as f:
+        then = json.load(f)
+    now = json.loads(json.dumps(s))  # as a file has them: lists, no tuples
+    names = now.keys() - MAY_DIFFER
+    return then if all(then.get(name) == now[name] for name in names) else None
+
+
 def neighbors(train, val, bank, queries, rows=10, columns=8):
     """Some validation images, sorted by class, and the training images nearest to each by cosine.
 
@@ -155,13 +171,14 @@ def write_classes(path, splits, classifier):
         text.detach()
 
 
-def save_features(path, splits):
+def save_features(path, splits, settings):
     """Save features of good images, with labels, classes and file names if these are known.
 
-    The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split.
+    The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split, and
+    the settings as JSON: the backbone, its sha256, the views.
     splits      {NAME, "train" or "val": (source of good images, their features)}
     """
-    arrays = {}
+    arrays = {"settings": np.array(json.dumps(settings))}
     for name, (source, v) in splits.items():
         arrays[f"{name}_features"] = v.cpu().numpy()
         if source.labels is not None:

@@ -34,6 +34,9 @@ HINTS = {  # words of torch's message (a regular expression): what to do
         f"{FEWER_WORKERS}",
     "Too many open files": f"raise ulimit -n, or {FEWER_WORKERS}",
     "No usable temporary directory": "they are full or can't be written to; set TMPDIR to a folder that can",
+    "No space left|quota exceeded|File too large": "make room, then repeat the command with --resume auto",
+    "Read-only file system|Permission denied": "the run must be able to write there; mend that, or name "
+                                               "another --out",
     "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
                   "more",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
@@ -87,7 +90,8 @@ def launch(script, run, args):
         message = "interrupted; if it has left a checkpoint.pth, --resume goes on from there"
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != handler:  # only the main thread may set one
+                signal.signal(number, handler)
         folder.unlock()
         if dist.is_initialized() and dist.get_world_size() == 1:
             dist.destroy_process_group()  # the same Python may start another run

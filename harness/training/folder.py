@@ -117,10 +117,8 @@ def try_to_lock(file, out):
         return file.read(200).strip() or "unknown"
     except OSError as error:  # some file systems have no locks
         warn(f"{out}: can't be locked ({error.strerror}); make sure that no other process writes there")
-    file.seek(0)
-    file.truncate()
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    file.truncate(0)
+    os.write(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())  # at the end: "a+"
     return None
 
 

@@ -5,6 +5,7 @@ several, except simsiam.distribute, which leaves a single process without Distri
 """
 import datetime
 import os
+import threading
 import time
 import uuid
 
@@ -25,6 +26,9 @@ def join_world(device):
     Raises Refused if there are too few GPUs, or if the processes don't find each other.
     """
     check_scheduler(os.environ)
+    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
+        raise Refused("a run needs Python's main thread, and the one before it must have ended; from Python, "
+                      "start each by harness.training.ends.launch (docs/operations.md)")
     if device.type == "cuda":
         device = own_gpu()
         backend = "nccl"
