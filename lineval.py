@@ -42,8 +42,8 @@ from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.report import too_short
-from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
-from harness.evaluation.result import earlier_result, save_features, write_classes, write_result
+from harness.evaluation.result import check_earlier_result, describe_accuracy, describe_evaluation
+from harness.evaluation.result import read_classifier, save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, check_new, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
@@ -436,11 +436,7 @@ def evaluate(args):
         s = settings_for(args, s, policy, data)
         protocol = PROTOCOLS[s["protocol"]]
         out = args.out or default_folder(args, s, backbone)
-        done = earlier_result(out, s) if args.resume else None
-        if done and os.path.exists(args.features or out):
-            say(f"done already: {out}, {describe_accuracy(done)}")
-            return
-        resuming = enter(out, FILES, args.resume if protocol.optimizer or done else None, device)
+        resuming = enter(out, FILES, args.resume, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     rows = describe_evaluation(job, backbone, data.rows())
     if protocol.optimizer:
@@ -482,6 +478,8 @@ def judge(job, frozen, policy, splits, args, say):
     s["val_images"] = len(val)
     s["content"] = train.fingerprint()
     check_same(f"images in {s['data']}", [s["content"], val.fingerprint()], job.device)
+    if job.resuming and not protocol.optimizer:  # that is quickly done again
+        check_earlier_result(job)
     if protocol.optimizer:
         check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
@@ -567,8 +565,8 @@ def describe(args, backbone, data, recipe, world):
     for name in ("recipe", "size", "mean", "std", "centre"):
         s[name] = recipe[name]
     views_given = named(args, ["size", "mean", "std"])
-    given = views_given | dict.fromkeys(recipe.get("views_given", []))  # or to the evaluation of --classify
-    return s | views_given | {"views_given": list(given)}
+    # Or they were given to the evaluation that made the classifier.
+    return s | views_given | {"views_given": list(views_given) or recipe.get("views_given", [])}
 
 
 def views_of(s):
@@ -602,8 +600,6 @@ def settings_for(args, described, policy, data):
     given = named(args, OF_THE_LAYER)
     if given and not protocol.epochs:
         raise Refused(f"--{'/--'.join(given)}: --{name} trains nothing")
-    if args.resume == "yes" and not protocol.optimizer:
-        raise Refused(f"--resume: --{name} can't be resumed; leave it out, and give a new folder with --out")
     if args.knn_k and name != "knn":
         raise Refused("--knn-k needs --knn")
     s = {"protocol": name, "note": protocol.note + why}

@@ -466,19 +466,20 @@ def test_killed_and_resumed_evaluation_ends_with_the_uninterrupted_layer(tmp_pat
     assert_same_evaluation(tmp_path / "whole", killed)
 
 
-@pytest.mark.parametrize("protocol, refused", [
-    ("cached", "holds a run or a result already"), ("lars", "was made with other settings (seed 0 -> 1)")])
-def test_an_evaluation_that_is_done_says_so_again(evaluated, ten, capsys, protocol, refused):
-    """--resume auto, as a job script gives it again: the number, and no file changes. Of other settings it is
-    another evaluation."""
-    out = evaluated(protocol)
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    features = ["--features", out.parent / "features.npz"]
+@pytest.mark.parametrize("protocol", ["cached", "knn", "lars"])
+def test_an_evaluation_that_is_done_ends_well_again(tmp_path, evaluated, ten, capsys, protocol):
+    """--resume auto, as a job script gives it again: the number. With other settings it is another
+    evaluation, and refused; nothing changes."""
+    out = tmp_path / protocol
+    shutil.copytree(evaluated(protocol), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    features = ["--features", tmp_path / "features.npz"]
     command = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], *features, "--out", out, "--resume", "auto"]
     assert here("lineval.py", *command) is None
-    assert capsys.readouterr().out == f"done already: {out}, {describe_accuracy(result_of(out))}\n"
-    assert refused in refusal("lineval.py", *command, "--seed", "1")
-    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert f"{protocol}: {describe_accuracy(result_of(out))} on 37 of 37" in capsys.readouterr().out
+    assert "was made with other settings (seed 0 -> 1)" in refusal("lineval.py", *command, "--seed", "1")
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert after.items() >= {name: before[name] for name in ("lineval.json", "neighbors.png")}.items()
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------
@@ -496,7 +497,7 @@ REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-1
     "epochs of knn": ("{ten} {untrained} --knn --epochs 3", "--epochs: --knn trains nothing"),
     "folder with a result": ("{ten} {untrained} --cached --out {files}", "another folder with --out"),
     "resuming the cached protocol": (
-        "{ten} {untrained} --cached --resume", "--cached can't be resumed"),
+        "{ten} {untrained} --cached --resume", "nothing to resume; leave out --resume"),
     "features in a file that is there": (
         "{ten} {untrained} --knn --features {files}/good.pth", "good.pth: already exists"),
     "features in no folder": (

@@ -4,19 +4,21 @@ import errno
 import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from harness import check_versions
 from harness.common import files, machine
-from harness.common.errors import printable
+from harness.common.errors import Refused, printable
+from harness.data import opening
+from harness.data.source import Source
 from tests.helpers import CPU, ROOT, TINY, log_of, program, python, refusal, slow, start, wait_for_epoch
 from tests.helpers import write_folder
 
@@ -229,8 +231,9 @@ def test_a_quota_of_cgroups_of_version_1(tmp_path, monkeypatch):
 def test_images_and_features_that_do_not_fit_into_the_memory_are_refused(tmp_path, small, large, monkeypatch):
     """A tenth of a GiB is allowed, less than torch takes. Nothing is written."""
     monkeypatch.setattr(machine, "MEMORY", 2 ** 30 / 10)
-    said = refusal("simsiam.py", small, *QUIET, "--out", tmp_path / "run")
-    assert re.search(r"small/train: 50 images in memory: this process .* may use 0.1 \(the machine's, or", said)
+    image = os.fsencode(small / "train" / "a" / "000.png")
+    with pytest.raises(Refused, match=r"x: 1,001 images in memory: this process .* may use 0.1 \(the machine's"):
+        opening.in_memory(Source(files=np.array([image] * 1001), where="x"))
     options = ["--ckpt", "random:resnet18", "--width", "1/16", "--size", "16", "--out", tmp_path / "run"]
     assert "features of 20 images: this process would need" in refusal("lineval.py", large, "--knn", *options)
     assert [path.name for path in tmp_path.glob("run/*")] == [".writer"]

@@ -534,7 +534,7 @@ def test_features_of_images_without_labels(tmp_path):
     (tmp_path / "05.png").write_bytes(b"")
     assert here("lineval.py", tmp_path, *RANDOM, "--features", tmp_path / "f.npz") is None
     saved = np.load(tmp_path / "f.npz")
-    assert set(saved) == {"train_features", "train_files"}
+    assert set(saved) == {"train_features", "train_files", "settings"}
     assert saved["train_features"].shape == (11, 64)
     names = [os.path.basename(os.fsdecode(name)) for name in saved["train_files"]]
     assert names == [f"{i:02}.png" for i in range(12) if i != 5]

@@ -1,9 +1,11 @@
 """The machine: what we say about it, what we choose by it, and how numbers travel to a GPU and back."""
 import contextlib
 import functools
+import itertools
 import math
 import os
 import pathlib
+import re
 import resource
 import sys
 
@@ -52,23 +54,18 @@ LIMITS = {  # of a controller: files that hold its limit, in cgroups of version 
 def quota(controller):
     """How many cores ("cpu") or bytes ("memory") the cgroups of a container or a job allow us; infinite, or
     more than there are, if they set no limit."""
-    try:
-        lines = OWN_CGROUPS.read_text().splitlines()
-    except OSError:  # no Linux
-        return math.inf
     allowed = math.inf
-    for line in lines:
-        _, controllers, ours = line.split(":", 2)
+    own = OWN_CGROUPS.read_text() if OWN_CGROUPS.exists() else ""  # no Linux
+    for controllers, ours in re.findall(":(.*?):/(.*)", own):
+        # Version 1 has a tree for each controller; version 2 has one, and names none.
         if controllers and controller not in controllers.split(","):
             continue
-        # Version 1 has a tree for each controller; version 2 has one, and names none.
-        group = CGROUPS / (controller if controllers else "") / ours.lstrip("/")
-        for folder in (group, *group.parents):
-            for names in LIMITS[controller]:
-                with contextlib.suppress(OSError):  # the root of them all has no limit
-                    limit, *period = " ".join((folder / name).read_text() for name in names).split()
-                    if limit not in ("max", "-1"):
-                        allowed = min(allowed, int(limit) / int(*period or [1]))
+        group = CGROUPS / (controller if controllers else "") / ours
+        for folder, names in itertools.product((group, *group.parents), LIMITS[controller]):
+            with contextlib.suppress(OSError):  # the root of them all has no limit
+                limit, *period = " ".join((folder / name).read_text() for name in names).split()
+                if limit not in ("max", "-1"):
+                    allowed = min(allowed, int(limit) / int(*period or [1]))
     return allowed
 
 

@@ -164,8 +164,7 @@ def export(backbone, path, layout, out):
     arch, *_ = backbone.shape
     if layout == "torchvision":
         name = f"{arch}-torchvision.pth"
-        content = backbone.network.state_dict()
-        tensors = content
+        content = tensors = backbone.network.state_dict()
     else:
         name = "released.pth.tar"
         tensors = released_state(backbone)

@@ -73,7 +73,7 @@ def accuracy(scores, labels):
 
     scores: indices -> (N, C)
     """
-    mine = torch.from_numpy(my_share(len(labels))).to(labels.device)
+    mine = to_device(my_share(len(labels)), labels.device)
     found = scores(mine)
     first, among_five = hits(found, labels[mine])
     sizes = labels.bincount()                                         # (C,): 0 for a class without an image
@@ -163,8 +163,6 @@ class Frozen:
         if min(images) < world:
             raise Refused(f"{job.settings['data']}: a split has only {min(images)} images; start at most "
                           f"that many processes, not {world}")
-        batches = sum(math.ceil(n / world / BATCH) for n in images)  # as extract makes them
-        self.progress = Progress(batches, quiet=dist.get_rank() > 0)
         layout = fastest_layout(backbone.network, job.device)
         network = backbone.network.to(job.device, memory_format=layout)
         if backbone.found is None:
@@ -186,8 +184,11 @@ class Frozen:
 
         Raises Refused where features are not finite.
         """
+        batches = math.ceil(len(source) / dist.get_world_size() / BATCH)  # as extract makes them
+        progress = Progress(batches, quiet=dist.get_rank() > 0)
+
         def watched(x):
-            self.progress.step(lambda: f"features of {len(source)} images")
+            progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
         source, v = extract(watched, self.job.test_views, source, self.job.device)

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
-from ..training.folder import MAY_CHANGE
+from ..training.folder import compare_settings
+from ..training.options import as_text
 from .backbones import in_words
 from .features import if_unequal
 from .weights import describe_found
-
-# Settings of two evaluations with the same result: it doesn't depend on them, or has found them itself.
-MAY_DIFFER = MAY_CHANGE - {"data"} | {"device", "base_lr", "images", "val_images"}
 
 # --- On the screen ----------------------------------------------------------------------------------------
 
@@ -38,8 +36,8 @@ def describe_evaluation(job, backbone, rows):
         told = "as in its pre-training"
     if s["views_given"]:
         told = f"{', '.join(s['views_given'])} as given"
-    mean = " ".join(f"{v:g}" for v in s["mean"])
-    std = " ".join(f"{v:g}" for v in s["std"])
+    mean = as_text(s["mean"])
+    std = as_text(s["std"])
     # What judges it, and is trained for that.
     protocol = "none: nothing is trained or judged"
     if "protocol" in s:
@@ -116,16 +114,13 @@ def write_result(job, judged, bank, queries, bad_images, network):
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
 
 
-def earlier_result(out, s):
-    """What lineval.json in a folder has, if the result there is whole, and of the same settings; else None."""
-    if not os.path.exists(os.path.join(out, "neighbors.png")):  # which is written last
-        return None
-    path = os.path.join(out, "lineval.json")
+def check_earlier_result(job):
+    """Raise Refused if the folder's lineval.json is of other settings or images: it would be lost."""
+    path = os.path.join(job.out, "lineval.json")
     with refusing(path, "can't be read"), open(path) as f:
         then = json.load(f)
-    now = json.loads(json.dumps(s))  # as a file has them: lists, no tuples
-    names = now.keys() - MAY_DIFFER
-    return then if all(then.get(name) == now[name] for name in names) else None
+        now = json.loads(json.dumps(job.settings))  # lists for tuples, as in the file
+        compare_settings({name: then.get(name) for name in now}, now, ["base_lr"], path)
 
 
 def neighbors(train, val, bank, queries, rows=10, columns=8):

@@ -37,10 +37,10 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "No space left|quota exceeded|File too large": "make room, then repeat the command with --resume auto",
     "Read-only file system|Permission denied": "the run must be able to write there; mend that, or name "
                                                "another --out",
-    "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
-                  "more",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
-    "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
+    "NCCL error|Connection (closed|reset)|[Tt]imed out":
+        "another process has ended, or is stuck, or the network is down; look for its message "
+        "(NCCL_DEBUG=INFO says more of GPUs)",
 }
 
 
@@ -90,8 +90,7 @@ def launch(script, run, args):
         message = "interrupted; if it has left a checkpoint.pth, --resume goes on from there"
     finally:
         for number, handler in handlers.items():
-            if signal.getsignal(number) != handler:  # only the main thread may set one
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         folder.unlock()
         if dist.is_initialized() and dist.get_world_size() == 1:
             dist.destroy_process_group()  # the same Python may start another run

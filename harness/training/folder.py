@@ -165,10 +165,10 @@ def compare_settings(then, now, override, path):
     for name in sorted({*then, *now}, key=str):
         if then.get(name) != now.get(name):
             changed[name] = f"{name} {then.get(name)} -> {now.get(name)}"
-    to_name = [str(name) for name in changed if name not in MAY_CHANGE]
-    forbidden = [text for name, text in changed.items() if name not in {*MAY_CHANGE, *override}]
+    to_name = [name for name in changed if name not in MAY_CHANGE]
+    forbidden = [changed[name] for name in to_name if name not in override]
     if forbidden:
         raise Refused(f"{path}: was made with other settings ({'; '.join(forbidden)}); repeat its command, "
                       "start in another --out without --resume, or name what may change (nothing that shapes "
-                      f"the network): --override {' '.join(to_name)}")
+                      f"the network): --override {' '.join(map(str, to_name))}")
     return "; ".join(changed.values())

@@ -5,7 +5,6 @@ several, except simsiam.distribute, which leaves a single process without Distri
 """
 import datetime
 import os
-import threading
 import time
 import uuid
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..common.errors import Refused
+from ..common.machine import local_world
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
 
@@ -26,9 +26,6 @@ def join_world(device):
     Raises Refused if there are too few GPUs, or if the processes don't find each other.
     """
     check_scheduler(os.environ)
-    if dist.is_initialized() or threading.current_thread() is not threading.main_thread():
-        raise Refused("a run needs Python's main thread, and the one before it must have ended; from Python, "
-                      "start each by harness.training.ends.launch (docs/operations.md)")
     if device.type == "cuda":
         device = own_gpu()
         backend = "nccl"
@@ -62,7 +59,7 @@ def check_scheduler(environ):
 
 def own_gpu():
     """The GPU of this process, made the current one. Raises Refused if the machine has too few."""
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    wanted = local_world()
     there = torch.cuda.device_count()
     if wanted > there:
         raise Refused(f"{wanted} processes on this machine, but {there} GPUs; start fewer processes, or give "
