@@ -42,10 +42,10 @@ from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.report import too_short
-from harness.evaluation.result import check_earlier_result, describe_accuracy, describe_evaluation
-from harness.evaluation.result import read_classifier, save_features, write_classes, write_result
+from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
+from harness.evaluation.result import save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, check_new, enter, folder_name
+from harness.training.folder import CHECKPOINTS, check_new, compare_settings, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
 from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
@@ -478,12 +478,13 @@ def judge(job, frozen, policy, splits, args, say):
     s["val_images"] = len(val)
     s["content"] = train.fingerprint()
     check_same(f"images in {s['data']}", [s["content"], val.fingerprint()], job.device)
-    if job.resuming and not protocol.optimizer:  # that is quickly done again
-        check_earlier_result(job)
     if protocol.optimizer:
         check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
+        written = os.path.join(job.out, "classifier.pth")
+        if os.path.exists(written):  # with --resume, we do the same again, but nothing else
+            compare_settings(read_classifier(written)["settings"], s, args.override, written)
         judged = cached(job, bank, queries)
     else:
         judged = knn(job, bank, queries, args.knn_k)

@@ -169,16 +169,16 @@ def test_every_script_tells_of_a_system_before_it_imports_more(script):
 
 
 @pytest.mark.parametrize("name, version, message", [
-    ("Python", "3.10.18", "Python 3.10.18 is too old: use 3.11 or newer"),
+    ("python", "3.10.18", "python 3.10.18 is too old: use 3.11 or newer"),
     ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is too old: use 2.6 or newer"),
-    ("Pillow", "10.4.0", "Pillow 10.4.0 is too old: use 11.0 or newer"),
+    ("pillow", "10.4.0", "pillow 10.4.0 is too old: use 11.0 or newer"),
 ])
 def test_versions_that_are_too_old_are_refused_in_one_line(name, version, message):
     """The line that ends the program, word for word."""
     with pytest.raises(SystemExit) as end:
         check_versions({"numpy": "2.4.6", name: version})
     assert end.value.code == message
-    check_versions({"Python": "3.11.0", "torch": "2.6.0", "numpy": "1.26.4", "Pillow": "11.0.0"})
+    check_versions({"python": "3.11.0", "torch": "2.6.0", "numpy": "1.26.4", "pillow": "11.0.0"})
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -232,7 +232,7 @@ def test_images_and_features_that_do_not_fit_into_the_memory_are_refused(tmp_pat
     """A tenth of a GiB is allowed, less than torch takes. Nothing is written."""
     monkeypatch.setattr(machine, "MEMORY", 2 ** 30 / 10)
     image = os.fsencode(small / "train" / "a" / "000.png")
-    with pytest.raises(Refused, match=r"x: 1,001 images in memory: this process .* may use 0.1 \(the machine's"):
+    with pytest.raises(Refused, match=r"x: 1,001 images in memory: this process .* may use 0.1 \(the"):
         opening.in_memory(Source(files=np.array([image] * 1001), where="x"))
     options = ["--ckpt", "random:resnet18", "--width", "1/16", "--size", "16", "--out", tmp_path / "run"]
     assert "features of 20 images: this process would need" in refusal("lineval.py", large, "--knn", *options)

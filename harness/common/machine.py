@@ -45,9 +45,9 @@ def local_world():
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
-LIMITS = {  # of a controller: files that hold its limit, in cgroups of version 2, and of version 1
-    "cpu": (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]),
-    "memory": (["memory.max"], ["memory.limit_in_bytes"]),
+LIMITS = {  # of a controller: the files that hold its limit, in cgroups of version 2, and of version 1
+    "cpu": ("cpu.max", "cpu.cfs_quota_us cpu.cfs_period_us"),
+    "memory": ("memory.max", "memory.limit_in_bytes"),
 }
 
 
@@ -55,24 +55,28 @@ def quota(controller):
     """How many cores ("cpu") or bytes ("memory") the cgroups of a container or a job allow us; infinite, or
     more than there are, if they set no limit."""
     allowed = math.inf
-    own = OWN_CGROUPS.read_text() if OWN_CGROUPS.exists() else ""  # no Linux
-    for controllers, ours in re.findall(":(.*?):/(.*)", own):
+    for controllers, ours in re.findall(":(.*?):/(.*)", text_of(OWN_CGROUPS)):
         # Version 1 has a tree for each controller; version 2 has one, and names none.
         if controllers and controller not in controllers.split(","):
             continue
         group = CGROUPS / (controller if controllers else "") / ours
         for folder, names in itertools.product((group, *group.parents), LIMITS[controller]):
-            with contextlib.suppress(OSError):  # the root of them all has no limit
-                limit, *period = " ".join((folder / name).read_text() for name in names).split()
-                if limit not in ("max", "-1"):
-                    allowed = min(allowed, int(limit) / int(*period or [1]))
+            limit, *period = " ".join(text_of(folder / name) for name in names.split()).split() or ["max"]
+            if limit not in ("max", "-1"):
+                allowed = min(allowed, int(limit) / int(*period or [1]))
     return allowed
 
 
-FEWER_WORKERS = "use fewer --workers, or none: --workers 0"
-WORKER_KILLED = (f"a process that decodes images was killed, usually because memory ({memory() / 2 ** 30:.1f} "
-                 f"GiB for each process of the run) or /dev/shm ran out; {FEWER_WORKERS}; if there is a "
-                 "checkpoint.pth, --resume goes on")
+def text_of(path):
+    """The text in a file of the system; empty if there is no such file, as on macOS."""
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+WORKER_KILLED = ("a process that decodes images was killed, usually because memory (the run's share is "
+                 f"{memory() / 2 ** 30:.1f} GiB) or /dev/shm ran out; use fewer --workers, or --workers 0; "
+                 "if there is a checkpoint.pth, --resume goes on")
 
 
 TINY = 64  # width of a network x pixels of a view, up to which two threads are enough
@@ -84,7 +88,7 @@ def set_threads(width, size):
     All our cores compute, but for tiny networks at most two: their operations are too short to be shared
     among more. If OMP_NUM_THREADS is set, torch has taken its number already.
     """
-    if not os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip().isdigit():
+    if not re.match(r"\s*\d+\s*(,|$)", os.environ.get("OMP_NUM_THREADS", "")):
         torch.set_num_threads(min(cores(), 2) if width * size ** 2 <= TINY else cores())
 
 
@@ -121,12 +125,8 @@ BF16_WIDTH = 1 / 4
 @functools.cache
 def cpu_has_bf16():
     """Whether the CPU has instructions that multiply bf16. Without them bf16 is slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            words = set(f.read().split())
-    except OSError:  # macOS has no such file
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
+    words = text_of(pathlib.Path("/proc/cpuinfo")).split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)  # x86, x86, ARM
 
 
 def bf16_pays(device_type, width):

@@ -78,8 +78,10 @@ def silence(error):
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
-    is_closed = isinstance(error, BrokenPipeError)
-    warn("nobody reads this output any more" if is_closed else f"no output: {error}")
+    if isinstance(error, BrokenPipeError):
+        warn("nobody reads this output any more")
+    else:
+        warn(f"no output: {error}")
 
 
 def warn(text):

@@ -14,7 +14,7 @@ import torch
 
 from ..common.draws import permutation
 from ..common.errors import STOPPING, Refused
-from ..common.machine import FEWER_WORKERS, WORKER_KILLED, local_world, memory
+from ..common.machine import WORKER_KILLED, local_world, memory
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 60   # seconds of a wait for a batch
@@ -87,7 +87,7 @@ def images_of_a_part(waiting_bytes):
     is small, as in a container.
 
     waiting_bytes   what waits there if a part has one image
-    Raises Refused if there is no room even for that.
+    Raises Refused if nothing can be written there.
     """
     if sys.platform != "linux":
         return PART
@@ -95,11 +95,7 @@ def images_of_a_part(waiting_bytes):
         raise Refused("/dev/shm, where workers hand over images, can't be written to; give --workers 0")
     status = os.statvfs("/dev/shm")
     free = min(status.f_bavail * status.f_frsize / local_world(), memory() / 2)
-    room = int(free / 2 // waiting_bytes)
-    if room < 1:
-        raise Refused(f"/dev/shm has {free / 2 ** 20:.1f} MiB free for this process, too few for its "
-                      f"workers: {FEWER_WORKERS}, or give a container more (docker run --shm-size 8g)")
-    return min(PART, room)
+    return min(PART, max(1, int(free / 2 // waiting_bytes)))
 
 
 def in_our_words(batches):

@@ -184,8 +184,8 @@ class Frozen:
 
         Raises Refused where features are not finite.
         """
-        batches = math.ceil(len(source) / dist.get_world_size() / BATCH)  # as extract makes them
-        progress = Progress(batches, quiet=dist.get_rank() > 0)
+        # Of as many steps as extract makes batches.
+        progress = Progress(math.ceil(len(source) / dist.get_world_size() / BATCH), dist.get_rank() > 0)
 
         def watched(x):
             progress.step(lambda: f"features of {len(source)} images")

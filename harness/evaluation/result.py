@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
-from ..training.folder import compare_settings
 from ..training.options import as_text
 from .backbones import in_words
 from .features import if_unequal
@@ -36,8 +35,6 @@ def describe_evaluation(job, backbone, rows):
         told = "as in its pre-training"
     if s["views_given"]:
         told = f"{', '.join(s['views_given'])} as given"
-    mean = as_text(s["mean"])
-    std = as_text(s["std"])
     # What judges it, and is trained for that.
     protocol = "none: nothing is trained or judged"
     if "protocol" in s:
@@ -48,7 +45,8 @@ def describe_evaluation(job, backbone, rows):
     return {
         "backbone": f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})",
         **rows,
-        "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
+        "views": f"{s['size']} pixels, mean {as_text(s['mean'])}, std {as_text(s['std'])} "
+                 f"({told}; --size --mean --std)",
         "protocol": protocol,
         "processes": f"{s['world']}, {hardware(s, job.device)}",
         "writes to": job.out,
@@ -112,15 +110,6 @@ def write_result(job, judged, bank, queries, bad_images, network):
         save(content, os.path.join(job.out, "classifier.pth"))
     chosen, nearest = neighbors(job.train, job.val, bank, queries)
     draw_neighbors(os.path.join(job.out, "neighbors.png"), job.train, job.val, chosen, nearest)
-
-
-def check_earlier_result(job):
-    """Raise Refused if the folder's lineval.json is of other settings or images: it would be lost."""
-    path = os.path.join(job.out, "lineval.json")
-    with refusing(path, "can't be read"), open(path) as f:
-        then = json.load(f)
-        now = json.loads(json.dumps(job.settings))  # lists for tuples, as in the file
-        compare_settings({name: then.get(name) for name in now}, now, ["base_lr"], path)
 
 
 def neighbors(train, val, bank, queries, rows=10, columns=8):

@@ -19,7 +19,7 @@ import traceback
 import torch.distributed as dist
 
 from ..common.errors import STOPPING, Refused, Stopped, printable
-from ..common.machine import FEWER_WORKERS, WORKER_KILLED
+from ..common.machine import WORKER_KILLED
 from ..common.progress import warn
 from . import folder
 
@@ -31,12 +31,13 @@ HINTS = {  # words of torch's message (a regular expression): what to do
         "use a smaller --batch, or more GPUs",
     "can't start new thread|Resource temporarily unavailable":
         "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); "
-        f"{FEWER_WORKERS}",
-    "Too many open files": f"raise ulimit -n, or {FEWER_WORKERS}",
-    "No usable temporary directory": "they are full or can't be written to; set TMPDIR to a folder that can",
-    "No space left|quota exceeded|File too large": "make room, then repeat the command with --resume auto",
-    "Read-only file system|Permission denied": "the run must be able to write there; mend that, or name "
-                                               "another --out",
+        "use fewer --workers, or --workers 0",
+    "Too many open files": "raise ulimit -n, or use fewer --workers, or --workers 0",
+    "No usable temporary directory": "all are full or can't be written to; set TMPDIR to a folder "
+                                     "with room",
+    "No space left|quota exceeded|File too large|Read-only file system|Permission denied":
+        "the run must be able to write there: make room, or name another --out; if there is a "
+        "checkpoint.pth, --resume goes on",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
     "NCCL error|Connection (closed|reset)|[Tt]imed out":
         "another process has ended, or is stuck, or the network is down; look for its message "

@@ -11,6 +11,7 @@ the log needs of the epoch that it is in ("sums", "seconds", "waited", "wall"), 
 """
 import fcntl
 import os
+import pathlib
 import socket
 import time
 
@@ -37,9 +38,8 @@ def folder_name(data):
     """The name of the folder for runs on this data. It leads out of no folder."""
     if data is None:
         return "shapes"
-    name = os.path.basename(os.path.abspath(data))  # a path may end in a slash, or be ".."
-    stem, _ = os.path.splitext(name)
-    return stem.strip(".") or "data"
+    path = pathlib.Path(os.path.abspath(data))  # a path may end in a slash, or be ".."
+    return path.stem.strip(".") or "data"
 
 
 # --- Who may write there ----------------------------------------------------------------------------------
