@@ -234,7 +234,7 @@ def test_images_and_features_that_do_not_fit_into_the_memory_are_refused(tmp_pat
     image = os.fsencode(small / "train" / "a" / "000.png")
     with pytest.raises(Refused, match=r"x: 1,001 images in memory: this process .* may use 0.1 \(the"):
         opening.in_memory(Source(files=np.array([image] * 1001), where="x"))
-    options = ["--ckpt", "random:resnet18", "--width", "1/16", "--size", "16", "--out", tmp_path / "run"]
+    options = ["--ckpt", "random:resnet18", "--size", "16", "--workers", "0", "--out", tmp_path / "run"]
     assert "features of 20 images: this process would need" in refusal("lineval.py", large, "--knn", *options)
     assert [path.name for path in tmp_path.glob("run/*")] == [".writer"]
 

@@ -34,7 +34,7 @@ def check_memory(needed, what):
     if needed > memory():
         raise Refused(f"{what}: this process would need {needed / 2 ** 30:.1f} GiB of memory, and may use "
                       f"{memory() / 2 ** 30:.1f} (the machine's, or a container's or job's limit); allow it "
-                      "more, or give it fewer images")
+                      "more, or give fewer images or --workers")
 
 
 def local_world():

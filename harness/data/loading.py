@@ -14,12 +14,13 @@ import torch
 
 from ..common.draws import permutation
 from ..common.errors import STOPPING, Refused
-from ..common.machine import WORKER_KILLED, local_world, memory
+from ..common.machine import WORKER_KILLED, check_memory, local_world, memory
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 60   # seconds of a wait for a batch
 MOST_WAITS = 10       # for one batch, after which a run ends; a machine that was suspended loses one
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
+OWN = 2 ** 25         # bytes that a worker needs for itself, at least
 SOCKETS = 75          # bytes of TMPDIR's path: sockets there have names of 32 more, and may have 107
 
 
@@ -56,6 +57,7 @@ def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
         check_sockets()
+        check_memory(workers * OWN, f"{workers} workers")
         part = images_of_a_part(image_bytes * (workers * options["prefetch_factor"] + 1))
     loader = torch.utils.data.DataLoader(
         Decoder(source, cut), batch_sampler=parts(batches, part), collate_fn=tuple,

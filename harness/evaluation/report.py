@@ -136,7 +136,6 @@ def low_rank(epochs):
 def describe_run(job, method):
     """What to know about a run before it starts: {heading: text}."""
     s = job.settings
-    world = s["world"]
     recipe = recipe_for(s["data"], method.data.train, s["recipe"], method.SETTINGS)
     on_its_own = own_steps(s, method)
     changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
@@ -149,7 +148,7 @@ def describe_run(job, method):
         f"global batch {s['batch']}, lr {method.lr:.4g}")
     rows |= too_short(s, min(FEW_STEPS, on_its_own), TOO_SHORT)
     rows["processes"] = (
-        f"{world}, with {s['batch'] // world} images per process, BN over {s['batch']}, "
+        f"{s['world']}, with {s['batch'] // s['world']} images per process, BN over {s['batch']}, "
         f"{hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job)
     return rows | method.rows() | {"writes to": job.out}
