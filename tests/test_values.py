@@ -457,6 +457,7 @@ def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path, capsys):
         shutil.copy(path, new_file(photos / f"{path.parent.name}, \u00e9{k}.png"))
     (new_file(photos / "x.png")).write_bytes(b"bad")
     classify = ["--classify", odd_run / "told" / "classifier.pth"]
+    capsys.readouterr()
     assert here("lineval.py", photos, *bare, *classify) is None
     assert "(size, mean, std as given; --size" in " ".join(capsys.readouterr().out.split())
     with open(odd_run / "told" / "photos.csv", encoding="utf-8", newline="") as f:
