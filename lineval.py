@@ -45,7 +45,7 @@ from harness.evaluation.report import too_short
 from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
 from harness.evaluation.result import save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, check_new, enter, folder_name
+from harness.training.folder import CHECKPOINTS, check_new, compare_settings, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
 from harness.training.processes import all_sum, check_same, join_world, mean_over_processes
 from harness.training.recipes import recipe_for
@@ -436,7 +436,7 @@ def evaluate(args):
         s = settings_for(args, s, policy, data)
         protocol = PROTOCOLS[s["protocol"]]
         out = args.out or default_folder(args, s, backbone)
-        resuming = enter(out, FILES, args.resume if protocol.optimizer else None, device)
+        resuming = enter(out, FILES, args.resume, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     rows = describe_evaluation(job, backbone, data.rows())
     if protocol.optimizer:
@@ -455,7 +455,7 @@ def evaluate(args):
     if "protocol" in s:
         judge(job, frozen, policy, splits, args, say)
     if args.features and rank == 0:
-        save_features(args.features, splits)
+        save_features(args.features, splits, s)
     if args.classify and rank == 0:
         write_classes(out, splits, classifier)
     say(f"done: {out}")
@@ -482,6 +482,9 @@ def judge(job, frozen, policy, splits, args, say):
         check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
+        written = os.path.join(job.out, "classifier.pth")
+        if os.path.exists(written):  # with --resume, we do the same again, but nothing else
+            compare_settings(read_classifier(written)["settings"], s, args.override, written)
         judged = cached(job, bank, queries)
     else:
         judged = knn(job, bank, queries, args.knn_k)
@@ -563,7 +566,8 @@ def describe(args, backbone, data, recipe, world):
     for name in ("recipe", "size", "mean", "std", "centre"):
         s[name] = recipe[name]
     views_given = named(args, ["size", "mean", "std"])
-    return s | views_given | {"views_given": list(views_given)}
+    # Or they were given to the evaluation that made the classifier.
+    return s | views_given | {"views_given": list(views_given) or recipe.get("views_given", [])}
 
 
 def views_of(s):
@@ -597,8 +601,6 @@ def settings_for(args, described, policy, data):
     given = named(args, OF_THE_LAYER)
     if given and not protocol.epochs:
         raise Refused(f"--{'/--'.join(given)}: --{name} trains nothing")
-    if args.resume == "yes" and not protocol.optimizer:
-        raise Refused(f"--resume: --{name} can't be resumed; leave it out, and give a new folder with --out")
     if args.knn_k and name != "knn":
         raise Refused("--knn-k needs --knn")
     s = {"protocol": name, "note": protocol.note + why}

@@ -23,10 +23,10 @@ import PIL
 import torch
 
 OLDEST = {  # versions that pass the tests
-    "Python": (3, 11),
+    "python": (3, 11),
     "torch": (2, 6),
     "numpy": (1, 26),
-    "Pillow": (11, 0),
+    "pillow": (11, 0),
 }
 
 
@@ -39,11 +39,12 @@ def check_versions(found):
             sys.exit(f"{name} {version} is too old: use {oldest} or newer")
 
 
-check_versions({
-    "Python": sys.version.split()[0],
+VERSIONS = {  # as the log has them
+    "python": sys.version.split()[0],
     "torch": torch.__version__,
     "numpy": numpy.__version__,
-    "Pillow": PIL.__version__,
-})
+    "pillow": PIL.__version__,
+}
+check_versions(VERSIONS)
 if not hasattr(signal, "SIGUSR1"):
     sys.exit("this needs Linux or macOS; on Windows, use WSL")

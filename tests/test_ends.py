@@ -416,11 +416,15 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; if it has left a checkpoint.pth, --resume goes on from"),
     "ulimit -v": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "use a smaller --batch"),
-    "ulimit -u": (BlockingIOError(11, "Resource temporarily unavailable"), "use fewer --workers"),
+    "ulimit -u": (
+        BlockingIOError(11, "Resource temporarily unavailable"), "use fewer --workers, or --workers 0"),
+    "no room for sockets": (
+        FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "set TMPDIR to a folder"),
     "ulimit -n": (OSError(24, "Too many open files"), "raise ulimit -n, or use fewer --workers"),
     "no memory for cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "use a smaller --batch"),
     "a process is gone": (RuntimeError("Connection closed by peer"), "another process has ended"),
-    "a full disk": (OSError(28, "No space left on device"), "No space left on device"),
+    "a full disk": (OSError(28, "No space left on device"), "on device: the run must be able to write there"),
+    "a folder of others": (PermissionError(13, "Permission denied", ".writer"), "or name another --out"),
     "a name that a terminal would obey": (Refused("a\x1b[2J.png: no image"), "a\\x1b[2J.png: no image"),
 }
 

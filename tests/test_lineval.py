@@ -1,5 +1,6 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import simsiam
 from harness.common import draws, files
 from harness.data import opening
 from harness.evaluation import report
+from harness.evaluation.result import describe_accuracy
 from harness.training import recipes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT, TINY
 from tests.helpers import close, equal, here, interrupted_before, kill_when, log_of, prefixed, python, refusal
@@ -464,6 +466,23 @@ def test_killed_and_resumed_evaluation_ends_with_the_uninterrupted_layer(tmp_pat
     assert_same_evaluation(tmp_path / "whole", killed)
 
 
+@pytest.mark.parametrize("protocol", ["cached", "knn", "lars"])
+def test_an_evaluation_that_is_done_ends_well_again(tmp_path, evaluated, ten, capsys, protocol):
+    """--resume auto, as a job script gives it again: the number. A layer with other settings is another
+    evaluation, and refused; nothing changes."""
+    out = tmp_path / protocol
+    shutil.copytree(evaluated(protocol), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    features = ["--features", tmp_path / "features.npz"]
+    command = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], *features, "--out", out, "--resume", "auto"]
+    assert here("lineval.py", *command) is None
+    assert f"{protocol}: {describe_accuracy(result_of(out))} on 37 of 37" in capsys.readouterr().out
+    if protocol != "knn":
+        assert "was made with other settings (seed 0 -> 1)" in refusal("lineval.py", *command, "--seed", "1")
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert after.items() >= {name: before[name] for name in ("lineval.json", "neighbors.png")}.items()
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-18 of width 1/16
@@ -479,7 +498,7 @@ REFUSALS = {  # the arguments, and the message; {files} has good.pth, a ResNet-1
     "epochs of knn": ("{ten} {untrained} --knn --epochs 3", "--epochs: --knn trains nothing"),
     "folder with a result": ("{ten} {untrained} --cached --out {files}", "another folder with --out"),
     "resuming the cached protocol": (
-        "{ten} {untrained} --cached --resume", "--cached can't be resumed"),
+        "{ten} {untrained} --cached --resume", "nothing to resume; leave out --resume"),
     "features in a file that is there": (
         "{ten} {untrained} --knn --features {files}/good.pth", "good.pth: already exists"),
     "features in no folder": (
@@ -553,15 +572,17 @@ def test_the_released_export_has_the_released_names(exported):
 # --- Features alone -----------------------------------------------------------------------------------------
 
 def test_data_without_labels_gets_features_alone(tmp_path, judged, ten, capsys):
-    """Against those that an evaluation saved of the same images. Nothing else is written."""
+    """Against those that an evaluation saved of the same images, and the weights that they say they are of.
+    Nothing else is written."""
     path, _ = judged
     arguments = [ten / "train", "--ckpt", path, "--features", tmp_path / "f.npz"]
     assert here("lineval.py", *arguments) is None
     assert f"writes to   {tmp_path}/f.npz" in capsys.readouterr().out
     alone = np.load(tmp_path / "f.npz")
     beside_the_result = np.load(path.parent / "f.npz")
-    assert set(alone) == {"train_features", "train_files"}
-    for name in alone:
+    assert set(alone) == {"train_features", "train_files", "settings"}
+    assert json.loads(str(alone["settings"]))["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in ("train_features", "train_files"):
         assert np.array_equal(alone[name], beside_the_result[name])
     assert list(tmp_path.iterdir()) == [tmp_path / "f.npz"]
 

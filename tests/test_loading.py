@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.common import draws
+from harness.common import draws, machine
 from harness.common.errors import STOPPING, BadImage, Refused
 from harness.data import loading
 from tests.helpers import CPU, bad_levels
@@ -99,9 +99,12 @@ def test_parts_fit_into_a_containers_shared_memory(tmp_path, monkeypatch):
     whole = decoded(bad_levels(tmp_path), 2)
     shared_memory(monkeypatch, 2 * 5 * CUT)  # two workers prepare two parts each, and one is being read
     assert decoded(bad_levels(tmp_path), 2) == whole
-    shared_memory(monkeypatch, 2 * 5 * CUT - 1)
-    with pytest.raises(Refused, match="/dev/shm has 0.0 MiB free"):
+    monkeypatch.setattr(machine, "MEMORY", 256 << 20)
+    with pytest.raises(Refused, match="2 workers: this process .* may use 0.2 .* or --workers"):
         decoded(bad_levels(tmp_path), 2)
+    shared_memory(monkeypatch, 64 << 30)  # it is part of the memory, which may be less
+    part = loading.images_of_a_part(9 * image)
+    assert 50 << 20 < part * 9 * image <= 64 << 20
 
 
 def test_a_shared_memory_that_cannot_be_used_is_named(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import errno
 import fcntl
 import os
+import resource
 import signal
 import time
 import types
@@ -110,3 +111,14 @@ def test_an_evaluation_is_alone_in_its_folder_too(tmp_path, ten, impatient):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another process (unknown) is writing there" in refusal("lineval.py", ten, *options)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.LOCK]
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path, small):
+    """ulimit -f 0, which stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        said = refusal("simsiam.py", small, *TINY, "--out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large: the run must be able to write there" in said

@@ -1,5 +1,4 @@
 """bf16 on CPUs: where it is the default, and runs in it, resumed and in two processes."""
-import io
 
 import pytest
 
@@ -34,7 +33,7 @@ def test_bf16_is_the_default_where_it_pays(cpu, width, wide):
 @pytest.mark.parametrize("flags, has", [("fpu sse avx512_bf16 sha", True), ("fpu avx2 avx512f", False)])
 def test_instructions_are_known_by_the_kernels_list(monkeypatch, flags, has):
     """Those in /proc/cpuinfo."""
-    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(flags))
+    monkeypatch.setattr(machine, "text_of", lambda path: flags)
     assert machine.cpu_has_bf16.__wrapped__() is has
 
 

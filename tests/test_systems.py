@@ -10,12 +10,15 @@ import stat
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from harness import check_versions
 from harness.common import files, machine
-from harness.common.errors import printable
+from harness.common.errors import Refused, printable
+from harness.data import opening
+from harness.data.source import Source
 from tests.helpers import CPU, ROOT, TINY, log_of, program, python, refusal, slow, start, wait_for_epoch
 from tests.helpers import write_folder
 
@@ -166,16 +169,16 @@ def test_every_script_tells_of_a_system_before_it_imports_more(script):
 
 
 @pytest.mark.parametrize("name, version, message", [
-    ("Python", "3.10.18", "Python 3.10.18 is too old: use 3.11 or newer"),
+    ("python", "3.10.18", "python 3.10.18 is too old: use 3.11 or newer"),
     ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is too old: use 2.6 or newer"),
-    ("Pillow", "10.4.0", "Pillow 10.4.0 is too old: use 11.0 or newer"),
+    ("pillow", "10.4.0", "pillow 10.4.0 is too old: use 11.0 or newer"),
 ])
 def test_versions_that_are_too_old_are_refused_in_one_line(name, version, message):
     """The line that ends the program, word for word."""
     with pytest.raises(SystemExit) as end:
         check_versions({"numpy": "2.4.6", name: version})
     assert end.value.code == message
-    check_versions({"Python": "3.11.0", "torch": "2.6.0", "numpy": "1.26.4", "Pillow": "11.0.0"})
+    check_versions({"python": "3.11.0", "torch": "2.6.0", "numpy": "1.26.4", "pillow": "11.0.0"})
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -189,31 +192,51 @@ def test_another_device_is_refused_with_what_works(device):
 # --- Cores and threads --------------------------------------------------------------------------------------
 
 def test_a_cgroups_quota_limits_the_cores(tmp_path, monkeypatch):
-    """The smallest of a group's and of those that it is in."""
+    """The smallest of a group's and of those that it is in. So for memory, of which two processes share."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     ours = pathlib.Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
     (tmp_path / ours).mkdir(parents=True, exist_ok=True)
-    assert machine.quota(tmp_path) == math.inf
+    assert machine.quota("cpu") == machine.quota("memory") == math.inf
     (tmp_path / "cpu.max").write_text("250000 100000\n")
-    assert machine.quota(tmp_path) == 2.5
+    assert machine.quota("cpu") == 2.5
     (tmp_path / ours / "cpu.max").write_text("max 100000\n")
-    assert machine.quota(tmp_path) == (2.5 if ours else math.inf)
+    assert machine.quota("cpu") == (2.5 if ours else math.inf)
     (tmp_path / ours / "cpu.max").write_text("50000 100000\n")
-    assert machine.quota(tmp_path) == 0.5
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert machine.quota("cpu") == 0.5
     assert machine.cores() == 1
+    (tmp_path / ours / "memory.max").write_text(f"{2 ** 28}\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert machine.memory() == 2 ** 27
 
 
 def test_a_quota_of_cgroups_of_version_1(tmp_path, monkeypatch):
     """As RHEL 8 and older containers have them; other controllers' numbers play no part."""
     own = tmp_path / "own"
-    own.write_text("5:cpuset:/\n4:cpu,cpuacct:/docker/1\n0::/\n")
+    own.write_text("6:memory:/docker/1\n5:cpuset:/\n4:cpu,cpuacct:/docker/1\n0::/\n")
     monkeypatch.setattr(machine, "OWN_CGROUPS", own)
-    (tmp_path / "cpu" / "docker").mkdir(parents=True)
-    for name, text in (("cpu.cfs_quota_us", "-1\n"), ("cpu.cfs_period_us", "100000\n")):
-        (tmp_path / "cpu" / "docker" / name).write_text(text)
-    assert machine.quota(tmp_path) == math.inf
-    (tmp_path / "cpu" / "docker" / "cpu.cfs_quota_us").write_text("200000\n")
-    assert machine.quota(tmp_path) == 2
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    names = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "memory/memory.limit_in_bytes"
+    for name, text in zip(names, ("-1\n", "100000\n", "9223372036854771712\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.quota("cpu") == math.inf
+    assert machine.memory() == machine.MEMORY
+    for name, text in zip(names, ("200000\n", "100000\n", "536870912\n")):
+        (tmp_path / name).write_text(text)
+    assert machine.quota("cpu") == 2
+    assert machine.memory() == 2 ** 29
+    assert "2 workers, at most 0.5 GiB of memory" in machine.hardware({"amp": False, "workers": 2}, CPU)
+
+
+def test_images_and_features_that_do_not_fit_into_the_memory_are_refused(tmp_path, small, large, monkeypatch):
+    """A tenth of a GiB is allowed, less than torch takes. Nothing is written."""
+    monkeypatch.setattr(machine, "MEMORY", 2 ** 30 / 10)
+    image = os.fsencode(small / "train" / "a" / "000.png")
+    with pytest.raises(Refused, match=r"x: 1,001 images in memory: this process .* may use 0.1 \(the"):
+        opening.in_memory(Source(files=np.array([image] * 1001), where="x"))
+    options = ["--ckpt", "random:resnet18", "--size", "16", "--workers", "0", "--out", tmp_path / "run"]
+    assert "features of 20 images: this process would need" in refusal("lineval.py", large, "--knn", *options)
+    assert [path.name for path in tmp_path.glob("run/*")] == [".writer"]
 
 
 @pytest.mark.parametrize("given, width, size, threads", [

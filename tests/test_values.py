@@ -442,7 +442,7 @@ def test_the_documented_lines_give_the_features_of_the_evaluation(odd_run, capsy
     assert result_of(odd_run / "eval")["top1"] == pytest.approx(100 * right / 6)
 
 
-def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
+def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path, capsys):
     """--classify on the validation images, one of them bad: the names, and the accuracy against --cached's.
 
     The evaluation was told views and range, because the weights don't know them; the classifier does.
@@ -457,7 +457,9 @@ def test_a_classifier_names_the_classes_of_a_folder(odd_run, tmp_path):
         shutil.copy(path, new_file(photos / f"{path.parent.name}, \u00e9{k}.png"))
     (new_file(photos / "x.png")).write_bytes(b"bad")
     classify = ["--classify", odd_run / "told" / "classifier.pth"]
+    capsys.readouterr()
     assert here("lineval.py", photos, *bare, *classify) is None
+    assert "(size, mean, std as given; --size" in " ".join(capsys.readouterr().out.split())
     with open(odd_run / "told" / "photos.csv", encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
     files = [os.path.relpath(row["file"], photos) for row in rows]
@@ -533,7 +535,7 @@ def test_features_of_images_without_labels(tmp_path):
     (tmp_path / "05.png").write_bytes(b"")
     assert here("lineval.py", tmp_path, *RANDOM, "--features", tmp_path / "f.npz") is None
     saved = np.load(tmp_path / "f.npz")
-    assert set(saved) == {"train_features", "train_files"}
+    assert set(saved) == {"train_features", "train_files", "settings"}
     assert saved["train_features"].shape == (11, 64)
     names = [os.path.basename(os.fsdecode(name)) for name in saved["train_files"]]
     assert names == [f"{i:02}.png" for i in range(12) if i != 5]
@@ -576,7 +578,7 @@ def test_each_file_and_each_data_set_has_its_own_evaluation(tmp_path, small, ten
     again = ["--ckpt", tmp_path / "checkpoint.pth", "--knn"]
     said = refusal("lineval.py", *again)
     assert "holds a run or a result already; give another folder with --out or, if it is to be" in said
-    assert "leave it out, and give a new folder with --out" in refusal("lineval.py", *again, "--resume")
+    assert here("lineval.py", *again, "--resume") is None
     assert here("lineval.py", *again, "--out", tmp_path / "another") is None
 
 

@@ -10,9 +10,6 @@ import signal
 # second and, when they close, the third; job scripts ask for the others some minutes before time is up.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-WORKER_KILLED = ("a process that decodes images was killed, usually because memory or /dev/shm ran out; use "
-                 "fewer --workers; if there is a checkpoint.pth, --resume goes on")
-
 
 class Refused(Exception):
     """Input that we can't use. The text is one line: what is wrong, where, and what to do."""

@@ -36,7 +36,7 @@ def replacing(path, mode="wb", keep=None):
         with contextlib.suppress(OSError):
             os.remove(temporary)  # the disk may be full
         cause = error.__cause__ or error.__context__ or error
-        raise Refused(f"{path}: can't be written ({cause}); what was there is untouched") from None
+        raise Refused(f"{path}: can't be written ({cause}; no room?); what was there is untouched") from None
     if keep and os.path.exists(path):
         os.replace(path, keep)
     os.replace(temporary, path)

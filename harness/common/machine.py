@@ -1,55 +1,82 @@
 """The machine: what we say about it, what we choose by it, and how numbers travel to a GPU and back."""
 import contextlib
 import functools
+import itertools
 import math
 import os
 import pathlib
+import re
 import resource
 import sys
 
 import torch
 
+from .errors import Refused
+
 
 def cores():
     """This process's share of the cores that the machine lets us use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    usable = min(usable, quota(CGROUPS))
-    return max(1, int(usable / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, int(min(usable, quota("cpu")) / local_world()))
 
 
+def memory():
+    """This process's share of the memory that the machine lets us use, in bytes."""
+    return min(MEMORY, quota("memory")) / local_world()
+
+
+def check_memory(needed, what):
+    """Raise Refused if so many bytes more don't fit into this process's share of the memory.
+
+    what: the things that take them, in words
+    """
+    needed += peak_memory(torch.device("cpu")) << 20
+    if needed > memory():
+        raise Refused(f"{what}: this process would need {needed / 2 ** 30:.1f} GiB of memory, and may use "
+                      f"{memory() / 2 ** 30:.1f} (the machine's, or a container's or job's limit); allow it "
+                      "more, or give fewer images or --workers")
+
+
+def local_world():
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
+LIMITS = {  # of a controller: the files that hold its limit, in cgroups of version 2, and of version 1
+    "cpu": ("cpu.max", "cpu.cfs_quota_us cpu.cfs_period_us"),
+    "memory": ("memory.max", "memory.limit_in_bytes"),
+}
 
 
-def quota(root):
-    """How many cores the cgroups of a container or a job allow us; infinite if they set no limit.
-
-    root: where the cgroups are mounted
-    """
-    try:
-        lines = OWN_CGROUPS.read_text().splitlines()
-    except OSError:  # no Linux
-        return math.inf
+def quota(controller):
+    """How many cores ("cpu") or bytes ("memory") the cgroups of a container or a job allow us; infinite, or
+    more than there are, if they set no limit."""
     allowed = math.inf
-    for line in lines:
-        _, controllers, ours = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
+    for controllers, ours in re.findall(":(.*?):/(.*)", text_of(OWN_CGROUPS)):
         # Version 1 has a tree for each controller; version 2 has one, and names none.
-        group = root / ("cpu" if controllers else "") / ours.lstrip("/")
-        for folder in (group, *group.parents):
-            limit, period = limit_of(folder)
+        if controllers and controller not in controllers.split(","):
+            continue
+        group = CGROUPS / (controller if controllers else "") / ours
+        for folder, names in itertools.product((group, *group.parents), LIMITS[controller]):
+            limit, *period = " ".join(text_of(folder / name) for name in names.split()).split() or ["max"]
             if limit not in ("max", "-1"):
-                allowed = min(allowed, int(limit) / int(period))
+                allowed = min(allowed, int(limit) / int(*period or [1]))
     return allowed
 
 
-def limit_of(group):
-    """A cgroup's CPU time and the period in which it may be used, as text: "max" or "-1" without a limit."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError):
-            return " ".join((group / name).read_text() for name in names).split()
-    return "max", "1"  # the root of them all has no limit
+def text_of(path):
+    """The text in a file of the system; empty if there is no such file, as on macOS."""
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+WORKER_KILLED = ("a process that decodes images was killed, usually because memory (the run's share is "
+                 f"{memory() / 2 ** 30:.1f} GiB) or /dev/shm ran out; use fewer --workers, or --workers 0; "
+                 "if there is a checkpoint.pth, --resume goes on")
 
 
 TINY = 64  # width of a network x pixels of a view, up to which two threads are enough
@@ -61,7 +88,7 @@ def set_threads(width, size):
     All our cores compute, but for tiny networks at most two: their operations are too short to be shared
     among more. If OMP_NUM_THREADS is set, torch has taken its number already.
     """
-    if not os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip().isdigit():
+    if not re.match(r"\s*\d+\s*(,|$)", os.environ.get("OMP_NUM_THREADS", "")):
         torch.set_num_threads(min(cores(), 2) if width * size ** 2 <= TINY else cores())
 
 
@@ -84,6 +111,8 @@ def hardware(settings, device):
     if settings.get("compile"):
         parts.append("compiled")
     parts.append(f"{settings['workers']} workers")
+    if quota("memory") < MEMORY:
+        parts.append(f"at most {quota('memory') / 2 ** 30:.1f} GiB of memory")
     return ", ".join(parts)
 
 
@@ -96,12 +125,8 @@ BF16_WIDTH = 1 / 4
 @functools.cache
 def cpu_has_bf16():
     """Whether the CPU has instructions that multiply bf16. Without them bf16 is slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            words = set(f.read().split())
-    except OSError:  # macOS has no such file
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
+    words = text_of(pathlib.Path("/proc/cpuinfo")).split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)  # x86, x86, ARM
 
 
 def bf16_pays(device_type, width):

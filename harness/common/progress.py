@@ -75,11 +75,9 @@ class Progress:
 
 def silence(error):
     """Send whatever is printed from now on nowhere, and say why on stderr."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    is_closed = isinstance(error, BrokenPipeError)
-    warn("nobody reads this output any more" if is_closed else f"no output: {error}")
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    warn("nobody reads this output any more" if isinstance(error, BrokenPipeError) else f"no output: {error}")
 
 
 def warn(text):

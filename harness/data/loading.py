@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from ..common.draws import permutation
-from ..common.errors import STOPPING, WORKER_KILLED, Refused
+from ..common.errors import STOPPING, Refused
+from ..common.machine import WORKER_KILLED, check_memory, local_world, memory
 from .images import read_or_replace
 
 LOADER_TIMEOUT = 60   # seconds of a wait for a batch
 MOST_WAITS = 10       # for one batch, after which a run ends; a machine that was suspended loses one
 PART = 512            # images that a worker prepares at a time: a batch of 4096 would take 600 MB at once
+OWN = 2 ** 25         # bytes that a worker needs for itself, at least
 SOCKETS = 75          # bytes of TMPDIR's path: sockets there have names of 32 more, and may have 107
 
 
@@ -55,6 +57,7 @@ def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
         options["prefetch_factor"] = 2 if workers <= 4 else 1
         options["worker_init_fn"] = outlive_signals
         check_sockets()
+        check_memory(workers * OWN, f"{workers} workers")
         part = images_of_a_part(image_bytes * (workers * options["prefetch_factor"] + 1))
     loader = torch.utils.data.DataLoader(
         Decoder(source, cut), batch_sampler=parts(batches, part), collate_fn=tuple,
@@ -82,22 +85,19 @@ def check_sockets():
 
 
 def images_of_a_part(waiting_bytes):
-    """How many images a worker prepares at a time: PART, or fewer if /dev/shm is small, as in a container.
+    """How many images a worker prepares at a time: PART, or fewer if /dev/shm or memory, which it is part of,
+    is small, as in a container.
 
     waiting_bytes   what waits there if a part has one image
-    Raises Refused if there is no room even for that.
+    Raises Refused if nothing can be written there.
     """
     if sys.platform != "linux":
         return PART
     if not os.access("/dev/shm", os.W_OK):
         raise Refused("/dev/shm, where workers hand over images, can't be written to; give --workers 0")
     status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = free // 2 // waiting_bytes
-    if room < 1:
-        raise Refused(f"/dev/shm has {free / 2 ** 20:.1f} MiB free for this process, too few for its "
-                      "workers: give fewer --workers, or a container more (docker run --shm-size 8g)")
-    return min(PART, room)
+    free = min(status.f_bavail * status.f_frsize / local_world(), memory() / 2)
+    return min(PART, max(1, int(free / 2 // waiting_bytes)))
 
 
 def in_our_words(batches):

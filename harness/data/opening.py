@@ -25,6 +25,7 @@ import torch
 
 from ..common.draws import HELD_OUT, uniforms
 from ..common.errors import Refused
+from ..common.machine import check_memory
 from . import cifar
 from .captions import read_captions
 from .images import is_image, range_of, sample
@@ -218,5 +219,7 @@ def in_memory(source):
         image = source.image(i)
         if image.shape != (height, width, 3):
             return source
+        if i == 1000:  # so all others may be of the same size; fewer take some megabytes
+            check_memory(pixels.nbytes, f"{source.where}: {len(source):,} images in memory")
         pixels[i] = image.permute(2, 0, 1)
     return replace(source, pixels=pixels)

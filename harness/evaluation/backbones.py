@@ -108,11 +108,11 @@ def checked(settings, path):
     with refusing(path, "not a file of weights"):
         if settings["recipe"] not in RECIPES:
             raise ValueError(f"recipe {settings['recipe']}")
-        needed = {name: kind(settings[name]) for name, kind in NEEDED.items()}
+        found = {name: kind(settings[name]) for name, kind in NEEDED.items()}
         for name, kind in OPTIONAL.items():
             value = settings.get(name)
-            needed[name] = value and kind(value)
-        settings = {**settings, **needed}
+            found[name] = value and kind(value)
+        settings = settings | found
         check_limits(settings)
     return settings
 
@@ -164,8 +164,7 @@ def export(backbone, path, layout, out):
     arch, *_ = backbone.shape
     if layout == "torchvision":
         name = f"{arch}-torchvision.pth"
-        content = backbone.network.state_dict()
-        tensors = content
+        content = tensors = backbone.network.state_dict()
     else:
         name = "released.pth.tar"
         tensors = released_state(backbone)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.draws import permutation
 from ..common.errors import Refused
-from ..common.machine import fastest_layout, to_device
+from ..common.machine import check_memory, fastest_layout, to_device
 from ..common.progress import Progress
 from ..training.processes import all_sum, check_same, my_share
 
@@ -40,6 +40,8 @@ def extract(features, test_views, source, device, autocast=contextlib.nullcontex
         with autocast:
             v = features(x).float()                                   # (N, D)
         if out is None:
+            if device.type == "cpu":
+                check_memory(4 * len(chosen) * v.shape[1], f"features of {len(chosen):,} images")
             out = torch.zeros(len(chosen), v.shape[1], device=device)
         out[to_device(place, device)] = v
     all_sum(out)
@@ -71,7 +73,7 @@ def accuracy(scores, labels):
 
     scores: indices -> (N, C)
     """
-    mine = torch.from_numpy(my_share(len(labels))).to(labels.device)
+    mine = to_device(my_share(len(labels)), labels.device)
     found = scores(mine)
     first, among_five = hits(found, labels[mine])
     sizes = labels.bincount()                                         # (C,): 0 for a class without an image
@@ -161,8 +163,6 @@ class Frozen:
         if min(images) < world:
             raise Refused(f"{job.settings['data']}: a split has only {min(images)} images; start at most "
                           f"that many processes, not {world}")
-        batches = sum(math.ceil(n / world / BATCH) for n in images)  # as extract makes them
-        self.progress = Progress(batches, quiet=dist.get_rank() > 0)
         layout = fastest_layout(backbone.network, job.device)
         network = backbone.network.to(job.device, memory_format=layout)
         if backbone.found is None:
@@ -184,8 +184,11 @@ class Frozen:
 
         Raises Refused where features are not finite.
         """
+        # Of as many steps as extract makes batches.
+        progress = Progress(math.ceil(len(source) / dist.get_world_size() / BATCH), dist.get_rank() > 0)
+
         def watched(x):
-            self.progress.step(lambda: f"features of {len(source)} images")
+            progress.step(lambda: f"features of {len(source)} images")
             return self.features(x)
 
         source, v = extract(watched, self.job.test_views, source, self.job.device)

@@ -1,5 +1,6 @@
 """A run's report: the start block, a line and a record for each epoch, and the curves."""
 import math
+from typing import NamedTuple
 
 from ..common.machine import hardware, peak_memory
 from ..common.pictures import draw_curves
@@ -16,19 +17,18 @@ RECORDED = ("loss", "std", "lr", "knn", "knn_balanced", "knn_largest_class", "kn
             "images_per_s", "data_wait", "seconds", "wall_seconds", "memory_mb", "collapsed", "bad_images")
 
 
-class Report:
+class Report(NamedTuple):
     """Measures a run, and reports it in the log, on the screen and in curves.png.
 
     watch       features (images -> (N, D)) -> {"knn": ..., "knn_images": ..., "rank": ..., ...}
     progress    a Progress, which prints the lines
     """
 
-    def __init__(self, run, job, method, watch, progress):
-        self.run = run
-        self.job = job
-        self.method = method
-        self.watch = watch
-        self.progress = progress
+    run: object
+    job: object
+    method: object
+    watch: object
+    progress: object
 
     def untrained(self, encoder):
         """Epoch 0: kNN accuracy and rank of the network as it starts."""
@@ -136,7 +136,6 @@ def low_rank(epochs):
 def describe_run(job, method):
     """What to know about a run before it starts: {heading: text}."""
     s = job.settings
-    world = s["world"]
     recipe = recipe_for(s["data"], method.data.train, s["recipe"], method.SETTINGS)
     on_its_own = own_steps(s, method)
     changed = [f"{name} {s[name]} instead of {value}" for name, value in recipe.items() if s[name] != value]
@@ -149,7 +148,7 @@ def describe_run(job, method):
         f"global batch {s['batch']}, lr {method.lr:.4g}")
     rows |= too_short(s, min(FEW_STEPS, on_its_own), TOO_SHORT)
     rows["processes"] = (
-        f"{world}, with {s['batch'] // world} images per process, BN over {s['batch']}, "
+        f"{s['world']}, with {s['batch'] // s['world']} images per process, BN over {s['batch']}, "
         f"{hardware(s, job.device)}")
     rows["kNN"] = describe_knn(job)
     return rows | method.rows() | {"writes to": job.out}

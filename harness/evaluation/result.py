@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..common.files import read, refusing, replacing, save
 from ..common.machine import device_name, hardware
 from ..common.pictures import draw_neighbors
+from ..training.options import as_text
 from .backbones import in_words
 from .features import if_unequal
 from .weights import describe_found
@@ -34,8 +35,6 @@ def describe_evaluation(job, backbone, rows):
         told = "as in its pre-training"
     if s["views_given"]:
         told = f"{', '.join(s['views_given'])} as given"
-    mean = " ".join(f"{v:g}" for v in s["mean"])
-    std = " ".join(f"{v:g}" for v in s["std"])
     # What judges it, and is trained for that.
     protocol = "none: nothing is trained or judged"
     if "protocol" in s:
@@ -46,7 +45,8 @@ def describe_evaluation(job, backbone, rows):
     return {
         "backbone": f"{s['backbone']}: {in_words(*backbone.shape)} ({origin})",
         **rows,
-        "views": f"{s['size']} pixels, mean {mean}, std {std} ({told}; --size --mean --std)",
+        "views": f"{s['size']} pixels, mean {as_text(s['mean'])}, std {as_text(s['std'])} "
+                 f"({told}; --size --mean --std)",
         "protocol": protocol,
         "processes": f"{s['world']}, {hardware(s, job.device)}",
         "writes to": job.out,
@@ -155,13 +155,14 @@ def write_classes(path, splits, classifier):
         text.detach()
 
 
-def save_features(path, splits):
+def save_features(path, splits, settings):
     """Save features of good images, with labels, classes and file names if these are known.
 
-    The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split.
+    The file has NAME_features (n, D) float32, NAME_labels (n,) and NAME_files (n,) bytes for each split, and
+    the settings as JSON: the backbone, its sha256, the views.
     splits      {NAME, "train" or "val": (source of good images, their features)}
     """
-    arrays = {}
+    arrays = {"settings": np.array(json.dumps(settings))}
     for name, (source, v) in splits.items():
         arrays[f"{name}_features"] = v.cpu().numpy()
         if source.labels is not None:

@@ -18,7 +18,8 @@ import traceback
 
 import torch.distributed as dist
 
-from ..common.errors import STOPPING, WORKER_KILLED, Refused, Stopped, printable
+from ..common.errors import STOPPING, Refused, Stopped, printable
+from ..common.machine import WORKER_KILLED
 from ..common.progress import warn
 from . import folder
 
@@ -30,12 +31,17 @@ HINTS = {  # words of torch's message (a regular expression): what to do
         "use a smaller --batch, or more GPUs",
     "can't start new thread|Resource temporarily unavailable":
         "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); "
-        "use fewer --workers",
-    "Too many open files": "raise ulimit -n, or use fewer --workers",
-    "NCCL error": "another process has ended, or the network between the GPUs is down; NCCL_DEBUG=INFO says "
-                  "more",
+        "use fewer --workers, or --workers 0",
+    "Too many open files": "raise ulimit -n, or use fewer --workers, or --workers 0",
+    "No usable temporary directory": "all are full or can't be written to; set TMPDIR to a folder "
+                                     "with room",
+    "No space left|quota exceeded|File too large|Read-only file system|Permission denied":
+        "the run must be able to write there: make room, or name another --out; if there is a "
+        "checkpoint.pth, --resume goes on",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
-    "Connection (closed|reset)|[Tt]imed out": "another process has ended, or is stuck; look for its message",
+    "NCCL error|Connection (closed|reset)|[Tt]imed out":
+        "another process has ended, or is stuck, or the network is down; look for its message "
+        "(NCCL_DEBUG=INFO says more of GPUs)",
 }
 
 

@@ -11,6 +11,7 @@ the log needs of the epoch that it is in ("sums", "seconds", "waited", "wall"), 
 """
 import fcntl
 import os
+import pathlib
 import socket
 import time
 
@@ -37,9 +38,8 @@ def folder_name(data):
     """The name of the folder for runs on this data. It leads out of no folder."""
     if data is None:
         return "shapes"
-    name = os.path.basename(os.path.abspath(data))  # a path may end in a slash, or be ".."
-    stem, _ = os.path.splitext(name)
-    return stem.strip(".") or "data"
+    path = pathlib.Path(os.path.abspath(data))  # a path may end in a slash, or be ".."
+    return path.stem.strip(".") or "data"
 
 
 # --- Who may write there ----------------------------------------------------------------------------------
@@ -117,10 +117,8 @@ def try_to_lock(file, out):
         return file.read(200).strip() or "unknown"
     except OSError as error:  # some file systems have no locks
         warn(f"{out}: can't be locked ({error.strerror}); make sure that no other process writes there")
-    file.seek(0)
-    file.truncate()
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    file.truncate(0)
+    os.write(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())  # at the end: "a+"
     return None
 
 
@@ -167,10 +165,10 @@ def compare_settings(then, now, override, path):
     for name in sorted({*then, *now}, key=str):
         if then.get(name) != now.get(name):
             changed[name] = f"{name} {then.get(name)} -> {now.get(name)}"
-    to_name = [str(name) for name in changed if name not in MAY_CHANGE]
-    forbidden = [text for name, text in changed.items() if name not in {*MAY_CHANGE, *override}]
+    to_name = [name for name in changed if name not in MAY_CHANGE]
+    forbidden = [changed[name] for name in to_name if name not in override]
     if forbidden:
         raise Refused(f"{path}: was made with other settings ({'; '.join(forbidden)}); repeat its command, "
                       "start in another --out without --resume, or name what may change (nothing that shapes "
-                      f"the network): --override {' '.join(to_name)}")
+                      f"the network): --override {' '.join(map(str, to_name))}")
     return "; ".join(changed.values())

@@ -13,14 +13,10 @@ records after that checkpoint are dropped: those epochs are done again.
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 
-import numpy as np
-import PIL
-import torch
-
+from .. import VERSIONS
 from ..common.files import refusing, replacing
 from ..common.machine import device_name
 
@@ -57,10 +53,7 @@ class Log:
             **more,
             "command": shlex.join(sys.argv),
             "device": device_name(device),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
+            **VERSIONS,
             "settings": settings,
         })
         self.write()

@@ -22,6 +22,18 @@ class Method:
     views           how many views of an image a step takes
     minimum         of the loss, or a lower bound
     lr              the highest, after the warm-up
+
+    It has these methods, and may replace those below:
+
+    open(data, value_range, wanted)     DATA -> the data set that it trains on (opening.open_data); static
+    build()                             make self.model, and return it. Its encoder is a ResNet
+    optimizer()                         -> the optimiser, whose first group is the encoder's
+    set_lr(optimizer, step)             set the lr, before each step
+    train_step(network, optimizer, step, index, views)
+                                        one step, on the views of the images `index` -> the loss, and the
+                                        outputs whose std is monitored. network: the model, or its
+                                        DistributedDataParallel
+    collapsed(loss, std_sqrt_d)         whether an epoch of this mean loss and std x sqrt(d) shows a collapse
     """
     ON_IMAGENET = {}
     MEASURED = ()
@@ -45,38 +57,16 @@ class Method:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.s["amp"])
 
     @staticmethod
-    def open(data, value_range, wanted):
-        """DATA -> the data set that the method trains on (opening.open_data)."""
-
-    @staticmethod
     def check(s):
         """Raise Refused for settings of the method that conflict."""
-
-    def build(self):
-        """Make self.model, and return it. Its encoder is a ResNet."""
 
     def parts(self):
         """What a checkpoint holds besides the model and the optimiser: {name: with a state_dict}"""
         return {}
 
-    def optimizer(self):
-        """The optimiser. Its first group is the encoder's."""
-
-    def set_lr(self, optimizer, step):
-        """Set the lr, before each step."""
-
-    def train_step(self, network, optimizer, step, index, views):
-        """One step, on the views of the images `index` -> the loss, and the outputs whose std is monitored.
-
-        network: the model, or its DistributedDataParallel
-        """
-
     def measure(self, encoder, job):
         """What to measure along with kNN and rank, of an encoder in eval mode: {name in MEASURED: percent}"""
         return {}
-
-    def collapsed(self, loss, std_sqrt_d):
-        """Whether an epoch of this mean loss and std x sqrt(d) shows a collapse."""
 
     def numbers(self):
         """Numbers that must be the same on all processes, apart from those of the images."""

@@ -120,8 +120,7 @@ def named(args, names):
 def number(text):
     """A number on the command line: 0.125 or 1/8. Raises ValueError for other text."""
     numerator, _, denominator = text.partition("/")
-    with np.errstate(all="ignore"):  # 1/0 is infinite, and beyond every limit
-        return float(np.float64(numerator) / np.float64(denominator or 1))
+    return float(numerator) / (float(denominator or 1) or math.nan)  # which is beyond every limit
 
 
 def new_parser(script, description, data, out, amp):

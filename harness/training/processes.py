@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..common.errors import Refused
+from ..common.machine import local_world
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long processes wait for each other
 
@@ -25,11 +26,10 @@ def join_world(device):
     Raises Refused if there are too few GPUs, or if the processes don't find each other.
     """
     check_scheduler(os.environ)
+    backend = "gloo"
     if device.type == "cuda":
         device = own_gpu()
         backend = "nccl"
-    else:
-        backend = "gloo"
     try:
         if "RANK" in os.environ:
             store, rank, world = new_store_for_this_start()
@@ -58,11 +58,9 @@ def check_scheduler(environ):
 
 def own_gpu():
     """The GPU of this process, made the current one. Raises Refused if the machine has too few."""
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    there = torch.cuda.device_count()
-    if wanted > there:
-        raise Refused(f"{wanted} processes on this machine, but {there} GPUs; start fewer processes, or give "
-                      "--device cpu")
+    if local_world() > torch.cuda.device_count():
+        raise Refused(f"{local_world()} processes on this machine, but {torch.cuda.device_count()} GPUs; "
+                      "start fewer processes, or give --device cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     # As in the released code. The shapes stay the same, so it pays to try which kernels are the fastest.

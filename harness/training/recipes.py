@@ -147,8 +147,7 @@ def check_together(s):
         raise Refused(f"--strength: hue, the last number, must be at most 0.5, not {hue:g}: half a turn "
                       "either way is every hue")
     if s.get("affine") and not s["bn"][1]:
-        bn = " ".join(map(str, s["bn"]))
-        raise Refused(f"--affine needs the projection's output BN, which --bn {bn} turns off")
+        raise Refused(f"--affine needs the projection's output BN, which --bn {s['bn']} turns off")
     if s["warmup"] >= s["epochs"]:
         raise Refused(f"--warmup {s['warmup']} must be less than --epochs {s['epochs']}")
 
