@@ -201,7 +201,7 @@ def test_bands_after_the_third_are_told(tmp_path, mode, suffix, count):
     for i in range(2):
         Image.new(mode, (70, 72), (1, 2, 3, 4)).save(tmp_path / f"{i}{suffix}")
     told = f"{count} frames after the first, or bands after the third, are not read (in a sample)"
-    assert open_data(tmp_path).found.notes == ((told, ) if count else ())
+    assert [*open_data(tmp_path).found.notes] == ([told] if count else [])
 
 
 # --- Files that aren't pictures, and lists ------------------------------------------------------------------

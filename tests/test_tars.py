@@ -212,7 +212,7 @@ DAMAGES = {  # what happens to the bytes
 def test_a_damaged_tar_file_is_refused_in_one_line(packed, damage):
     """Alone, and as a class in another tar file."""
     packed.write_bytes(damage(packed.read_bytes()))
-    problem = "train.tar, or a tar file inside it, is damaged, cut off or compressed; copy it again, or unpack"
+    problem = "train.tar, or a tar file inside it, is damaged, cut off or compressed; copy it again"
     with pytest.raises(Refused, match=problem):
         find_data(packed.parent)
     packed.rename(packed.parent / "n02.tar")
