@@ -165,6 +165,9 @@ def test_classes_that_nothing_judges_are_told_and_none_loses_its_only_image(tmp_
         data = open_data(tmp_path, wanted=Validation(None, 0.5, seed))
         assert set(data.train.labels) == {0, 1, 2}
         assert ", of 2 of the classes alone" in data.rows()["data"]
+    plant(tmp_path / "c", classes(".", count=1))
+    with pytest.raises(Refused, match="--val-share needs class folders, .*, of two images or more"):
+        open_data(tmp_path / "c", wanted=Validation(None, 0.5))
 
 
 def test_a_share_beside_val_leaves_val_alone(tmp_path):
@@ -228,10 +231,10 @@ SHARES = {  # id: class folders, what is told if a share of each is held out
         "bounding_box_train may be splits: name them train/ and val/"),
     "patients": (
         {f"{c}/patient{p:02}_slice{s:02}.png": s for c in "ab" for p in range(5) for s in range(4)},
-        "images of one patient or video (.*/a/patient00_slice...?) judge each other"),
+        "images of one patient, or video (.*/a/patient00_slice...?) judge each other"),
     "frames of videos": (
         {f"{c}/v_{c}_g{g:02}_{s:04}.png": s for c in "ab" for g in range(6) for s in range(4)},
-        "one patient or video"),
+        "one patient, or video"),
     "a name for each class": (
         {f"n0{c}/n0{c}_{i}.png": i for c in range(2) for i in range(9)}, ""),
     "names of their own": ({f"{c}/{hash_of([c, str(i)]):x}.png": i for c in "ab" for i in range(9)}, ""),

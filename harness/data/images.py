@@ -157,8 +157,7 @@ def sample(files):
     """
     values = []
     further = 0
-    spread = np.linspace(0, len(files) - 1, SAMPLE, dtype=int)
-    for i in np.unique(spread):
+    for i in np.unique(np.linspace(0, len(files) - 1, SAMPLE, dtype=int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
             if is_deep(image):
                 pixels = deep_values(files[i], image).ravel()

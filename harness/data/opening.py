@@ -131,8 +131,9 @@ def find_in_folder(path, wanted):
     listing = walk(path)
     layout = cifar.layout_of(shown)
     if layout:
-        beside = collections.Counter({"images beside its files": sum(map(len, listing.tree.values()))})
-        return Data(*cifar.read(shown, layout), Found(f"{layout.name} ({layout.form})", beside))
+        return Data(*cifar.read(shown, layout), Found(
+            f"{layout.name} ({layout.form})",
+            collections.Counter({"images beside its files": sum(map(len, listing.tree.values()))})))
     advice = "give a folder of files that end in .jpg, .png, ...; a list takes those without an ending, too"
     for suffix in reversed(KINDS):  # the last that is there tells least about the others
         if suffix in listing.left_out:
@@ -170,8 +171,8 @@ def with_validation(data, wanted):
         data.refuse(f"--val {wanted.name}: must be a folder beside train/, with images of its classes")
     if not wanted.share:
         return data
-    if train.labels is None or val is not None:
-        data.refuse("--val-share needs class folders, alone or in train/")
+    if train.labels is None or val is not None or np.bincount(train.labels).max() < 2:
+        data.refuse("--val-share needs class folders, alone or in train/, of two images or more")
     # Every fifth, for instance, of the images sorted by class, and within a class at random.
     chance = uniforms(wanted.seed, 0, np.arange(len(train)), HELD_OUT, 0)
     order = np.lexsort((chance, train.labels))
@@ -181,9 +182,9 @@ def with_validation(data, wanted):
     train = train.only(np.setdiff1d(order, held))
     origins = {re.sub(rb"\d+\D*$", b"", name) for name in train.names}
     if 3 * len(train.classes) < len(origins) < len(train) / 2:  # fewer can be parts of a class's name
-        note = (f"images of one patient or video ({os.fsdecode(min(origins))}...?) judge each other; move "
-                "whole ones to val/")
-        found = found._replace(notes=(*found.notes, note))
+        found = found._replace(notes=(
+            *found.notes,
+            f"images of one patient, or video ({os.fsdecode(min(origins))}...?) judge each other: make val/"))
     return Data(train, val, found)
 
 
@@ -201,8 +202,9 @@ def settle(data, value_range, hold):
     sources = [source for source in (data.train, data.val) if source]
     values, further = zip(*[sample(source.files) for source in sources])
     if sum(further):
-        note = f"{sum(further)} frames after the first, or bands after the third, are not read (in a sample)"
-        found = found._replace(notes=(*found.notes, note))
+        found = found._replace(notes=(
+            *found.notes,
+            f"{sum(further)} frames after the first, or bands after the third, are not read (in a sample)"))
     values = sum(values, [])
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))
@@ -215,7 +217,7 @@ def settle(data, value_range, hold):
 
 def in_memory(source):
     """The same source, its pixels in one tensor, if all its images are small and of one size."""
-    shape = source.image(0).shape  # (H, W, 3)
+    shape = source.image(0).shape
     if max(shape) > SMALL:
         return source
     pixels = torch.empty(len(source), 3, *shape[:2], dtype=torch.uint8)

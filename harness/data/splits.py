@@ -59,10 +59,10 @@ def find_splits(listing, wanted):
         if not wanted.share:
             val = validation_split(listing, parent, train.classes, judge)
     if listing.has_links:
-        known = set(map(os.path.realpath, train.names))
-        if twice := len(train) - len(known):
+        known = inodes(train)
+        if twice := len(known) - len(set(known)):
             listing.notes.append(f"{twice} training images are there twice, by links")
-        if val and not known.isdisjoint(map(os.path.realpath, val.names)):
+        if val and not set(known).isdisjoint(inodes(val)):
             listing.notes.append(f"{val.where} is not used: links in it lead to training images")
             val = None
     depth = 2 if len(listing.tree) <= REASONS // 2 else 1  # what a line can hold
@@ -70,6 +70,11 @@ def find_splits(listing, wanted):
         where = f"in {shown(*place[:depth])}/" if place else "beside them"
         listing.left_out[f"images {where}"] += len(names)
     return train, val
+
+
+def inodes(source):
+    """What all names of an image file have in common; of those in no tar file"""
+    return [os.stat(file)[1:3] for file in filter(os.path.isfile, source.names)]  # its number, and the disk's
 
 
 def shown(*place):
@@ -229,9 +234,9 @@ def validation_split(listing, parent, classes, judge):
         problem = f"{min(folders)} is not a class of the training split"
     else:
         word = name if b"val" not in name.lower() else b"val"
-        beside, inside = listing.path(parent), listing.path((*parent, name))
         texts = [os.path.join(folder, word + end)
-                 for folder in (beside, inside) for end in (b".txt", b"_annotations.txt")]
+                 for folder in (listing.path(parent), listing.path((*parent, name)))
+                 for end in (b".txt", b"_annotations.txt")]
         val = by_text(listing, place, classes, texts)
         problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class "
                    "on each line: a folder of train/, or its number from 0")

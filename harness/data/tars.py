@@ -84,7 +84,6 @@ def members(path, span=None):
 # --- The format (POSIX pax, with GNU's long names): Python's tarfile takes two to four times as long --------
 
 BLOCK = 512  # bytes: headers and contents start at multiples of it
-END = bytes(BLOCK)  # zeros, behind the last member
 FILES = b"0\x007"  # kinds of members, a byte each
 FOLDER = b"5"
 WITHOUT_CONTENT = b"123456"  # links, devices, folders, pipes
@@ -98,7 +97,7 @@ def read_headers(descriptor, at, end):
     Raises ValueError if it isn't a whole one.
     """
     said = {}  # of the next member, by the headers before its own
-    while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != END:
+    while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != bytes(BLOCK):  # zeros end it
         name, size, kind = parse(block)
         size = int(said.get(b"size", size))
         content = at + BLOCK

@@ -23,7 +23,7 @@ from .tars import as_folder, is_tar, member_name, members
 SYSTEMS = set(
     "__macosx/icon\r/network trash folder/temporary items/thumbs.db/ehthumbs.db/desktop.ini/$recycle.bin/"
     "system volume information/lost+found/@eadir/#recycle/#snapshot/__pycache__".split("/"))
-REASONS = 12  # shown; the others are added up
+REASONS = 12  # shown; the total has the others too
 LEFT_BEHIND = "hidden or a system's"
 BESIDE_IMAGES = (b".cls", b".json", b".txt")  # what a shard has for each image
 READERS = 8   # threads that read the headers of tar files: they mostly wait for the disk
@@ -201,8 +201,7 @@ def describe(left_out):
     if not total:
         return None
     reasons = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{n} {printable(reason)}" for reason, n in reasons[:REASONS] if n]
-    rest = sum(n for _, n in reasons[REASONS:])
-    if rest:
-        shown.append(f"{rest} others")
+    shown = [f"{n} {printable(reason)}" for reason, n in reasons if n]
+    if len(shown) > REASONS:
+        shown[REASONS:] = ["others"]
     return f"{total} file{'s' if total > 1 else ''}: {', '.join(shown)}"
