@@ -5,6 +5,7 @@ Each tree is a table: {path: what lies there}. A picture is drawn as a level of 
 import itertools
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,8 @@ from harness.common.errors import Refused
 from harness.common.files import save_picture
 from harness.data import walk
 from harness.data.opening import Data, find_data, open_data
+from harness.data.splits import Validation
+from tests.children import ROOT
 from tests.helpers import TINY, here, log_of, refusal, write_folder
 
 pytest_plugins = ["tests.fixtures"]
@@ -355,6 +358,23 @@ def test_lists_as_windows_writes_them(tmp_path):
     (tmp_path / "list.txt").write_bytes("a.png\r\nmit ü.png\r\n".encode("utf-8-sig"))
     files = find_data(tmp_path / "list.txt").train.files
     assert [os.path.basename(name) for name in files] == [b"a.png", "mit ü.png".encode()]
+
+
+def test_the_documented_lines_make_class_folders_of_a_table(tmp_path, monkeypatch):
+    """own-data.md's, executed on a table of seven images: each one's class."""
+    plant(tmp_path, many("images/{}.jpg", 7))
+    labels = dict(zip("0123456", "abcabca"))
+    rows = [f"{name},{label}" for name, label in labels.items()]
+    (tmp_path / "train.csv").write_text("\n".join(["id,label", *rows]))
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs/own-data.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    train, val, _ = open_data("DATA", wanted=Validation(None, 0.4))
+    for source in (train, val):
+        for file, k in zip(source.names, source.labels):
+            name, _ = os.path.splitext(os.path.basename(file.decode()))
+            assert source.classes[k] == labels.pop(name)
+    assert not labels
 
 
 # --- What the programs say --------------------------------------------------------------------------------
