@@ -71,7 +71,10 @@ class Data(NamedTuple):
             judged = len(np.unique(self.val.labels))
             if judged < len(train.classes):
                 text += f", of {judged} of the classes alone"
-        rows = {"data": text, "left out": describe(found.left_out), "note": "; ".join(found.notes)}
+        rows = {
+            "data": text,
+            "left out": describe(found.left_out),
+            "note": "; ".join(found.notes)}
         if train.value_range:
             low, high = train.value_range
             rows["values"] = f"{low:g} to {high:g} become 0 to 255 in files of more than 8 bits (--range)"
@@ -133,12 +136,14 @@ def find_in_folder(path, wanted):
     if layout:
         return Data(*cifar.read(shown, layout), Found(
             f"{layout.name} ({layout.form})",
-            collections.Counter({"images beside its files": sum(map(len, listing.tree.values()))})))
+            collections.Counter({
+                "images beside its files": sum(map(len, listing.tree.values()))})))
     advice = "give a folder of files that end in .jpg, .png, ...; a list takes those without an ending, too"
     for suffix in reversed(KINDS):  # the last that is there tells least about the others
         if suffix in listing.left_out:
             advice = f"{suffix}: {KINDS[suffix]}"
-    inside = [folder for name in cifar.FOLDERS if cifar.layout_of(folder := os.path.join(shown, name))]
+    inside = [folder for name in cifar.FOLDERS
+              if cifar.layout_of(folder := os.path.join(shown, name))]
     if inside:
         if len(inside) == 1 and not listing.tree:
             return find(inside[0])
@@ -146,7 +151,7 @@ def find_in_folder(path, wanted):
         listing.notes.append(advice)
     if listing.tree:
         train, val = find_splits(listing, wanted)
-        return Data(train, val, Found("an image folder", listing.left_out, listing.notes))
+        return Data(train, val, Found("an image folder", listing.left_out, tuple(listing.notes)))
     raise Refused(f"{shown}: no images there ({describe(listing.left_out) or 'it is empty'}); {advice}")
 
 
