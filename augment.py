@@ -630,9 +630,9 @@ def check(data):
         print("no image files: all pixels are in memory, and good")
         return
     files = torch.utils.data.ConcatDataset(files)
-    bad, frames = check_files(files, data.train.value_range)
-    if frames:
-        print(f"{sum(frames)} further frames in {len(frames)} files are not read", file=sys.stderr)
+    bad, left = check_files(files, data.train.value_range)
+    if left:
+        print(f"{sum(left)} further frames or bands in {len(left)} files are not read", file=sys.stderr)
     if bad:
         raise Refused(f"{bad} of {len(files)} image files are bad")
     print(f"all {len(files)} image files are good")

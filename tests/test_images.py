@@ -11,11 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from PIL import Image
 
 import augment
 from harness.common.errors import Away, BadImage, Refused, printable
 from harness.data import images, loading
-from harness.data.opening import find_data
+from harness.data.opening import find_data, open_data
 from harness.data.source import Source
 from harness.evaluation.features import share_bad
 from tests.helpers import CPU, TINY, bad_levels, before_each_step, here, log_of, odd_files, refusal
@@ -181,10 +182,26 @@ def test_check_lists_what_is_bad(odd, monkeypatch, capsys):
     bad = [printable(name) for name, colour in expected.items() if colour is None]
     assert end.value.code == f"augment.py: {len(bad)} of {len(expected)} image files are bad"
     printed, told = capsys.readouterr()
-    assert "\n1 further frames in 1 files are not read\n" in told  # animated.webp
+    assert "\n1 further frames or bands in 1 files are not read\n" in told  # animated.webp
     named = re.findall(r"^.*/odd/(.*?): can't be read as an image: .*\n", printed, re.M)
     assert sorted(named) == sorted(bad)
     assert printed.count("\n") == len(bad)
+
+
+BANDS = {  # id: (mode, how it is written), frames and bands that are not read
+    "a satellite's, in a TIFF": ("RGBA", ".tif", 2),  # of GDAL: the fourth is called transparency
+    "for print": ("CMYK", ".tif", 0),
+    "with transparency": ("RGBA", ".png", 0),
+}
+
+
+@pytest.mark.parametrize("mode, suffix, count", BANDS.values(), ids=BANDS)
+def test_bands_after_the_third_are_told(tmp_path, mode, suffix, count):
+    """In a note; those of two files."""
+    for i in range(2):
+        Image.new(mode, (70, 72), (1, 2, 3, 4)).save(tmp_path / f"{i}{suffix}")
+    told = f"{count} frames after the first, or bands after the third, are not read (in a sample)"
+    assert [*open_data(tmp_path).found.notes] == ([told] if count else [])
 
 
 # --- Files that aren't pictures, and lists ------------------------------------------------------------------
@@ -200,6 +217,15 @@ FORMATS = {  # {name: content}, DATA, a part of the line
     "Zarr": ({"x.zarr/.zarray": b"{}", "x.zarr/0.0": b"\0"}, "x.zarr", "x.zarr: .zarr: arrays; scale"),
     "Zarr inside": ({"x/a.zarr/0.0": b"\0"}, "x", "(1 file: 1 .zarr); .zarr: arrays; scale"),
     "FFCV": ({"x/train.beton": b"\0"}, "x/train.beton", ".beton: a container of records; write its images"),
+    "TFDS": (
+        {"x/a.tfrecord-00000-of-00001": b"", "x/dataset_info.json": b"{}", "x/features.json": b"{}"},
+        "x", "(3 files: 2 .json, 1 .tfrecord); .tfrecord: a container of records"),
+    "MNIST": ({"x/t10k-images-idx3-ubyte.gz": b""}, "x", "(1 file: 1 .ubyte); .ubyte: arrays"),
+    "a camera's raw files": ({"x/1.CR2": b"", "x/1.xmp": b""}, "x", ".cr2: not an image format that we read"),
+    "no suffix": (
+        {"x/1": b"\x89PNG", "x/2": b""}, "x",
+        "give a folder of files that end in .jpg, .png, ...; a list takes those without an ending, too"),
+    "Food-101's list": ({"x/train.txt": b"ribs/1\n"}, "x/train.txt", "must be a path alone, with its ending"),
 }
 
 

@@ -4,6 +4,7 @@ harness/data/opening.py, simsiam.py's open_both and lineval.py's open_all.
 """
 import glob
 import io
+import re
 import shlex
 import tarfile
 
@@ -15,6 +16,7 @@ from PIL import Image
 import augment
 from harness.common.errors import Refused
 from harness.data import shapes
+from harness.data.captions import hash_of
 from harness.data.opening import find_data, open_data
 from harness.data.splits import Validation
 from tests.helpers import EVALUATION, TINY, here, log_of, refusal, result_of, write_cifar, write_folder
@@ -163,6 +165,9 @@ def test_classes_that_nothing_judges_are_told_and_none_loses_its_only_image(tmp_
         data = open_data(tmp_path, wanted=Validation(None, 0.5, seed))
         assert set(data.train.labels) == {0, 1, 2}
         assert ", of 2 of the classes alone" in data.rows()["data"]
+    plant(tmp_path / "c", classes(".", count=1))
+    with pytest.raises(Refused, match="--val-share needs class folders, .*, of two images or more"):
+        open_data(tmp_path / "c", wanted=Validation(None, 0.5))
 
 
 def test_a_share_beside_val_leaves_val_alone(tmp_path):
@@ -201,7 +206,10 @@ NOTES = {  # id: the tree, words of the note, whether a share of each class is a
     "masks below a folder": (
         many("VOC2012/JPEGImages/{}.png", 9) | many("VOC2012/SegmentationClass/{}.png", 3), "", False),
     "val/ that leads to train/": (
-        classes("train") | {"val": "train"}, "val is not used: it is a link to the training images", False),
+        classes("train") | {"val": "train"}, "val is not used: links in it lead to training images", False),
+    "a class of val/ that leads to train/": (
+        classes("train") | classes("val", "ab") | {"val/c": "../train/c"},
+        "val is not used: links in it lead to training images", False),
     "img2dataset's parts": (
         classes("train", ("00000", "00001")) | {"train/00000/000.json": b"{}", "train/00001/000.json": b"{}"},
         "00000 is no class, but a shard or a part of the images: no labels", False),
@@ -217,11 +225,38 @@ def test_what_may_be_no_classes_is_told(tmp_path, tree, words, advised):
     assert ("holds out a fifth" in notes) == advised
 
 
+SHARES = {  # id: class folders, what is told if a share of each is held out
+    "Market-1501": (
+        classes(".", ("bounding_box_train", "bounding_box_test", "query")),
+        "bounding_box_train may be splits: name them train/ and val/"),
+    "patients": (
+        {f"{c}/patient{p:02}_slice{s:02}.png": s for c in "ab" for p in range(5) for s in range(4)},
+        "images of one patient, or video (.*/a/patient00_slice...?) judge each other"),
+    "frames of videos": (
+        {f"{c}/v_{c}_g{g:02}_{s:04}.png": s for c in "ab" for g in range(6) for s in range(4)},
+        "one patient, or video"),
+    "a name for each class": (
+        {f"n0{c}/n0{c}_{i}.png": i for c in range(2) for i in range(9)}, ""),
+    "names of their own": ({f"{c}/{hash_of([c, str(i)]):x}.png": i for c in "ab" for i in range(9)}, ""),
+}
+
+
+@pytest.mark.parametrize("tree, words", SHARES.values(), ids=SHARES)
+def test_a_share_that_judges_what_is_like_it_is_told(tmp_path, tree, words):
+    """In a note; there are labels all the same."""
+    train, val, found = open_data(plant(tmp_path, tree), wanted=Validation(None, 0.25))
+    assert val.labels is not None
+    assert re.search(re.escape(words).replace(re.escape(".*"), ".*"), "; ".join(found.notes))
+    assert bool(words) == bool(found.notes)
+
+
 @pytest.mark.parametrize("options, message", [
     (["--val-share", "20"], "--val-share must be between 0 and 0.5, not 20"),
     (["--val-share", "nan"], "--val-share must be between 0 and 0.5, not nan"),
     (["--val-share", "0.2", "--val", "test"], "not allowed with argument"),
     (["--val-share", "0.2"], "--val-share needs class folders, alone or in train/"),
+    (["--mean", "123.7", "116", "104"], "between -10 and 10 (divide what is of 0 to 255 by 255), not 123.7"),
+    (["--std", "58.4", "57", "57"], "between 0.001 and 10 (divide what is of 0 to 255 by 255), not 58.4"),
 ])
 def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, options, message):
     """Also of images without classes."""
@@ -397,7 +432,7 @@ def test_further_frames_are_counted(tmp_path, monkeypatch, capsys):
     write_frames(tmp_path / "data")
     monkeypatch.setattr("sys.argv", ["augment.py", str(tmp_path / "data"), "--check"])
     augment.main()
-    assert "228 further frames in 12 files are not read\n" in capsys.readouterr().err
+    assert "228 further frames or bands in 12 files are not read\n" in capsys.readouterr().err
     assert here("simsiam.py", tmp_path / "data", *QUICK, "--out", tmp_path / "run") is None
     printed = " ".join(capsys.readouterr().out.split())
-    assert "note of a sample of files, 228 further frames are not read (augment.py --check" in printed
+    assert "note 228 frames after the first, or bands after the third, are not read (in a sample)" in printed

@@ -5,6 +5,7 @@ Each tree is a table: {path: what lies there}. A picture is drawn as a level of 
 import itertools
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import Image
 from harness.common.errors import Refused
 from harness.common.files import save_picture
 from harness.data import walk
-from harness.data.opening import find_data, open_data
+from harness.data.opening import Data, find_data, open_data
+from harness.data.splits import Validation
+from tests.children import ROOT
 from tests.helpers import TINY, here, log_of, refusal, write_folder
 
 pytest_plugins = ["tests.fixtures"]
@@ -80,7 +83,7 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         "24 images, 3 classes", "1 file: 1 .txt", ""),
     "Training and Testing": (
         classes("Training") | classes("Testing", count=4),
-        "24 images, 3 classes, 12 to validate", "", "Testing/ is used as the validation split"),
+        "24 images, 3 classes, 12 to validate", "", ""),
     "train2017 and val2017": (
         many("train2017/{}.jpg", 8) | many("val2017/{}.jpg", 4),
         "8 images", "4 files: 4 images in val2017/",
@@ -90,8 +93,7 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         | many("ILSVRC/Data/CLS-LOC/test/{}.JPEG", 5)
         | {"ILSVRC/Annotations/CLS-LOC/train/a/1.xml": b"<a/>", "logo.png": 1},
         "24 images, 3 classes, 12 to validate",
-        "7 files: 5 images in ILSVRC/Data/, 1 .xml, 1 images beside them",
-        "the splits were found in ILSVRC/Data/CLS-LOC/"),
+        "7 files: 5 images in ILSVRC/Data/, 1 .xml, 1 images beside them", ""),
     "YOLO": (
         many("train/images/{}.jpg", 8) | {f"train/labels/{i}.txt": b"0 .5" for i in range(8)},
         "8 images", "8 files: 8 .txt", ""),
@@ -144,7 +146,15 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
         ""),
     "torchvision's CIFAR-10 beside classes": (
         WITH_VAL | {"cifar-10-batches-py/data_batch_1": b""},
-        "24 images, 3 classes, 12 to validate", "1 file: 1 without a suffix", ""),
+        "24 images, 3 classes, 12 to validate", "1 file: 1 without a suffix",
+        "CIFAR is there too, and left out; name its folder to use it"),
+    "COCO's two training splits": (
+        many("train2014/{}.png", 2) | many("train2017/{}.png", 3),
+        "2 images", "3 files: 3 images in train2017/",
+        "train2014/ is used as the training split: the images beside it are left out"),
+    "links to images beside them, and in another folder": (
+        many("{}.png", 4) | {"l.png": "1.png", "more/2.png": "../2.png", "twice.png": "more/2.png"},
+        "7 images", "", "3 training images are there twice, by links"),
     "a pipe, which would be read for ever, and dead links": (
         many("{}.png", 4) | {"pipe.png": PIPE, "gone.png": "nowhere", "loop.png": "loop.png"},
         "4 images", "3 files: 3 links to nothing, or pipes", ""),
@@ -164,7 +174,8 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
     "links from each class to all others": (
         classes("train", "abcdefg", 1)
         | {f"train/{a}/{b}": f"../{b}" for a, b in itertools.permutations("abcdefg", 2)},
-        "49 images, 7 classes", "252 files: 252 behind links below links", ""),
+        "49 images, 7 classes", "252 files: 252 behind links below links",
+        "42 training images are there twice"),
     "parts": (
         many("train/part-000/{}.png", 3) | many("train/part-001/{}.png", 3) | classes("val", "ab"),
         "6 images", "16 files: 8 images in val/a/, 8 images in val/b/", "part-000 is no class, but a shard"),
@@ -294,19 +305,22 @@ def test_cifar_100(tmp_path, layout):
     archive = tmp_path / f"cifar-100-{layout}"
     write_hundred(archive, layout, pixels, labels)
     for place in (archive, tmp_path):
-        train, val, _ = open_data(place)
+        train, val, found = open_data(place)
         assert np.array_equal(train.pixels.flatten(1), pixels[:20])
+        assert "left out" not in Data(train, val, found).rows()
         assert np.array_equal(val.pixels.flatten(1), pixels[20:])
         assert np.array_equal(np.concatenate([train.labels, val.labels]), labels)
         assert train.classes[7] == "class7"
         assert len(train.classes) == 100
+    plant(archive, many("more/{}.png", 3))
+    assert open_data(archive).rows()["left out"] == "3 files: 3 images beside its files"
 
 
 def test_two_data_sets_in_one_folder_are_to_be_named(tmp_path):
     """torchvision's root with both."""
     plant(tmp_path, {"cifar-10-batches-py/data_batch_1": b"", "cifar-100-binary/train.bin": b"",
                      "cifar-100-binary/test.bin": b""})
-    with pytest.raises(Refused, match="several data sets in it; name one of them: .*-py, .*-binary"):
+    with pytest.raises(Refused, match="CIFAR is there too, .*; name its folder to use it: .*-py, .*-binary"):
         find_data(tmp_path)
 
 
@@ -316,14 +330,11 @@ REFUSED = {  # id: (files, DATA, a part of the line)
     "zip": ({"photos.zip": b"PK"}, "photos.zip", "an archive; unpack it, and name the folder"),
     "names and labels": (
         {"list.txt": b"a.png cat\n", "a.png": 3}, "list.txt", "each line must be a path alone"),
-    "binary": ({"weights.bin": bytes(range(256))}, "weights.bin", "neither an image nor a list of images"),
+    "binary": ({"weights.bin": bytes(range(256))}, "weights.bin", "neither a list of images (UTF-8 text)"),
     "empty folder": ({"x": None}, "x", "no images there (it is empty)"),
     "nothing": ({}, "missing", "no such file or folder"),
     "a list of missing files": ({"list.txt": b"a.png\n"}, "list.txt", "a.png' is not a file"),
     "an empty list": ({"list.txt": b"\n"}, "list.txt", "is empty; name an image on each line"),
-    "several training splits": (
-        many("train2014/{}.png", 2) | many("train2017/{}.png", 2), ".",
-        "several training splits: train2014, train2017"),
     "two data sets below": (
         many("a/train/{}.png", 2) | many("b/train/{}.png", 2), ".",
         "have a training split: a, b; name one"),
@@ -349,6 +360,23 @@ def test_lists_as_windows_writes_them(tmp_path):
     assert [os.path.basename(name) for name in files] == [b"a.png", "mit ü.png".encode()]
 
 
+def test_the_documented_lines_make_class_folders_of_a_table(tmp_path, monkeypatch):
+    """own-data.md's, executed on a table of seven images: each one's class."""
+    plant(tmp_path, many("images/{}.jpg", 7))
+    labels = dict(zip("0123456", "abcabca"))
+    rows = [f"{name},{label}" for name, label in labels.items()]
+    (tmp_path / "train.csv").write_text("\n".join(["id,label", *rows]))
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs/own-data.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    train, val, _ = open_data("DATA", wanted=Validation(None, 0.4))
+    for source in (train, val):
+        for file, k in zip(source.names, source.labels):
+            name, _ = os.path.splitext(os.path.basename(file.decode()))
+            assert source.classes[k] == labels.pop(name)
+    assert not labels
+
+
 # --- What the programs say --------------------------------------------------------------------------------
 
 def test_the_start_says_what_was_found(tmp_path, capsys):
@@ -361,7 +389,7 @@ def test_the_start_says_what_was_found(tmp_path, capsys):
     assert "an image folder: 24 images, 3 classes, files, from" in printed
     assert "validation: 12, from" in printed
     assert "left out 2 files: 1 .heic, 1 .txt" in printed
-    assert "note valid/ is used as the validation split" in printed
+    assert f"validation: 12, from {data}/valid" in printed
 
 
 def test_linear_evaluation_says_what_of_val_it_cannot_use(tmp_path):

@@ -140,6 +140,9 @@ RANGES = {  # id: (values, the range)
     "levels as float": (np.array([0.0, 80.0, 255.0]), (0, 255)),
     "Hounsfield": (np.array([-1024, 40, 3071]), (-1024, 3071)),
     "reflectance": (np.array([0.5, 80.5, 9999.5]), (0.5, 9999.5)),
+    "-9999 for missing data": (np.array([-9999, -9999, 140.5, 300, 451]), (140.5, 451)),
+    "65535 for missing data": (np.array([0, 7, 2999, 65_535]), (0, 4095)),
+    "a far value, but no farther than others": (np.array([-4, 0.5, 5]), (-4, 5)),
     "no number at all": (np.array([np.nan, np.inf]), (0, 1)),
     "nothing but black": (np.zeros(5), (0, 1)),
     "one hot pixel": (HOT_PIXEL, (0, 4095)),
@@ -577,7 +580,7 @@ def test_each_file_and_each_data_set_has_its_own_evaluation(tmp_path, small, ten
     assert sorted(path.name for path in tmp_path.glob("lineval-*")) == folders
     again = ["--ckpt", tmp_path / "checkpoint.pth", "--knn"]
     said = refusal("lineval.py", *again)
-    assert "holds a run or a result already; give another folder with --out or, if it is to be" in said
+    assert "already (perhaps of other data of this name); give another folder with --out or, if it is" in said
     assert here("lineval.py", *again, "--resume") is None
     assert here("lineval.py", *again, "--out", tmp_path / "another") is None
 

@@ -22,7 +22,7 @@ WORDINGS = (
     "a picture of one {colour} {kind}; it is {size}, at {turn} degrees, {place}",
     "this {kind} is {size}, painted {colour}, {place}, and turned {turn} degrees",
 )
-SIZES = ("small", "medium", "large")
+SIZES = "small medium large".split()
 ROWS = ("at the top", "in the middle", "at the bottom")
 COLUMNS = ("on the left", "in the centre", "on the right")
 COLOURS = "red orange yellow green green turquoise turquoise blue blue violet pink pink".split()  # by hue
@@ -106,10 +106,7 @@ class Vocabulary:
 
     def numbers(self, texts):
         """The words of each text by number, filled up with 0: (N, L) int64"""
-        known = []
-        for text in texts:
-            numbers = map(self.number.get, words_of(text))
-            known.append([number for number in numbers if number])
+        known = [[self.number[word] for word in words_of(text) if word in self.number] for text in texts]
         longest = max([1, *map(len, known)])
         return torch.tensor([row + [0] * (longest - len(row)) for row in known])
 

@@ -38,13 +38,13 @@ LAYOUTS = [
     Layout("CIFAR-100", "Python", ("train", "test", "meta"), HUNDRED, labels=b"fine_labels"),
 ]
 # The folders that the archives unpack to.
-FOLDERS = (b"cifar-10-batches-py", b"cifar-10-batches-bin", b"cifar-100-python", b"cifar-100-binary")
+FOLDERS = "cifar-10-batches-py cifar-10-batches-bin cifar-100-python cifar-100-binary".split()
 
 
 def layout_of(folder):
     """The layout of CIFAR that a folder has, or None."""
     for layout in LAYOUTS:
-        paths = [os.path.join(os.fsdecode(folder), sign) for sign in layout.signs]
+        paths = [os.path.join(folder, sign) for sign in layout.signs]
         if all(map(os.path.isfile, paths)):
             return layout
     return None
@@ -55,7 +55,6 @@ def read(folder, layout):
 
     Raises Refused, naming the file, if one isn't as it must be.
     """
-    folder = os.fsdecode(folder)
     classes = CLASSES if layout.name == "CIFAR-10" else hundred_classes(folder, layout)
     sources = []
     for names in layout.batches:  # CIFAR-10's training images come in five files
@@ -105,8 +104,8 @@ def unpickle(path):
 
 class CifarUnpickler(pickle.Unpickler):
     """An unpickler that admits the four names in CIFAR's files, as old and new numpy write them."""
-    ADMITTED = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-                "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+    ADMITTED = ("numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct numpy.ndarray "
+                "numpy.dtype _codecs.encode").split()
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.ADMITTED:

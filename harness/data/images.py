@@ -32,13 +32,13 @@ FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF may be missin
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 IN_A_ROW = 20  # this many bad files in a row end a run
 WAITS = (0.1, 0.3, 0.6)  # seconds before a file is read again that the system couldn't read
-BITS, PLANES = 258, 284  # tags of a TIFF file
+BITS, BANDS, PLANES = 258, 277, 284  # tags of a TIFF file
 
 # Pillow warns about odd files that it still reads, from every worker in every epoch.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 # torch warns that a decoded image is read-only. Nobody writes to it.
-warnings.filterwarnings("ignore", "The given buffer is not writable")
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 # Some cameras and microscopes write megabytes of text into a PNG. Pillow's limit for it is one megabyte.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26
 
@@ -69,7 +69,7 @@ def open_image(path):
     with pillow_reads(path):
         file = open_bytes(path)
         image = Image.open(file, formats=FORMATS)
-        tags = image.tag_v2 if image.format == "TIFF" else {}
+        tags = getattr(image, "tag_v2", {})
         if tags.get(PLANES) == 2 and tags[BITS][0] > 8 and len(tags[BITS]) > 1:
             raise ValueError("16 bits with each colour in a plane of its own; gdal_translate -co "
                              "INTERLEAVE=PIXEL writes them pixel by pixel")
@@ -93,9 +93,7 @@ def read_rgb(path, value_range=None):
 
 def read_image(path, value_range=None):
     """A file -> a tensor (H, W, 3) uint8, which must not be written to. Raises BadImage."""
-    image = read_rgb(path, value_range)
-    pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3)
+    return torch.from_numpy(np.asarray(read_rgb(path, value_range)))
 
 
 def read_or_replace(files, i, value_range=None):
@@ -131,10 +129,12 @@ def read_again(path, value_range):
     return read_image(path, value_range)
 
 
-def further_frames(image):
-    """How many frames an open file (PIL) has besides the first: a stack of a microscope, an animation."""
+def unread(image):
+    """How much of an open file (PIL) is not read: frames behind the first (a microscope's stack, an
+    animation), and bands behind the third (a satellite's)."""
     with contextlib.suppress(Exception):  # damage behind the first can raise anything, and doesn't matter
-        return getattr(image, "n_frames", 1) - 1
+        bands = getattr(image, "tag_v2", {}).get(BANDS, 0) - (4 if image.mode == "CMYK" else 3)
+        return getattr(image, "n_frames", 1) - 1 + max(0, bands)
     return 0
 
 
@@ -149,22 +149,21 @@ OUTLIERS = 0.01  # percent of the values at either end that don't count: hot pix
 
 
 def sample(files):
-    """Look at some files -> a list of values of those with more than 8 bits, and how many frames they have
-    besides the first
+    """Look at some files -> a list of values of those with more than 8 bits, and how many frames and bands of
+    them are not read
 
     Bad files are passed over: whoever reads them says what is wrong. The same files give the same sample, so
     a run that is resumed finds the same range.
     """
     values = []
-    frames = 0
-    spread = np.linspace(0, len(files) - 1, SAMPLE)
-    for i in np.unique(spread.astype(int)):
+    further = 0
+    for i in np.unique(np.linspace(0, len(files) - 1, SAMPLE, dtype=int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
             if is_deep(image):
                 pixels = deep_values(files[i], image).ravel()
                 values.append(pixels[::1 + len(pixels) // 2 ** 16])  # some of a large picture's
-            frames += further_frames(image)
-    return values, frames
+            further += unread(image)
+    return values, further
 
 
 def range_of(values):
@@ -173,18 +172,25 @@ def range_of(values):
     all from 0 to 1                 0 to 1
     whole numbers, none below 0     0 to 2^k - 1, the fewest bits k (8 at least) that hold the largest
     all others                      from the smallest to the largest
-    At either end OUTLIERS percent don't count.
+    At either end OUTLIERS percent don't count. Nor does a value that is farther from all others than they are
+    from each other: -9999, for instance, stands for missing data.
     """
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return 0.0, 1.0
-    ends = np.percentile(values, (OUTLIERS, 100 - OUTLIERS), method="nearest")
-    low, high = ends.tolist()
+    low, high = np.percentile(values, (OUTLIERS, 100 - OUTLIERS), method="nearest")
+    inner = values[(values > low) & (values < high)]
+    if len(inner):
+        first, last = inner.min(), inner.max()
+        if first - low > last - first > 0:
+            low = first
+        if high - last > last - first > 0:
+            high = last
     if low >= 0 and high <= 1:
         return 0.0, 1.0
     if low >= 0 and np.array_equal(values, np.rint(values)):
         bits = max(8, int(high).bit_length())
-        return 0.0, float(2 ** bits - 1)
+        return 0.0, 2.0 ** bits - 1
     if high == low:
         high = low + 1
     return float(low), float(high)
@@ -197,8 +203,7 @@ def to_levels(values, value_range):
     with np.errstate(invalid="ignore"):  # one kind of NaN warns when it is converted
         values = values.astype(np.float64)
     levels = (values - low) * (255 / (high - low))
-    levels = np.nan_to_num(levels.clip(0, 255), nan=0)
-    return levels.round().astype(np.uint8)
+    return np.nan_to_num(levels.clip(0, 255)).round().astype(np.uint8)
 
 
 def whole_range(values):
@@ -281,33 +286,32 @@ def what_is_wrong(path, error):
 # --- python augment.py DATA --check ---------------------------------------------------------------------
 
 def look_at(value_range, path):
-    """One line about a bad file, or None for a good one; and how many frames it has besides the first."""
+    """One line about a bad file, or None for a good one; and how many frames and bands are not read."""
     try:
         read_image(path, value_range)
         with open_image(path) as image:
-            return None, further_frames(image)
+            return None, unread(image)
     except BadImage as error:
         return printable(error), 0
 
 
 def check_files(files, value_range=None):
-    """Read all files, on all cores, and print a line for each bad one. Returns how many are bad, and [further
-    frames of each file that has any].
+    """Read all files, on all cores, and print a line for each bad one. Returns how many are bad, and [frames
+    and bands that are not read, of each file that has any].
 
     On a terminal a line with the time left is redrawn. Elsewhere stdout holds nothing but the list.
     """
     bad = 0
-    frames = []
-    on_terminal = sys.stdout.isatty()
-    progress = Progress(len(files), quiet=not on_terminal)
-    say = progress.line if on_terminal else partial(print, flush=True)
+    left = []
+    progress = Progress(len(files), quiet=not sys.stdout.isatty())
+    say = partial(print, flush=True) if progress.quiet else progress.line
     # A multiprocessing.Pool would wait for ever for a process that was killed.
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for problem, further in pool.map(partial(look_at, value_range), files, chunksize=16):
             if further:
-                frames.append(further)
+                left.append(further)
             if problem:
                 bad += 1
                 say(problem)
             progress.step(lambda: f"{len(files)} files, {bad} bad so far")
-    return bad, frames
+    return bad, left

@@ -35,10 +35,10 @@ def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, w
     share = batch // world
     for epoch in range(start_epoch, epochs):
         order = permutation(seed, epoch, n)
-        first = start_step if epoch == start_epoch else 0
-        for step in range(first, n // batch):
+        for step in range(start_step, n // batch):
             start = step * batch + rank * share
             yield epoch, order[start:start + share]
+        start_step = 0  # of the epochs that follow
 
 
 def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
@@ -55,13 +55,12 @@ def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
     if workers > 0:
         options["timeout"] = LOADER_TIMEOUT
         options["prefetch_factor"] = 2 if workers <= 4 else 1
-        options["worker_init_fn"] = outlive_signals
         check_sockets()
         check_memory(workers * OWN, f"{workers} workers")
         part = images_of_a_part(image_bytes * (workers * options["prefetch_factor"] + 1))
     loader = torch.utils.data.DataLoader(
         Decoder(source, cut), batch_sampler=parts(batches, part), collate_fn=tuple,
-        num_workers=workers, pin_memory=device.type == "cuda", **options)
+        num_workers=workers, worker_init_fn=outlive_signals, pin_memory=device.type == "cuda", **options)
     indices, views = [], []  # of the parts of a batch that are here
     for epoch, index, is_last, cuts, bad in waiting(in_our_words(iter(loader))):
         if isinstance(bad, Refused):

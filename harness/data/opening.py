@@ -16,6 +16,7 @@ pixels a side are held in memory; all others stay files, which worker processes 
 """
 import collections
 import os
+import re
 import textwrap
 from dataclasses import replace
 from typing import NamedTuple
@@ -71,7 +72,10 @@ class Data(NamedTuple):
             judged = len(np.unique(self.val.labels))
             if judged < len(train.classes):
                 text += f", of {judged} of the classes alone"
-        rows = {"data": text, "left out": describe(found.left_out), "note": "; ".join(found.notes)}
+        rows = {
+            "data": text,
+            "left out": describe(found.left_out),
+            "note": "; ".join(found.notes)}
         if train.value_range:
             low, high = train.value_range
             rows["values"] = f"{low:g} to {high:g} become 0 to 255 in files of more than 8 bits (--range)"
@@ -114,8 +118,7 @@ def find(path, wanted=Validation()):
         return together(path)
     if path is None:
         return Data(*draw_data_set(), Found("the drawn shapes"))
-    path = os.fsencode(path)
-    path = path.rstrip(b"/") or b"/"  # completion puts one behind a folder
+    path = os.path.abspath(os.fsencode(path))  # without the slash that completion puts behind a folder
     if not os.path.exists(path):
         raise Refused(f"{os.fsdecode(path)}: no such file or folder; give an image folder, a list of files, "
                       "or a CIFAR-10 folder")
@@ -128,26 +131,29 @@ def find(path, wanted=Validation()):
 
 def find_in_folder(path, wanted):
     """A folder of CIFAR, one around it, or one of images; or a tar file in its place."""
-    layout = cifar.layout_of(path)
-    if layout:
-        return Data(*cifar.read(path, layout), Found(f"{layout.name} ({layout.form})"))
+    shown = os.fsdecode(path)
     listing = walk(path)
+    layout = cifar.layout_of(shown)
+    if layout:
+        return Data(*cifar.read(shown, layout), Found(
+            f"{layout.name} ({layout.form})",
+            collections.Counter({
+                "images beside its files": sum(map(len, listing.tree.values()))})))
+    advice = "give a folder of files that end in .jpg, .png, ...; a list takes those without an ending, too"
+    for suffix in reversed(KINDS):  # the last that is there tells least about the others
+        if suffix in listing.left_out:
+            advice = f"{suffix}: {KINDS[suffix]}"
+    inside = [folder for name in cifar.FOLDERS
+              if cifar.layout_of(folder := os.path.join(shown, name))]
+    if inside:
+        if len(inside) == 1 and not listing.tree:
+            return find(inside[0])
+        advice = f"CIFAR is there too, and left out; name its folder to use it: {', '.join(inside)}"
+        listing.notes.append(advice)
     if listing.tree:
         train, val = find_splits(listing, wanted)
         return Data(train, val, Found("an image folder", listing.left_out, tuple(listing.notes)))
-    inside = [os.path.join(path, name) for name in cifar.FOLDERS]
-    inside = [folder for folder in inside if cifar.layout_of(folder)]
-    if len(inside) > 1:
-        names = ", ".join(map(os.fsdecode, inside))
-        raise Refused(f"{os.fsdecode(path)}: has several data sets in it; name one of them: {names}")
-    if inside:
-        return find_in_folder(inside[0], wanted)
-    advice = "give a folder of JPEG, PNG or other image files"
-    for suffix, _ in reversed(listing.left_out.most_common()):
-        if suffix in KINDS:
-            advice = f"{suffix}: {KINDS[suffix]}"
-    raise Refused(f"{os.fsdecode(path)}: no images there ({describe(listing.left_out) or 'it is empty'}); "
-                  f"{advice}")
+    raise Refused(f"{shown}: no images there ({describe(listing.left_out) or 'it is empty'}); {advice}")
 
 
 def together(paths):
@@ -171,15 +177,21 @@ def with_validation(data, wanted):
         data.refuse(f"--val {wanted.name}: must be a folder beside train/, with images of its classes")
     if not wanted.share:
         return data
-    if train.labels is None or val is not None:
-        data.refuse("--val-share needs class folders, alone or in train/")
+    if train.labels is None or val is not None or np.bincount(train.labels).max() < 2:
+        data.refuse("--val-share needs class folders, alone or in train/, of two images or more")
     # Every fifth, for instance, of the images sorted by class, and within a class at random.
     chance = uniforms(wanted.seed, 0, np.arange(len(train)), HELD_OUT, 0)
     order = np.lexsort((chance, train.labels))
     held = order[np.arange(0, len(train), 1 / wanted.share).astype(int)]
     held = held[np.bincount(train.labels)[train.labels[held]] > 1]  # no class loses its only image
     val = replace(train.only(np.sort(held)), where=f"{wanted.share:g} of each class in {train.where}")
-    return Data(train.only(np.setdiff1d(order, held)), val, found)
+    train = train.only(np.setdiff1d(order, held))
+    origins = {re.sub(rb"\d+\D*$", b"", name) for name in train.names}
+    if 3 * len(train.classes) < len(origins) < len(train) / 2:  # fewer can be parts of a class's name
+        found = found._replace(notes=(
+            *found.notes,
+            f"images of one patient, or video ({os.fsdecode(min(origins))}...?) judge each other: make val/"))
+    return Data(train, val, found)
 
 
 # --- What a sample of the files decides -----------------------------------------------------------------
@@ -194,11 +206,11 @@ def settle(data, value_range, hold):
         return data
     found = data.found
     sources = [source for source in (data.train, data.val) if source]
-    values, frames = zip(*[sample(source.files) for source in sources])
-    if sum(frames):
-        note = (f"of a sample of files, {sum(frames)} further frames are not read (augment.py --check counts "
-                "all)")
-        found = found._replace(notes=(*found.notes, note))
+    values, further = zip(*[sample(source.files) for source in sources])
+    if sum(further):
+        found = found._replace(notes=(
+            *found.notes,
+            f"{sum(further)} frames after the first, or bands after the third, are not read (in a sample)"))
     values = sum(values, [])
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))
@@ -211,13 +223,13 @@ def settle(data, value_range, hold):
 
 def in_memory(source):
     """The same source, its pixels in one tensor, if all its images are small and of one size."""
-    height, width, _ = source.image(0).shape
-    if max(height, width) > SMALL:
+    shape = source.image(0).shape
+    if max(shape) > SMALL:
         return source
-    pixels = torch.empty(len(source), 3, height, width, dtype=torch.uint8)
+    pixels = torch.empty(len(source), 3, *shape[:2], dtype=torch.uint8)
     for i in range(len(source)):
         image = source.image(i)
-        if image.shape != (height, width, 3):
+        if image.shape != shape:
             return source
         if i == 1000:  # so all others may be of the same size; fewer take some megabytes
             check_memory(pixels.nbytes, f"{source.where}: {len(source):,} images in memory")

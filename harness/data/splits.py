@@ -54,20 +54,27 @@ def find_splits(listing, wanted):
     if parent is None:
         train = without_splits(listing, wanted)
     else:
-        if parent:
-            listing.notes.append(f"the splits were found in {shown(*parent)}/")
         judge = wanted.name and os.fsencode(os.path.normpath(wanted.name))
         train = training_split(listing, parent, judge)
         if not wanted.share:
             val = validation_split(listing, parent, train.classes, judge)
-        if val and os.path.realpath(val.where) == os.path.realpath(train.where):
-            listing.notes.append(f"{val.where} is not used: it is a link to the training images")
+    if listing.has_links:
+        known = inodes(train)
+        if twice := len(known) - len(set(known)):
+            listing.notes.append(f"{twice} training images are there twice, by links")
+        if val and not set(known).isdisjoint(inodes(val)):
+            listing.notes.append(f"{val.where} is not used: links in it lead to training images")
             val = None
     depth = 2 if len(listing.tree) <= REASONS // 2 else 1  # what a line can hold
     for place, names in listing.tree.items():
         where = f"in {shown(*place[:depth])}/" if place else "beside them"
         listing.left_out[f"images {where}"] += len(names)
     return train, val
+
+
+def inodes(source):
+    """What all names of an image file have in common; of those in no tar file"""
+    return [os.stat(file)[1:3] for file in filter(os.path.isfile, source.names)]  # its number, and the disk's
 
 
 def shown(*place):
@@ -77,8 +84,8 @@ def shown(*place):
 
 def matching(pattern, names):
     """The names (bytes) that match, the shortest, which is the plain one, first."""
-    fitting = [name for name in names if pattern.fullmatch(os.fsdecode(name).lower())]
-    return sorted(fitting, key=lambda name: (len(name), name))
+    return sorted((name for name in names if pattern.fullmatch(os.fsdecode(name).lower())),
+                  key=lambda name: (len(name), name))
 
 
 def candidates(names):
@@ -138,12 +145,12 @@ def class_folders(listing, place):
         if is_part(listing, (*place, name)):
             listing.notes.append(f"{shown(name)} is no class, but a shard or a part of the images: no labels")
             return []
-    inside = {name: listing.names(holding_place(listing, (*place, name))) for name in names}
-    deeper = [name for name in names if len(inside[name]) > 1]
+    deeper = [(name, min(inside)) for name in names
+              if len(inside := listing.names(holding_place(listing, (*place, name)))) > 1]
     if deeper and not any((*place, name) in listing.tree for name in names):
         examples = ", ".join(map(shown, names[:3]))
         listing.notes.append(f"the classes are {examples}, ...; the folders in each, such as "
-                             f"{shown(deeper[0], min(inside[deeper[0]]))}, are not told apart, and with "
+                             f"{shown(*deeper[0])}, are not told apart, and with "
                              "--val-share images of one such folder judge each other")
     return sorted(set(map(class_name, names)))
 
@@ -155,7 +162,7 @@ def is_part(listing, place):
     if place in listing.shards or PARTS.fullmatch(shown(name).lower()):
         return True
     images = listing.tree.get(place)
-    return name.isdigit() and bool(images) and os.path.exists(
+    return name.isdigit() and images and os.path.exists(
         os.path.join(listing.path(place), key(images[0]) + b".json"))
 
 
@@ -167,34 +174,28 @@ def without_splits(listing, wanted):
         place = (*place, *listing.names(place))
     place = holding_place(listing, place)
     if names := ", ".join(map(shown, candidates(listing.names(place)))):
-        listing.notes.append(f"no train/ there: the images in {names}/ are trained on too")
+        listing.notes.append(f"no train/ there: the images in {names}/ are trained on too; name the others "
+                             "train/ or, if it is a class, rename it")
         return by_folder(listing, place)
     classes = class_folders(listing, place)
-    if len(classes) > 1 and wanted.share:
-        return by_folder(listing, place, classes)
     splits = [name for name in classes if re.search("train|val|test", name.lower())]
     if splits:
         examples = ", ".join(splits[:3])
         listing.notes.append(f"{examples} may be splits: name them train/ and val/ (links will do)")
-    elif len(classes) > 1:
+    elif len(classes) > 1 and not wanted.share:
         examples = ", ".join(classes[:2])
         listing.notes.append(f"{len(classes)} folders look like classes ({examples}, ...): {HOLD_OUT}")
-    return by_folder(listing, place)
+    return by_folder(listing, place, classes if wanted.share else ())
 
 
 def training_split(listing, parent, judge):
     """The images of train/, and its classes if there are two or more -> Source
 
     judge   the name of the folder that --val names, or None
-    An image outside the class folders has no class, and is left out. Raises Refused if two folders could be
-    the training split.
+    An image outside the class folders has no class, and is left out.
     """
     beside = listing.names(parent)
-    name, *more = matching(TRAIN, beside)
-    if more and name.lower() not in (b"train", b"training"):
-        names = ", ".join(map(shown, [name, *more]))
-        raise Refused(f"{os.fsdecode(listing.path(parent))}: several training splits: {names}; name one of "
-                      "them, or several to train on without labels")
+    name, *_ = matching(TRAIN, beside)
     place = holding_place(listing, (*parent, name))
     classes = class_folders(listing, place)
     others = beside - {name, *candidates(beside), judge}
@@ -203,13 +204,11 @@ def training_split(listing, parent, judge):
         option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
         folders = " ".join(listing.shell_path(*parent, other) for other in sorted(others))
         listing.notes.append(
-            f"{shown(name)}/ is used as the training split: the images beside it are left out; to train on "
-            f"them: {folders} {option}{listing.shell_path(*parent)}")
-    if len(classes) > 1:
-        return by_folder(listing, place, classes)
-    if classes:
+            f"{shown(name)}/ is used as the training split: the images beside it are left out; rename it if "
+            f"it is a class; to train on them: {folders} {option}{listing.shell_path(*parent)}")
+    if len(classes) == 1:
         listing.notes.append(f"one class ({classes[0]}): nothing to classify")
-    return by_folder(listing, place)
+    return by_folder(listing, place, classes)
 
 
 def validation_split(listing, parent, classes, judge):
@@ -223,10 +222,10 @@ def validation_split(listing, parent, classes, judge):
         if classes:
             listing.notes.append(f"no validation split (val/ with images): {HOLD_OUT}")
         return None
-    name = shown(names[0])
-    place = holding_place(listing, (*parent, names[0]))
+    name, *_ = names
+    place = holding_place(listing, (*parent, name))
     folders = set(map(class_name, listing.names(place)))
-    val = problem = None
+    val = None
     if classes is None:
         problem = "the training images have no labels"
     elif folders & set(classes):
@@ -234,35 +233,33 @@ def validation_split(listing, parent, classes, judge):
     elif folders:
         problem = f"{min(folders)} is not a class of the training split"
     else:
-        word = names[0] if b"val" not in names[0].lower() else b"val"
-        beside, inside = listing.path(parent), listing.path((*parent, names[0]))
+        word = name if b"val" not in name.lower() else b"val"
         texts = [os.path.join(folder, word + end)
-                 for folder in (beside, inside) for end in (b".txt", b"_annotations.txt")]
+                 for folder in (listing.path(parent), listing.path((*parent, name)))
+                 for end in (b".txt", b"_annotations.txt")]
         val = by_text(listing, place, classes, texts)
         problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class "
                    "on each line: a folder of train/, or its number from 0")
     if val is None:
-        listing.notes.append(f"{name}/ is not used: {problem}")
-    elif name != "val":
-        listing.notes.append(f"{name}/ is used as the validation split")
+        listing.notes.append(f"{shown(name)}/ is not used: {problem}")
     return val
 
 
 # --- The images of a split ------------------------------------------------------------------------------
 
-def by_folder(listing, place, classes=None):
+def by_folder(listing, place, classes=()):
     """The images below a place -> Source
 
-    classes     with these, only the images in class folders: the others have no class
+    classes     with two or more, only the images in class folders: the others have no class
     """
-    numbers = {name: k for k, name in enumerate(classes or [])}
+    numbers = {name: k for k, name in enumerate(classes) if len(classes) > 1}
     taken = {}
     for inside in listing.inside(place):
-        if classes is None:
+        if not numbers:
             taken |= dict.fromkeys(listing.take(inside))
         elif inside != place and (name := class_name(inside[len(place)])) in numbers:
             taken |= dict.fromkeys(listing.take(inside), numbers[name])
-    return source_of(listing, place, taken, classes)
+    return source_of(listing, place, taken, list(numbers))
 
 
 def source_of(listing, place, taken, classes):
@@ -271,7 +268,7 @@ def source_of(listing, place, taken, classes):
     return Source(
         files=np.array(paths),
         labels=np.array([taken[path] for path in paths]) if classes else None,
-        classes=classes,
+        classes=classes or None,
         where=os.fsdecode(listing.path(place)))
 
 
@@ -293,7 +290,7 @@ def by_text(listing, place, classes, texts):
     said = {image: class_of.get(plain(image), "") for image in listing.tree[place]}
     numbers = {name: k for k, name in enumerate(classes)}
     if "0" in said.values() and not any(map(str.isdecimal, numbers)):
-        numbers = {str(k): k for k in range(len(classes))}
+        numbers = {str(k): k for k in numbers.values()}
     elif all(map(str.isdecimal, numbers)):  # 00007 is 7
         numbers |= {str(int(name)): k for name, k in numbers.items()}
     known = {image: numbers[text] for image, text in said.items() if text in numbers}
@@ -302,6 +299,5 @@ def by_text(listing, place, classes, texts):
         return None
     listing.left_out[suffix_of(path)] -= 1
     listing.tree[place] = [image for image in said if image not in known]
-    folder = listing.path(place)
-    taken = {os.path.join(folder, image): k for image, k in known.items()}
+    taken = {os.path.join(listing.path(place), image): k for image, k in known.items()}
     return source_of(listing, place, taken, classes)

@@ -77,18 +77,16 @@ def members(path, span=None):
     except OSError as error:
         raise Refused(f"{shown}: can't be read ({error.strerror})") from None
     except ValueError:
-        inside = f", the tar file inside it at byte {start}," if span else ""
-        problem = "is damaged, cut off or compressed; copy it again, or unpack it"
-        raise Refused(f"{shown}{inside} {problem}") from None
+        raise Refused(f"{shown}, or a tar file inside it, is damaged, cut off or compressed; copy it again, "
+                      "or unpack it") from None
 
 
 # --- The format (POSIX pax, with GNU's long names): Python's tarfile takes two to four times as long --------
 
 BLOCK = 512  # bytes: headers and contents start at multiples of it
-END = bytes(BLOCK)  # zeros, behind the last member
-FILES = (b"0", b"\0", b"7")  # kinds of members
+FILES = b"0\x007"  # kinds of members, a byte each
 FOLDER = b"5"
-WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", FOLDER, b"6")  # links, devices, pipes
+WITHOUT_CONTENT = b"123456"  # links, devices, folders, pipes
 PAX, LONG_NAME, OF_ALL, LONG_LINK = b"x", b"L", b"g", b"K"  # headers about the next member, or about all
 RECORD = re.compile(rb"^\d+ (path|size|GNU\.sparse\.[^=]+)=(.*)$", re.MULTILINE)  # in a pax header
 
@@ -99,7 +97,7 @@ def read_headers(descriptor, at, end):
     Raises ValueError if it isn't a whole one.
     """
     said = {}  # of the next member, by the headers before its own
-    while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != END:
+    while (block := os.pread(descriptor, min(BLOCK, end - at), at)) != bytes(BLOCK):  # zeros end it
         name, size, kind = parse(block)
         size = int(said.get(b"size", size))
         content = at + BLOCK

@@ -19,13 +19,11 @@ from .lists import kind_of_file, suffix_of
 from .tars import as_folder, is_tar, member_name, members
 
 # Besides all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
-# into folders, in lower case.
-SYSTEMS = {
-    "__macosx", "icon\r", "network trash folder", "temporary items",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
-    "lost+found", "@eadir", "#recycle", "#snapshot", "__pycache__",
-}
-REASONS = 12  # shown; the others are added up
+# into folders, in lower case, with slashes between.
+SYSTEMS = set(
+    "__macosx/icon\r/network trash folder/temporary items/thumbs.db/ehthumbs.db/desktop.ini/$recycle.bin/"
+    "system volume information/lost+found/@eadir/#recycle/#snapshot/__pycache__".split("/"))
+REASONS = 12  # shown; the total has the others too
 LEFT_BEHIND = "hidden or a system's"
 BESIDE_IMAGES = (b".cls", b".json", b".txt")  # what a shard has for each image
 READERS = 8   # threads that read the headers of tar files: they mostly wait for the disk
@@ -39,6 +37,7 @@ class Listing:
         self.tree = collections.defaultdict(list)  # {place: names of the images that are in it directly}
         self.left_out = collections.Counter()      # {reason: files}
         self.shards = set()                        # places of tar files with images of any class
+        self.has_links = False
         self.notes = []                            # for the user, on what the images are used for
 
     def inside(self, place):
@@ -81,10 +80,11 @@ def walk(root):
         place, linked = waiting.pop()
         for entry in entries(listing.path(place)):
             kind = kind_of(entry)
+            is_link = entry.is_symlink()
+            listing.has_links |= is_link
             if is_left_behind(entry.name):
                 listing.left_out[LEFT_BEHIND] += files_in(entry)
             elif kind == "folder" and not entry.name.endswith(b".zarr"):
-                is_link = entry.is_symlink()
                 if is_link and linked:
                     listing.left_out["behind links below links"] += files_in(entry)
                 elif not (is_link and leads_back(entry.path)):
@@ -201,8 +201,7 @@ def describe(left_out):
     if not total:
         return None
     reasons = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{n} {printable(reason)}" for reason, n in reasons[:REASONS] if n]
-    rest = sum(n for _, n in reasons[REASONS:])
-    if rest:
-        shown.append(f"{rest} others")
+    shown = [f"{n} {printable(reason)}" for reason, n in reasons if n]
+    if len(shown) > REASONS:
+        shown[REASONS:] = ["others"]
     return f"{total} file{'s' if total > 1 else ''}: {', '.join(shown)}"

@@ -69,8 +69,8 @@ def look(out, names, resume, device):
     if all_sum(restarts) > 0:
         return found
     if found and not resume:
-        raise Refused(f"{out}: holds a run or a result already; give another folder with --out or, if it is "
-                      "to be continued, --resume")
+        raise Refused(f"{out}: holds a run or a result already (perhaps of other data of this name); give "
+                      "another folder with --out or, if it is a run to be continued, --resume")
     if resume == "yes" and not found:
         raise Refused(f"{out}: nothing to resume; leave out --resume to start, or name the run's folder with "
                       "--out")

@@ -64,7 +64,8 @@ LIMITS = {
     (2, 1e6): ("prototypes",),
     (1, 1e8): ("queue",),
     (0, 10): ("fc_std",),
-    (1e-3, 1e3): ("temperature", "std"),  # near 0, a temperature or an eps would overflow
+    (1e-3, 1e3): ("temperature",),  # near 0, a temperature or an eps would overflow
+    (1e-3, 10): ("std",),
     (1e-4, 1e3): ("eps",),
     (0, 1e4): ("pred_lr_times",),
     (1, 1000): ("iterations",),
@@ -72,7 +73,7 @@ LIMITS = {
     (1e-4, 1): ("area",),
     (0.01, 100): ("aspect",),
     (0.01, 8 / 3): ("sigma",),  # augment.blur cuts the Gaussian at 8 pixels, which is three times this std
-    (-1e3, 1e3): ("mean",),
+    (-10, 10): ("mean",),
     (0.01, 1): ("centre",),
     (0, 0.5): ("val_share",),
     (0, 1024): ("workers",),
@@ -91,6 +92,8 @@ def check_limits(values):
             for value in numbers:
                 if not low <= value <= high:
                     allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                    if name in ("mean", "std"):
+                        allowed += " (divide what is of 0 to 255 by 255)"
                     raise Refused(f"--{name.replace('_', '-')} must be {allowed}, not {value:.12g}")
 
 
