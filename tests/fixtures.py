@@ -23,7 +23,7 @@ def pytest_configure(config):
     The tests' networks are too small for two threads, which would also wait for any other busy process. And
     the server of our children can start while the tests are collected.
     """
-    config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable")
+    config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")
     if os.environ.setdefault("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(1)
     children.start_server()
