@@ -22,7 +22,7 @@ WORDINGS = (
     "a picture of one {colour} {kind}; it is {size}, at {turn} degrees, {place}",
     "this {kind} is {size}, painted {colour}, {place}, and turned {turn} degrees",
 )
-SIZES = "small medium large".split()
+SIZES = ("small", "medium", "large")
 ROWS = ("at the top", "in the middle", "at the bottom")
 COLUMNS = ("on the left", "in the centre", "on the right")
 COLOURS = "red orange yellow green green turquoise turquoise blue blue violet pink pink".split()  # by hue

@@ -38,7 +38,7 @@ LAYOUTS = [
     Layout("CIFAR-100", "Python", ("train", "test", "meta"), HUNDRED, labels=b"fine_labels"),
 ]
 # The folders that the archives unpack to.
-FOLDERS = "cifar-10-batches-py cifar-10-batches-bin cifar-100-python cifar-100-binary".split()
+FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
 
 def layout_of(folder):
@@ -104,8 +104,8 @@ def unpickle(path):
 
 class CifarUnpickler(pickle.Unpickler):
     """An unpickler that admits the four names in CIFAR's files, as old and new numpy write them."""
-    ADMITTED = ("numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct numpy.ndarray "
-                "numpy.dtype _codecs.encode").split()
+    ADMITTED = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+                "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.ADMITTED:

@@ -72,10 +72,7 @@ class Data(NamedTuple):
             judged = len(np.unique(self.val.labels))
             if judged < len(train.classes):
                 text += f", of {judged} of the classes alone"
-        rows = {
-            "data": text,
-            "left out": describe(found.left_out),
-            "note": "; ".join(found.notes)}
+        rows = {"data": text, "left out": describe(found.left_out), "note": "; ".join(found.notes)}
         if train.value_range:
             low, high = train.value_range
             rows["values"] = f"{low:g} to {high:g} become 0 to 255 in files of more than 8 bits (--range)"

@@ -84,9 +84,9 @@ def members(path, span=None):
 # --- The format (POSIX pax, with GNU's long names): Python's tarfile takes two to four times as long --------
 
 BLOCK = 512  # bytes: headers and contents start at multiples of it
-FILES = b"0\x007"  # kinds of members, a byte each
+FILES = (b"0", b"\0", b"7")  # kinds of members
 FOLDER = b"5"
-WITHOUT_CONTENT = b"123456"  # links, devices, folders, pipes
+WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", FOLDER, b"6")  # links, devices, pipes
 PAX, LONG_NAME, OF_ALL, LONG_LINK = b"x", b"L", b"g", b"K"  # headers about the next member, or about all
 RECORD = re.compile(rb"^\d+ (path|size|GNU\.sparse\.[^=]+)=(.*)$", re.MULTILINE)  # in a pax header
 

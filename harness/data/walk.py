@@ -19,10 +19,12 @@ from .lists import kind_of_file, suffix_of
 from .tars import as_folder, is_tar, member_name, members
 
 # Besides all names that begin with a dot: what macOS and its archives, Windows, Linux and network disks put
-# into folders, in lower case, with slashes between.
-SYSTEMS = set(
-    "__macosx/icon\r/network trash folder/temporary items/thumbs.db/ehthumbs.db/desktop.ini/$recycle.bin/"
-    "system volume information/lost+found/@eadir/#recycle/#snapshot/__pycache__".split("/"))
+# into folders, in lower case.
+SYSTEMS = {
+    "__macosx", "icon\r", "network trash folder", "temporary items",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
+    "lost+found", "@eadir", "#recycle", "#snapshot", "__pycache__",
+}
 REASONS = 12  # shown; the total has the others too
 LEFT_BEHIND = "hidden or a system's"
 BESIDE_IMAGES = (b".cls", b".json", b".txt")  # what a shard has for each image
