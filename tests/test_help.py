@@ -1,6 +1,7 @@
 """What users' scripts rely on: options and their defaults, and the keys of log.jsonl and lineval.json."""
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -121,19 +122,27 @@ def test_an_option_by_another_name_is_told_by_ours(theirs, ours):
     """The refusal has each of our options for theirs; and ours can be parsed."""
     said = refusal("simsiam.py", *theirs.split())
     for option in re.findall(r"--[\w-]+|DATA", ours):
-        assert f"; here it is {option}" in said
+        assert f": here it is {option}" in said
     simsiam.parse(ours.split())
 
 
 def test_an_option_with_underscores_is_told():
     """Ours have hyphens."""
-    assert "--weight_decay; here it is - in place of _;" in refusal("simsiam.py", "--weight_decay", "0")
+    assert "--weight_decay: here it is - in place of _;" in refusal("simsiam.py", "--weight_decay", "0")
 
 
 def test_only_options_of_the_same_program_are_advised():
     """lineval.py has no weight decay."""
     assert "here it is --batch" in refusal("lineval.py", "--ckpt", "x", "--bs", "8")
     assert "here it is" not in refusal("lineval.py", "--ckpt", "x", "--wd", "0")
+    assert "-a: here it is --ckpt alone (it tells" in refusal("lineval.py", "--ckpt", "x", "-a", "resnet50")
+
+
+def test_the_authors_command_of_an_evaluation_is_told(monkeypatch):
+    """An option that is missing here has another name there."""
+    command = ["-a", "resnet50", "--pretrained", "F"]
+    monkeypatch.setattr(sys, "argv", ["lineval.py", *command])
+    assert "required: --ckpt; --pretrained: here it is --ckpt;" in refusal("lineval.py", *command)
 
 
 def test_the_option_of_torchs_older_launcher_is_taken():

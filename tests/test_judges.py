@@ -6,6 +6,7 @@ import glob
 import io
 import re
 import shlex
+import shutil
 import tarfile
 
 import numpy as np
@@ -248,6 +249,30 @@ def test_a_share_that_judges_what_is_like_it_is_told(tmp_path, tree, words):
     assert val.labels is not None
     assert re.search(re.escape(words).replace(re.escape(".*"), ".*"), "; ".join(found.notes))
     assert bool(words) == bool(found.notes)
+
+
+@pytest.mark.parametrize("side", [16, 70])
+def test_copies_that_judge_are_counted(tmp_path, side):
+    """Of training images, in memory and as files; and images that val.txt names and nobody has."""
+    write_folder(tmp_path, "train", 12, side)
+    write_folder(tmp_path, "val", 3, side, start=500)
+    for image in sorted(tmp_path.glob("val/*/*.png")) + [tmp_path / "train/b/004.png"]:
+        shutil.copy(image, tmp_path / "val" / f"{image.parent.name}.{image.name}")
+    for name in "abc":
+        shutil.rmtree(tmp_path / "val" / name)
+    lines = [f"{path.name} {path.name[0]}\n" for path in tmp_path.glob("val/*.png")]
+    (tmp_path / "val.txt").write_text("".join(lines) + "absent.png a\n")
+    notes = "; ".join(open_data(tmp_path).found.notes)
+    assert "1 of the 4 images that judge are copies of training images" in notes
+    assert "1 images in val.txt are not there" in notes
+
+
+def test_what_another_path_brings_is_not_left_out(tmp_path):
+    """The folder beside train/ is named too, by the note's own advice."""
+    plant(tmp_path, classes("train", "ab", count=3) | many("unlabeled/{}.png", 5) | many("other/{}.png", 2))
+    data = open_data([str(tmp_path / "unlabeled"), str(tmp_path)])
+    assert len(data.train) == 6 + 5
+    assert +data.found.left_out == {"images in other/": 2}
 
 
 @pytest.mark.parametrize("options, message", [

@@ -44,7 +44,9 @@ def plant(folder, tree):
         elif isinstance(content, bytes):
             path.write_bytes(content)
         else:
-            Image.new("L", SIZE, content).save(path)
+            image = Image.new("L", SIZE, content)
+            image.putdata(os.fsencode(name)[-SIZE[0]:])  # which makes it one of a kind
+            image.save(path)
     return folder
 
 
@@ -110,7 +112,7 @@ CASES = {  # id: the tree, what it gives, what is left out, a part of the notes
     "a flat val": (
         classes("train") | many("val/{}.png", 5),
         "24 images, 3 classes", "5 files: 5 images in val/",
-        "val/ is not used: it has no class folders, and there is no val.txt"),
+        "val/ is not used: without class folders, it needs a val.txt"),
     "strays": (
         WITH_VAL | {"train/x.png": 1, "val/y.png": 2},
         "24 images, 3 classes, 12 to validate", "2 files: 1 images in train/, 1 images in val/", ""),
@@ -226,7 +228,7 @@ def test_labels_beside_a_flat_val(tmp_path, names, lines, labels):
     assert (val and val.labels.tolist()) == labels
     assert found.left_out[".txt"] == (labels is None)
     if labels is None:
-        assert "no val.txt with an image and its class on each line" in found.notes[0]
+        assert "it needs a val.txt; on each line an image there, with its ending" in found.notes[0]
 
 
 def test_the_labels_of_val_are_not_those_of_test(tmp_path):
@@ -330,7 +332,7 @@ REFUSED = {  # id: (files, DATA, a part of the line)
     "zip": ({"photos.zip": b"PK"}, "photos.zip", "an archive; unpack it, and name the folder"),
     "names and labels": (
         {"list.txt": b"a.png cat\n", "a.png": 3}, "list.txt", "each line must be a path alone"),
-    "binary": ({"weights.bin": bytes(range(256))}, "weights.bin", "neither a list of images (UTF-8 text)"),
+    "binary": ({"weights.dat": bytes(range(256))}, "weights.dat", "neither a list of images (UTF-8 text)"),
     "empty folder": ({"x": None}, "x", "no images there (it is empty)"),
     "nothing": ({}, "missing", "no such file or folder"),
     "a list of missing files": ({"list.txt": b"a.png\n"}, "list.txt", "a.png' is not a file"),
@@ -397,7 +399,7 @@ def test_linear_evaluation_says_what_of_val_it_cannot_use(tmp_path):
     plant(tmp_path, classes("train") | many("val/{}.png", 5))
     message = refusal("lineval.py", tmp_path, "--ckpt", "random:resnet18")
     assert "needs labels" in message
-    assert "val/ is not used: it has no class folders, and there is no val.txt" in message
+    assert "val/ is not used: without class folders, it needs a val.txt" in message
 
 
 def test_slashes_behind_data_make_no_difference(tmp_path):

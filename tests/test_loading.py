@@ -144,7 +144,7 @@ def test_workers_decode_what_they_are_asked_for_and_replace_bad_images(tmp_path,
         [2, 4, 40, 204],
     ]
     assert sorted(source.bad) == [3, 5]
-    assert capsys.readouterr().err.count("bad image, replaced by the next good one") == 2
+    assert capsys.readouterr().err.count("bad image, not used") == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

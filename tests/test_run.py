@@ -337,7 +337,7 @@ def test_a_run_goes_on_without_its_bad_images(tmp_path, workers, capfd):
     bad = [name for name, colour in expected.items() if colour is None]
     options = [*TINY, "--batch", "6", "--epochs", "2", "--size", "24", "--workers", workers]
     assert here("simsiam.py", folder, *options, "--out", tmp_path / "run") is None
-    line = r"^bad image, replaced by the next good one: .*/odd/(.*?): can't"
+    line = r"^bad image, not used \(.*?\): .*/odd/(.*?): can't"
     named = re.findall(line, capfd.readouterr().err, re.MULTILINE)
     assert sorted(named) == sorted(map(printable, bad))
     epochs = [r for r in log_of(tmp_path / "run") if r["event"] == "epoch"]

@@ -26,7 +26,7 @@ FORMATS = {
     "a video; take pictures out of it, with ffmpeg -i FILE FOLDER/%06d.jpg":
         ".mp4 .avi .mov .mkv .webm",
     "a container of records; write its images as files, in train/<class>/...":
-        ".parquet .arrow .tfrecord .array_record .rec .lmdb .mdb .beton",
+        ".bin .parquet .arrow .tfrecord .array_record .rec .lmdb .mdb .beton",
     "weights, not images; lineval.py --ckpt takes those":
         ".pth .pt .ckpt",
     "weights; torch.save(safetensors.torch.load_file('FILE'), 'W.pth') writes a file for lineval.py --ckpt":

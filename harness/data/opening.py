@@ -15,6 +15,7 @@ The rule: every file below DATA is used, or counted in one line that says why no
 pixels a side are held in memory; all others stay files, which worker processes decode.
 """
 import collections
+import contextlib
 import os
 import re
 import textwrap
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from ..common.draws import HELD_OUT, uniforms
-from ..common.errors import Refused
+from ..common.errors import Away, Refused
 from ..common.machine import check_memory
 from . import cifar
 from .captions import read_captions
@@ -34,7 +35,7 @@ from .lists import KINDS, read_list
 from .shapes import draw_data_set
 from .source import Source
 from .splits import Validation, find_splits
-from .tars import is_tar
+from .tars import is_tar, open_bytes, size_of
 from .walk import describe, walk
 
 SMALL = 64  # pixels a side, up to which images of one size are held in memory
@@ -160,8 +161,13 @@ def together(paths):
         raise Refused("CIFAR and the drawn shapes can't be joined with other images, nor go with --knn-data")
     files = np.unique(np.concatenate([part.train.files for part in parts]))
     left_out = collections.Counter()
-    for part in parts:
-        left_out.update(part.found.left_out)
+    known = [os.path.abspath(path) for path in paths]
+    for path, part in zip(known, parts):
+        below = {other for other in known if path != other and os.path.commonpath([path, other]) == path}
+        for reason, count in part.found.left_out.items():
+            place = os.path.join(path, reason.removeprefix("images in ").rstrip("/"))
+            if not any(os.path.commonpath([place, other]) == other for other in below):
+                left_out[reason] += count  # the others are taken there
         left_out["validation images"] += len(part.val or ())
     train = Source(files=files, where=textwrap.shorten(", ".join(paths), 200))
     return Data(train, None, Found("training images alone", left_out))
@@ -215,7 +221,34 @@ def settle(data, value_range, hold):
     if hold:
         sources = map(in_memory, sources)
     train, val, *_ = [*sources, None]
+    if val and (copies := copied(train, val)):
+        found = found._replace(notes=(
+            *found.notes,
+            f"{len(copies)} of the {len(val)} images that judge are copies of training images "
+            f"({os.fsdecode(val.names[copies[0]])}, ...): the accuracy is too high; keep one of each"))
     return Data(train, val, found)
+
+
+def copied(train, val):
+    """Which images that judge are training images too: indices. We compare pixels in memory, or files' bytes;
+    but no files of large data sets, because on a network disk the sizes of a million take minutes."""
+    if train.pixels is not None and val.pixels is not None:
+        known, judging = [[hash(x.numpy().tobytes()) for x in source.pixels] for source in (train, val)]
+        return np.flatnonzero(np.isin(judging, known)).tolist()
+    if max(len(train), len(val)) > 100_000:
+        return []
+    with contextlib.suppress(OSError, Away):
+        sizes, judging = [[size_of(path) for path in source.files] for source in (train, val)]
+        common = set(sizes) & set(judging)
+        known = {hash_of(path) for path, size in zip(train.files, sizes) if size in common}
+        return [i for i, path in enumerate(val.files) if judging[i] in common and hash_of(path) in known]
+    return []
+
+
+def hash_of(path):
+    """A number that tells this file from all others, within this process."""
+    with open_bytes(path) as file:
+        return hash(file.read())
 
 
 def in_memory(source):

@@ -54,7 +54,7 @@ class Source:
         """Remember bad files, {index: BadImage}, and name each once on stderr. Raises BadImage if they are
         too many."""
         for i in bad.keys() - self.bad.keys():
-            warn(f"bad image, replaced by the next good one: {printable(bad[i])}")
+            warn(f"bad image, not used (training takes the next good one): {printable(bad[i])}")
         self.bad.update(bad)
         self.check_bad(len(self.bad))
 

@@ -198,7 +198,8 @@ def training_split(listing, parent, judge):
     name, *_ = matching(TRAIN, beside)
     place = holding_place(listing, (*parent, name))
     classes = class_folders(listing, place)
-    others = beside - {name, *candidates(beside), judge}
+    masks = [other for other in beside if shown(other).lower() in BESIDE]
+    others = beside - {name, *candidates(beside), judge, *masks}
     if others:
         # With labels and val/, it judges what was trained on the others; else the images of both are joined.
         option = "--knn-data " if len(classes) > 1 and candidates(beside) else ""
@@ -238,8 +239,8 @@ def validation_split(listing, parent, classes, judge):
                  for folder in (listing.path(parent), listing.path((*parent, name)))
                  for end in (b".txt", b"_annotations.txt")]
         val = by_text(listing, place, classes, texts)
-        problem = (f"it has no class folders, and there is no {shown(word)}.txt with an image and its class "
-                   "on each line: a folder of train/, or its number from 0")
+        problem = (f"without class folders, it needs a {shown(word)}.txt; on each line an image there, with "
+                   "its ending, a space, and its class: a folder of train/, or its number from 0")
     if val is None:
         listing.notes.append(f"{shown(name)}/ is not used: {problem}")
     return val
@@ -298,6 +299,8 @@ def by_text(listing, place, classes, texts):
     if not known or any(map(str.isdecimal, unknown)):
         return None
     listing.left_out[suffix_of(path)] -= 1
+    if absent := len(class_of.keys() - set(map(plain, said))):
+        listing.notes.append(f"{absent} images in {os.fsdecode(os.path.basename(path))} are not there")
     listing.tree[place] = [image for image in said if image not in known]
     taken = {os.path.join(listing.path(place), image): k for image, k in known.items()}
     return source_of(listing, place, taken, classes)

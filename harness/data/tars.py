@@ -56,6 +56,12 @@ def open_bytes(path):
         raise Away(f"{os.fsdecode(file)}: can't be read ({error.strerror})") from None
 
 
+def size_of(path):
+    """The size of a file, or of a member of a tar file, in bytes. Raises OSError if it is away."""
+    file, is_member, numbers = path.partition(b"\0")
+    return int(numbers.split()[-1]) if is_member else os.path.getsize(file)
+
+
 @functools.lru_cache(MOST_OPEN)
 def opened(path):
     """A tar file, open. Reading by offset needs no position, so processes may share it."""

@@ -34,7 +34,9 @@ SAID_HERE = {
     "warmup.epochs": "--warmup",
     "fix.pred.lr": "--pred-lr constant",
     "output|(output|out|save|log|exp|ckpt).(dir|path)|(run.|exp.)?name|o": "--out",
-    "pretrained|checkpoint|ckpt|weights|load": "--init (in lineval.py --ckpt)",
+    "pretrained|checkpoint|weights|load": "--ckpt",
+    "pretrained|checkpoint|ckpt|weights|load": "--init",
+    "a|arch": "--ckpt alone (it tells the network)",
     "save.(freq|every|interval)": "--keep-every",
     "eval.(freq|every|interval)": "--knn-every",
     "fp16|bf16|mixed.precision": "--amp",
@@ -173,10 +175,12 @@ def new_parser(script, description, data, out, amp):
 
 def in_our_words(parser, message):
     """argparse's message, and what the option in it is here, if we can tell."""
+    given = " ".join([message, *sys.argv]) if "required: --ckpt" in message else message
     for theirs, ours in SAID_HERE.items():
         option, *_ = ours.split()
-        if re.search(rf" --?({theirs})(?![a-z_-])", message) and option in parser.format_usage():
-            return f"{message}; here it is {ours}"
+        found = re.search(rf" --?({theirs})(?![a-z_-])", given)
+        if found and option in parser.format_usage():
+            return f"{message};{found[0]}: here it is {ours}"
     return message
 
 
