@@ -67,7 +67,8 @@ def read_backbone(archs, path, width=None, prefix=None):
     """
     if not os.path.isfile(path):
         known = ", ".join("random:" + arch for arch in archs)
-        raise Refused(f"{path}: no such file; give weights (HF's: model.safetensors or pytorch_model.bin) or one of {known}")
+        raise Refused(f"{path}: no such file; give weights (HF's: model.safetensors or pytorch_model.bin) or "
+                      f"one of {known}")
     state, epochs, settings, sha256 = read_weights(path)
     if settings:
         settings = checked(settings, path)
