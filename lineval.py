@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 # harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
-from harness.common.errors import Refused
+from harness.common.errors import Refused, handle_signals, stop_now
 from harness.common.machine import set_threads, to_device
 from harness.common.progress import Progress, start_block, warn
 from harness.data.images import read_image
@@ -380,18 +380,18 @@ untrained = partial(backbones.untrained, resnet.ARCHS)
 read_backbone = partial(backbones.read_backbone, resnet.ARCHS)
 
 
-def open_network(path):
+def open_network(path, settings=None):
     """A checkpoint.pth or backbone.pth of a run -> its network, frozen, and view(file) -> (1, 3, S, S).
 
-    The network takes views to features (1, D), in eval mode. view opens an image file as the run's test views
-    do, with its size, mean, std, centre and range: the features are those of --features. Raises Refused if
-    the file has no such settings, and BadImage.
+    The network takes views to features (1, D), in eval mode. view opens an image file as the test views of an
+    evaluation do, with the size, mean, std, centre and range in the settings of its classifier.pth or, by
+    default, in those of the run: the features are those of --features. Raises Refused if the file has no
+    such settings, and BadImage.
     """
     backbone = read_backbone(path)
-    s = backbone.settings
+    s = settings or backbone.settings
     if not s:
-        raise Refused(f"{path}: doesn't say how its network saw images; it must be a checkpoint.pth or "
-                      "backbone.pth of simsiam.py")
+        raise Refused(f"{path}: doesn't say how its network saw images; give the settings of a classifier.pth")
     view = partial(test_view, views_of(s), s["range"])
     return backbone.network.eval().requires_grad_(False), view
 
@@ -444,6 +444,7 @@ def evaluate(args):
     say(start_block(rows))
 
     # 3. Features of all good images, without augmentation: to classify, find bad files, show neighbours
+    handle_signals(stop_now)
     frozen = Frozen(backbone, job)
     if args.classify and frozen.digest != classifier["network"]:
         raise Refused(f"{args.ckpt}: is not the backbone that the classifier was trained on")

@@ -93,6 +93,15 @@ def test_a_signal_ends_a_measurement_with_its_batch(tmp_path, small, finished, m
     assert knn_of(out) == knn_of(finished[0])
 
 
+def test_a_signal_ends_an_evaluation_with_its_line(small, tmp_path, monkeypatch, capsys):
+    """While features are computed: the status of the signal, and the handlers of before."""
+    monkeypatch.setattr(resnet.ResNet, "features", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    options = ["--ckpt", "random:resnet18", "--width", "1/16", "--knn", "--out", tmp_path / "out"]
+    assert here("lineval.py", small, *options) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "lineval.py: stopped by a signal; the same command starts again\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def knn_of(out):
     """kNN of each epoch in a run's log."""
     return [r["knn"] for r in log_of(out) if r["event"] == "epoch"]
@@ -416,6 +425,7 @@ def test_a_refused_program_ends_with_1_and_its_line(tmp_path, places):
 TROUBLES = {  # id: (what is raised, what the one line says)
     "Ctrl-C": (KeyboardInterrupt(), "interrupted; if it has left a checkpoint.pth, --resume goes on from"),
     "ulimit -v": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "use a smaller --batch"),
+    "Python's own memory": (MemoryError(), "can't allocate memory: use a smaller --batch or fewer --workers"),
     "ulimit -u": (
         BlockingIOError(11, "Resource temporarily unavailable"), "use fewer --workers, or --workers 0"),
     "no room for sockets": (

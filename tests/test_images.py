@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import augment
+from harness.common import files
 from harness.common.errors import Away, BadImage, Refused, printable
 from harness.data import images, loading
 from harness.data.opening import find_data, open_data
@@ -46,6 +47,13 @@ def test_what_pillow_opens_becomes_rgb(odd):
             assert image.dtype == torch.uint8
             assert image.shape == (*SIZES.get(name, (20, 30)), 3), name
             assert np.allclose(image.float().mean((0, 1)), colour, atol=3), name
+
+
+@pytest.mark.parametrize("reading", [images.pillow_reads(b"x.png"), files.refusing("x.pth", "damaged")])
+def test_a_lack_of_memory_is_no_fault_of_the_file(reading):
+    """It isn't called bad or damaged."""
+    with pytest.raises(MemoryError), reading:
+        raise MemoryError
 
 
 def test_a_bad_image_is_replaced_by_the_next_good_one_and_named_once(tmp_path, capsys):

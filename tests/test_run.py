@@ -16,7 +16,7 @@ from harness.common import files
 from harness.common.errors import Refused, printable
 from harness.data import shapes
 from harness.evaluation import report
-from harness.training.folder import folder_name, locked
+from harness.training.folder import compare_settings, folder_name, locked
 from harness.training.run import Run
 from tests.helpers import LONGER, ROOT, TINY, equal, flipped, here, log_of, odd_files, python, refusal
 from tests.helpers import result_of, save_image, slow, weights_of, write_folder
@@ -181,6 +181,14 @@ def test_resume_auto_starts_and_then_continues(small, tmp_path, capsys):
     assert log_of(tmp_path / "run")[-2]["lr"] == lr
     assert lr > 0
     assert locked == []  # a start leaves the lock behind for the next in the same process
+
+
+def test_an_evaluation_of_another_backbone_does_not_go_on():
+    """Not by --override either: half of its result would be of the older one."""
+    then = {"sha256": "a", "pretrained_epochs": 1}
+    now = {"sha256": "b", "pretrained_epochs": 2}
+    with pytest.raises(Refused, match="had been trained for 1 epochs; give another --out"):
+        compare_settings(then, now, ["sha256", "pretrained_epochs"], "run")
 
 
 def test_settings_may_be_overridden_by_name(tmp_path, small, finished, capsys):

@@ -416,7 +416,8 @@ def odd_run(tmp_path_factory):
             whole(np.uint16, 16)(new_file(data / split / name / f"{i}.png"), levels(10 * k + i))
     run = tmp_path / "run"
     assert here("simsiam.py", data, *TINY, *ODD_VIEWS, "--batch", 4, "--workers", 0, "--out", run) is None
-    options = ["--cached", "--epochs", 5, "--features", tmp_path / "f.npz", "--out", tmp_path / "eval"]
+    options = ["--cached", "--epochs", 5, "--size", 30]  # the run's is 24
+    options += ["--features", tmp_path / "f.npz", "--out", tmp_path / "eval"]
     assert here("lineval.py", "--ckpt", run / "backbone.pth", *options) is None
     return tmp_path
 

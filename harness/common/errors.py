@@ -24,7 +24,19 @@ class Away(BadImage):
 
 
 class Stopped(Exception):
-    """A signal has ended a run, and everything is saved. Arguments: the signal's number, and the text."""
+    """A signal has ended a program, and what can be saved is. Arguments: the signal's number, and the text."""
+
+
+def handle_signals(handler):
+    """Let this function get the signals in STOPPING, except ignored ones: nohup has SIGHUP ignored."""
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop_now(number, frame):
+    """A handler for signals where there is nothing to save."""
+    raise Stopped(number, "stopped by a signal; the same command starts again")
 
 
 def printable(text):

@@ -57,7 +57,7 @@ def refusing(path, verdict):
     """Turn whatever is raised within into Refused: a foreign or hostile file can raise anything."""
     try:
         yield
-    except Refused:
+    except (Refused, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

@@ -54,7 +54,7 @@ def pillow_reads(path):
     raises becomes Away."""
     try:
         yield
-    except Refused:
+    except (Refused, MemoryError):
         raise
     except Exception as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):  # that is a wrong offset, in the file

@@ -27,8 +27,8 @@ HINTS = {  # words of torch's message (a regular expression): what to do
     "No working C\\+\\+ compiler|Failed to find C compiler|Cannot find a working triton":
         "--compile needs one; leave it out",
     # Of CUDA, cuBLAS and cuDNN: the last says it in many ways.
-    "out of memory|can't allocate memory|ALLOC_FAILED|[Uu]nable to find an engine":
-        "use a smaller --batch, or more GPUs",
+    "out of memory|can't allocate memory|[Uu]nable to allocate|ALLOC_FAILED|[Uu]nable to find an engine":
+        "use a smaller --batch or fewer --workers, more GPUs, or more memory (ulimit -v, the job's limit)",
     "can't start new thread|Resource temporarily unavailable":
         "as many processes and threads as are allowed run already (ulimit -u, a container's limit of pids); "
         "use fewer --workers, or --workers 0",
@@ -40,8 +40,8 @@ HINTS = {  # words of torch's message (a regular expression): what to do
         "checkpoint.pth, --resume goes on",
     "DataLoader worker .* (killed|exited)|allocate shared memory": WORKER_KILLED,
     "NCCL error|Connection (closed|reset)|[Tt]imed out":
-        "another process has ended, or is stuck, or the network is down; look for its message "
-        "(NCCL_DEBUG=INFO says more of GPUs)",
+        "another process has ended, is stuck, or was suspended for ten minutes, or the network is down; look "
+        "for its message (NCCL_DEBUG=INFO says more of GPUs)",
 }
 
 
@@ -82,11 +82,12 @@ def launch(script, run, args):
         return 128 + number
     except Refused as error:
         message = error
-    except (OSError, RuntimeError) as error:
-        hints = [f": {hint}" for words, hint in HINTS.items() if re.search(words, str(error))]
-        if not hints and isinstance(error, RuntimeError):
+    except (OSError, RuntimeError, MemoryError) as error:
+        problem, *_ = str(error).splitlines() or ["can't allocate memory"]
+        hints = [f": {hint}" for words, hint in HINTS.items() if re.search(words, str(error) or problem)]
+        if not hints and not isinstance(error, OSError):
             raise
-        message = "".join([str(error).splitlines()[0], *hints[:1]])
+        message = "".join([problem, *hints[:1]])
     except KeyboardInterrupt:
         message = "interrupted; if it has left a checkpoint.pth, --resume goes on from there"
     finally:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..common.errors import STOPPING, Refused, Stopped
+from ..common.errors import Refused, Stopped, handle_signals
 from ..common.files import refusing, replacing, save
 from ..common.machine import OnTheirWay
 from .folder import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
@@ -165,9 +165,7 @@ class Run:
         else:
             self.log.start("start", self.settings, self.device, **more)
             self.save()
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-                signal.signal(number, self.on_signal)
+        handle_signals(self.on_signal)
 
     def on_signal(self, number, frame):
         """Remember the signal. A second Ctrl-C leaves at once, and a third whatever hangs."""
