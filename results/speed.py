@@ -397,7 +397,7 @@ def limit_of(name, device):
         return 300 if "step" in name else 1800
     if "step" in name:
         return 110 if "compiled" in name else 60
-    return 200
+    return 90 if name == "run from files" else 200
 
 
 def measure(parts, found, path, device, deadline):

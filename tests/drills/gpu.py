@@ -142,7 +142,7 @@ def gradients(device):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 p, z = model(*pair)
             gradient = torch.autograd.grad(simsiam.loss(*p, *z), list(model.parameters()))
-            gradient = torch.cat([g.flatten().float() for g in gradient])
+            gradient = torch.cat([g.flatten().double() for g in gradient])
             if not cosines:
                 exact = gradient
             cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()

@@ -64,7 +64,7 @@ PLAN = Plan(1, f"{ON_A_GPU[ROW].options} --knn-every 20", "--only views waits gr
             ("step of imagenet: ours", "run from files", "step of imagenet: ours, compiled",
              "step of cifar10: ours, compiled", "step of cifar10: ours"), 20)
 TINY = Plan(60, "--recipe cifar10 --width 1/16 --proj-hidden 32 --dim 32 --pred-dim 8 --size 16 --batch 64 "
-                "--epochs 30 --pred-lr cosine --knn-every 10", "--device cpu --only views",
+                "--epochs 100 --pred-lr cosine --knn-every 20", "--device cpu --only views",
             ("step of shapes: ours",), 1)
 
 
