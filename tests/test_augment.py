@@ -287,8 +287,9 @@ def test_compiled_colour_changes_are_the_plain_ones(monkeypatch):
 
 def first_views(source, workers=0, seed=1, epochs=2, options={}, **part):
     """The views of some epochs, a (V, N, 3, S, S) tensor a batch."""
+    policy = augment.Policy(size=16)
     batches = loading.index_batches(seed, len(source), 8, epochs, **part)
-    loaded = augment.load_views(source, augment.Policy(size=16), seed, batches, CPU, workers, **options)
+    loaded = augment.load_views(source, policy, seed, batches, CPU, workers, **options)
     return [torch.stack(views) for _, views in loaded]
 
 

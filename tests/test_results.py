@@ -136,10 +136,11 @@ def test_only_runs_that_can_be_made_are_and_short_ones_first(tmp_path, monkeypat
     """Two minutes an epoch and 100 minutes: 50 epochs fit. A kept run that lacks an evaluation needs its
     checkpoint; a protocol without an lr is left out."""
     monkeypatch.setattr(cifar10, "KEPT", Kept(tmp_path / "kept", tmp_path / "runs"))
+    plan = cifar10.Plan("--epochs 49", 3, "sgd cached")
     long = cifar10.runs_of("long", cifar10.Plan("--epochs 51", 1, "cached"), "DATA")
-    short = cifar10.runs_of("short", cifar10.Plan("--epochs 49", 3, "sgd cached"), "DATA", {"sgd": 3})
+    short = cifar10.runs_of("short", plan, "DATA", {"sgd": 3})
     assert short.evaluations == {"sgd": "--sgd --base-lr 3", "cached": "--cached"}
-    assert list(cifar10.runs_of("short", cifar10.Plan("", 1, "sgd cached"), "DATA").evaluations) == ["cached"]
+    assert list(cifar10.runs_of("short", plan, "DATA").evaluations) == ["cached"]
     for seed in (0, 1):
         cifar10.KEPT.add("short", {"seed": seed, "evaluations": {"cached": {}}})
     cifar10.checkpoint_of("short", 1).parent.mkdir(parents=True)

@@ -4,9 +4,10 @@
 
 Start it from the root of the version whose step is counted. It is the CIFAR-10 recipe's step at batch 512,
 with all its operations, but on images of 2 pixels and with a 64th of the channels, so that an operation takes
-hardly longer than to start it. The time is that of the fastest epoch, of all starts with this NAME. As on a GPU, each operation is done on
-all images at once, and 10 batches have their views made together if the version can do that. Operations are
-those of torch that don't just view a tensor or allocate it; copies are those of numpy arrays to the device.
+hardly longer than to start it. The time is that of the fastest epoch, of all starts with this NAME. As on a
+GPU, each operation is done on all images at once, and 10 batches have their views made together if the version
+can do that. Operations are those of torch that don't just view a tensor or allocate it; copies are those of
+numpy arrays to the device.
 """
 import collections
 import contextlib
@@ -90,9 +91,9 @@ def main():
     if hasattr(augment, "GROUP"):
         augment.GROUP["cpu"] = 10 * BATCH * 2 * 3 * SIDE ** 2
     with tempfile.TemporaryDirectory() as folder:
-        pixels = np.random.default_rng(0).integers(0, 256, (STEPS * BATCH, SIDE, SIDE, 3), np.uint8)
-        for number, image in enumerate(pixels):
-            Image.fromarray(image).save(f"{folder}/{number}.png")
+        rng = np.random.default_rng(0)
+        for number, image in enumerate(rng.bytes(3 * SIDE ** 2) for _ in range(STEPS * BATCH)):
+            Image.frombytes("RGB", (SIDE, SIDE), image).save(f"{folder}/{number}.png")
         simsiam.pretrain(simsiam.parse([folder, *OPTIONS, "--out", f"{folder}/run"]))
     _, *timed, _ = times  # the first epoch warms up, in the last we counted
     for epoch in timed:

@@ -25,6 +25,7 @@ import os
 import pathlib
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def work(plan, archive, folder):
         unpack(archive, data, plan.every)
     if not (folder / "run/backbone.pth").exists():
         do(f"simsiam.py {data} {plan.run} --out {folder}/run --resume auto")
-    do(f"lineval.py --cached --ckpt {folder}/run/checkpoint.pth --out {folder}/cached --resume auto")
+    shutil.rmtree(folder / "cached", ignore_errors=True)  # of a start that was interrupted here
+    do(f"lineval.py --cached --ckpt {folder}/run/checkpoint.pth --out {folder}/cached")
     log = records(folder / "run/log.jsonl")
     evaluations = {"cached": read_json(folder / "cached/lineval.json")}
     command = f"python {log[0]['command']}"
@@ -92,17 +94,17 @@ def do(command):
 def unpack(archive, folder, every):
     """CIFAR-10's binary layout of the archive's images, decoded in memory."""
     with tarfile.open(archive) as tar:
-        files = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        members = [member for member in tar if member.isfile()]
+        files = {member.name: tar.extractfile(member).read() for member in members}
     unfinished = folder.with_suffix(".tmp")
     unfinished.mkdir(exist_ok=True)
     for split, batches in zip(("train", "val"), cifar.TEN):
         names = sorted(name for name in files if f"{split}/" in name)[::every]
-        classes = sorted({name.split("/")[-2] for name in names})
-        labels = np.array([classes.index(name.split("/")[-2]) for name in names], np.uint8)
+        labels = [cifar.CLASSES.index(name.split("/")[-2]) for name in names]
         with multiprocessing.Pool() as pool:
-            pixels = np.stack(pool.map(pixels_of, [files[name] for name in names], chunksize=500))
+            pixels = pool.map(pixels_of, map(files.get, names), chunksize=500)
         order = np.random.default_rng(0).permutation(len(names))
-        rows = np.concatenate([labels[:, None], pixels], axis=1)[order]
+        rows = np.column_stack([np.uint8(labels), pixels])[order]
         for name, part in zip(batches, np.array_split(rows, len(batches))):
             part.tofile(unfinished / f"{name}.bin")
     unfinished.rename(folder)
@@ -164,8 +166,8 @@ def is_alive(folder):
 def start(words, path, **options):
     """Start one of our programs in a session of its own, which survives the end of this command."""
     with open(path, "a") as said:
-        return subprocess.Popen([sys.executable, *words], stdout=said, stderr=said, stdin=subprocess.DEVNULL,
-                                start_new_session=True, **options)
+        options |= {"stdout": said, "stderr": said, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        return subprocess.Popen([sys.executable, *words], **options)
 
 
 def copy(folder, out):
@@ -188,15 +190,16 @@ def copy(folder, out):
 def rehearse(args, folder):
     """Interrupt a tiny run at random: the command alone, as a limit does, or all of it, by kill -9. It must
     end with the log, weights and accuracy of one that nobody interrupted."""
-    words = [sys.executable, __file__, args.archive, "--tiny", "--seconds", "600"]
+    words = [sys.executable, __file__, args.archive, "--tiny", "--seconds", "600", "--scratch"]
+    env = {**os.environ, "OUT": f"{folder}/out"}
     began = time.monotonic()
-    subprocess.run([*words, "--scratch", folder / "whole"], check=True, env=out_in(folder / "whole-out"))
+    subprocess.run([*words, folder / "whole"], check=True, env=env)
     seconds = time.monotonic() - began
+    shutil.rmtree(folder / "out")
     rng = random.Random(args.seed)
-    killed = [*words, "--scratch", folder / "killed"]
-    env = out_in(folder / "killed-out")
+    killed = [*words, folder / "killed"]
     hits = []
-    for number in range(args.rehearse):
+    for _ in range(args.rehearse):
         process = subprocess.Popen(killed, env=env, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(0, 1.5 * seconds / args.rehearse))
         process.kill()
@@ -205,12 +208,11 @@ def rehearse(args, folder):
         if how == "all killed":
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 os.killpg(int((folder / "killed/pid").read_text()), signal.SIGKILL)
-        log = records(folder / "killed/run/log.jsonl")
-        hits.append(f"{how} in epoch {log[-1].get('epoch', 0) + 1 if log else 'none'}")
+        hits.append(f"{how} {place_of(records(folder / 'killed/run/log.jsonl'))}")
         print(hits[-1], flush=True)
     subprocess.run(killed, check=True, env=env)
     whole, other = (outcome_of(folder / name) for name in ("whole", "killed"))
-    parts = sorted((folder / "killed-out").glob("backbone.pth.*"))
+    parts = sorted((folder / "out").glob("backbone.pth.*"))
     joined = b"".join(part.read_bytes() for part in parts)
     assert joined == (folder / "killed/run/backbone.pth").read_bytes()
     for name in whole:
@@ -221,14 +223,19 @@ def rehearse(args, folder):
                       "weights and accuracy": "the same", "torch": torch.__version__})
 
 
-def out_in(folder):
-    return {**os.environ, "OUT": f"{folder}"}
+def place_of(log):
+    """Where a run with this log is."""
+    if not log:
+        return "before the run"
+    if log[-1]["event"] == "end":
+        return "after the run"
+    return f"in epoch {log[-1].get('epoch', 0) + 1}"
 
 
 def outcome_of(folder):
     """What two equal runs have in common: the epochs of the log, without times; accuracy; weights."""
-    epochs = {record["epoch"]: {key: value for key, value in record.items() if key not in TIMES}
-              for record in records(folder / "run/log.jsonl") if record["event"] == "epoch"}
+    epochs = [r for r in records(folder / "run/log.jsonl") if r["event"] == "epoch"]
+    epochs = [{key: value for key, value in r.items() if key not in TIMES} for r in epochs]
     weights = torch.load(folder / "run/checkpoint.pth", weights_only=True)["model"]
     return {"epochs": epochs, "top1": read_json(folder / "cached/lineval.json")["top1"],
             "weights": {name: w.tolist() for name, w in weights.items()}}
@@ -252,7 +259,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             rehearse(args, pathlib.Path(folder))
     else:
-        command(plan, args, folder, pathlib.Path(os.environ.get("OUT", folder / "out")))
+        command(plan, args, folder, pathlib.Path(os.environ["OUT"]))
 
 
 if __name__ == "__main__":
