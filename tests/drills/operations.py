@@ -5,9 +5,9 @@
 Start it from the root of the version whose step is counted. It is the CIFAR-10 recipe's step at batch 512,
 with all its operations, but on images of 2 pixels and with a 64th of the channels, so that an operation takes
 hardly longer than to start it. The time is that of the fastest epoch, of all starts with this NAME. As on a
-GPU, each operation is done on all images at once, and 10 batches have their views made together if the version
-can do that. Operations are those of torch that don't just view a tensor or allocate it; copies are those of
-numpy arrays to the device.
+GPU, each operation is done on all images at once, and 10 batches have their views made together if the
+version can do that. Operations are those of torch that don't just view a tensor or allocate it; copies are
+those of numpy arrays to the device.
 """
 import collections
 import contextlib
