@@ -36,7 +36,7 @@ from harness.common.errors import Refused, printable
 from harness.common.files import save_picture
 from harness.common.progress import silence
 from harness.data.images import check_files
-from harness.data.loading import decode
+from harness.data.loading import decode, in_groups
 from harness.data.opening import find_data, open_data
 from harness.common.pictures import draw_contact_sheet
 from harness.training.ends import show_any_name
@@ -509,6 +509,10 @@ def compile_colours():
 
 # --- The views of a batch -------------------------------------------------------------------------------
 
+# Views of several batches are made at a time, of so many numbers at most. On a CPU they fit its cache.
+GROUP = {"cpu": 2 ** 20, "cuda": 2 ** 25}
+
+
 def load_views(source, policy, seed, batches, device, workers, views=2, waiting=iter,
                layout=torch.contiguous_format):
     """For each (epoch, indices) of `batches`, yield (indices, views): normalised, on the device.
@@ -517,16 +521,20 @@ def load_views(source, policy, seed, batches, device, workers, views=2, waiting=
     so it can be timed (harness/data/loading.py). Raises BadImage if too many files
     can't be read.
     """
+    numbers = views * 3 * policy.size ** 2                            # of an image
     if source.pixels is None:
         cut = partial(cut_views, policy, seed, views)
-        crops = decode(source, cut, views * 3 * policy.size ** 2, batches, device, workers, waiting)
+        groups = decode(source, cut, numbers, batches, device, workers, waiting)
     else:
-        crops = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
-    for epoch, index, x in crops:
-        # All views at once: half the operations, each on twice as many images.
-        view = np.repeat(np.arange(views), len(index))
-        colour = draw_colour(policy, seed, epoch, np.tile(index, views), view)
-        yield index, photometric(torch.cat(x), colour, policy, layout).chunk(views)
+        batches = in_groups(batches, GROUP[device.type] // numbers)
+        groups = cut_views_in_memory(source.pixels.to(device), policy, seed, batches, views)
+    for epoch, index, x in groups:
+        # All views of G batches at once: these operations are short, and starting them takes longer.
+        view = np.repeat(np.arange(views), index.size)
+        colour = draw_colour(policy, seed, epoch, np.tile(index, (views, 1)), view)
+        x = photometric(torch.cat(x), colour, policy, layout)
+        by_batch = x.unflatten(0, (views, *index.shape)).unbind(1)    # (V, N, 3, S, S) each
+        yield from zip(index, map(torch.unbind, by_batch))
 
 
 def load_centres(source, policy, batches, device, workers):
@@ -536,7 +544,7 @@ def load_centres(source, policy, batches, device, workers):
     """
     if source.pixels is None:
         cut = partial(cut_centre, policy)
-        for _, index, (x,) in decode(source, cut, 3 * policy.size ** 2, batches, device, workers):
+        for _, (index,), (x,) in decode(source, cut, 3 * policy.size ** 2, batches, device, workers):
             yield index, normalize(x.float(), policy)
     else:
         for _, index in batches:
@@ -552,19 +560,16 @@ def cut_views(policy, seed, views, image, epoch, i):
     return [crop_resize(image, crop, v, policy.size) for v in range(views)]
 
 
-def cut_views_in_memory(pixels, policy, seed, batches, views):
-    """The same for batches of pixels (N, 3, H, W).
+def cut_views_in_memory(pixels, policy, seed, groups, views):
+    """The same for pixels (N, 3, H, W), and for each group of (epoch, indices (G, N) of G batches).
 
-    Yields (epoch, indices, [(N, 3, S, S) uint8, one per view])
+    Yields (epoch, indices, [(G N, 3, S, S) uint8, one per view])
     """
     height, width = pixels.shape[2:]
-    for epoch, index in batches:
-        images = pixels.index_select(0, to_device(index, pixels.device))
-        cut = []
-        for v in range(views):
-            crop = draw_crop(policy, seed, epoch, index, v, height, width)
-            cut.append(crop_resize_batch(images, crop, policy.size))
-        yield epoch, index, cut
+    for epoch, index in groups:
+        images = pixels.index_select(0, to_device(index.ravel(), pixels.device))
+        crops = [draw_crop(policy, seed, epoch, index, v, height, width) for v in range(views)]
+        yield epoch, index, [crop_resize_batch(images, crop, policy.size) for crop in crops]
 
 
 def cut_centre(policy, image, epoch, i):

@@ -1,20 +1,28 @@
 """CIFAR-10 as in supplement D of the paper: runs, linear evaluations, seeds, ablations.
 
-    python results/cifar10.py CIFAR --minutes 9    on a GPU; repeat until everything is done
+    python results/cifar10.py CIFAR --minutes 60   on a GPU; repeat until everything is done
     python results/cifar10.py CIFAR                on a CPU: 10,000 of the images, a network an eighth as wide
     python results/cifar10.py --show               only write the pages
 
 Start it from the repository's root, on Linux. rows.py describes how the runs are made and kept. It makes the
-tables in results/cifar10.md.
+tables in results/cifar10.md. Runs that end within the minutes come first. The logs of those that have not
+ended are in results/cifar10/unfinished. A machine that starts bare can only make new runs: evaluations that
+an old one lacks need its checkpoint.
 
 Nothing is chosen on test images. Every figure is the last epoch's, on all 10,000 of them. The base lr of the
 linear evaluations by sgd and lars is chosen with the first run's seed 0 on a tenth of the training images,
 held out: MoCo's 30 is for the 2048 features of ImageNet, and lars for 28,000 steps.
 """
+import contextlib
 import os
+import pathlib
+import re
 import shlex
+import shutil
 import statistics
 import sys
+import threading
+import time
 from typing import NamedTuple
 
 sys.path.insert(0, os.getcwd())
@@ -25,8 +33,8 @@ from harness.common.errors import Refused
 from harness.data import cifar
 from harness.data.opening import open_data
 from results.pages import cell, page_with, table
-from results.rows import (Kept, Runs, append, columns, epochs_of, evaluate, last, make_missing,
-                          minutes_of, parser_for, pretrain, records, results_of, run_script, top1_of)
+from results.rows import (Kept, Runs, append, columns, epochs_of, evaluate, last, make_all, minutes_of,
+                          parser_for, pretrain, records, results_of, run_script, top1_of)
 
 PAGE = "results/cifar10.md"
 
@@ -38,16 +46,16 @@ class Plan(NamedTuple):
     protocols: str  # of the linear evaluations
 
 
-# In the order in which they are run: what takes only minutes comes first
+# On a GPU all runs are compiled, but for one that shows the difference. In the order in which they are made
 ON_A_GPU = {
-    "50-epochs": Plan("--epochs 50", 3, "sgd cached"),
-    "200-epochs": Plan("--epochs 200", 3, "sgd cached"),
-    "800-epochs": Plan("", 1, "sgd lars cached"),
-    "200-epochs-decayed-predictor": Plan("--epochs 200 --pred-lr cosine", 3, "cached"),
-    "50-epochs-float32": Plan("--epochs 50 --no-amp", 1, "cached"),
-    "50-epochs-compiled": Plan("--epochs 50 --compile", 1, "cached"),
-    "50-epochs-affine": Plan("--epochs 50 --affine", 1, "cached"),
-    "50-epochs-released-projection": Plan("--epochs 50 --proj-hidden 512", 1, "cached"),
+    "50-epochs-compiled": Plan("--epochs 50 --compile", 3, "sgd cached"),
+    "200-epochs-decayed-predictor": Plan("--epochs 200 --pred-lr cosine --compile", 3, "cached"),
+    "200-epochs": Plan("--epochs 200 --compile", 3, "sgd cached"),
+    "800-epochs": Plan("--compile", 1, "sgd lars cached"),
+    "50-epochs": Plan("--epochs 50", 1, "sgd cached"),
+    "50-epochs-float32": Plan("--epochs 50 --no-amp --compile", 1, "cached"),
+    "50-epochs-affine": Plan("--epochs 50 --affine --compile", 1, "cached"),
+    "50-epochs-released-projection": Plan("--epochs 50 --proj-hidden 512 --compile", 1, "cached"),
 }
 # Backbone and heads at 1/8 of the width. Batch and lr are those of an earlier run at 1/4 of the width
 # (results/README.md); nothing was tuned here.
@@ -121,30 +129,84 @@ def write_batches(folder, names, source, index):
 # --- The runs -------------------------------------------------------------------------------------
 
 def make_runs(args, deadline):
-    """All pre-trainings; evaluations of the first on held-out images; all other evaluations."""
+    """The first run, which chooses the lr of the evaluations, then all others, each with its evaluations."""
     if args.data is None:
         raise Refused("name a CIFAR-10 folder, or --show")
     train, val = open_cifar10(args.data)
     programme, data = ON_A_GPU, args.data
     if not torch.cuda.is_available():
         programme, data = ON_A_CPU, subset(train, val, 10_000, SUBSET)
-    rows = [runs_of(name, plan, data, {}) for name, plan in programme.items()]
-    todo = [(KEPT, runs, seed, deadline) for runs, seed in KEPT.missing(rows)]
-    for _ in results_of(pretrain, todo):
-        pass
-    first, *_ = rows
-    choose(first, hold_out(data), deadline)
-    lrs = base_lrs(first.name)
-    for name, plan in programme.items():
-        make_missing(KEPT, [runs_of(name, plan, data, lrs)], deadline, args.data)
+    first, *_ = programme
+    with keeping_logs():
+        runs = runs_of(first, programme[first], data)
+        if not KEPT.of(first).get(0) or checkpoint_of(first, 0).exists():
+            pretrain(KEPT, runs, 0, deadline)
+            choose(runs, hold_out(data), deadline)
+        rows = [runs_of(name, plan, data, base_lrs(first)) for name, plan in programme.items()]
+        make_all(KEPT, in_order(rows, pace_of(programme), deadline), deadline, args.data)
 
 
-def runs_of(name, plan, data, lrs):
+def runs_of(name, plan, data, lrs={}):
+    """A plan's runs. lrs: {protocol: base lr}; a protocol whose lr is not chosen yet is left out"""
     evaluations = {}
     for protocol in plan.protocols.split():
-        options = f" --base-lr {lrs[protocol]:g}" if protocol in lrs else ""
-        evaluations[protocol] = f"--{protocol}{options}"
+        if protocol in lrs:
+            evaluations[protocol] = f"--{protocol} --base-lr {lrs[protocol]:g}"
+        elif protocol not in BASE_LRS:
+            evaluations[protocol] = f"--{protocol}"
     return Runs(name, f"simsiam.py {shlex.quote(data)} {plan.options}", tuple(range(plan.seeds)), evaluations)
+
+
+def checkpoint_of(name, seed):
+    return pathlib.Path(f"{KEPT.scratch}/{name}-{seed}/checkpoint.pth")
+
+
+def pace_of(programme):
+    """The median minutes of an epoch in these runs so far; 0 if there is none."""
+    kept = [run for name in programme for run in KEPT.of(name).values()]
+    return statistics.median([minutes_of(run) / last(run, "epoch") for run in kept] or [0])
+
+
+def in_order(rows, pace, deadline):
+    """[(Runs, seed)] that can be made: first those that end before the deadline, at `pace` minutes an epoch.
+
+    A kept run whose checkpoint is gone is not made again for the sake of an evaluation.
+    """
+    def is_long(job):
+        epochs = re.search(r"--epochs (\d+)", job[0].command)
+        return 60 * pace * int(epochs[1] if epochs else 800) > deadline - time.monotonic()
+
+    todo = [(runs, seed) for runs, seed in KEPT.missing(rows)
+            if seed not in KEPT.of(runs.name) or checkpoint_of(runs.name, seed).exists()]
+    return sorted(todo, key=is_long)
+
+
+@contextlib.contextmanager
+def keeping_logs(pause=20):
+    """Within the block, and at its end, copy the logs of unfinished runs every few seconds."""
+    ended = threading.Event()
+
+    def keep():
+        folder = pathlib.Path(KEPT.folder, "unfinished")
+        is_last = False
+        while not is_last:
+            is_last = ended.wait(pause)
+            for log in pathlib.Path(KEPT.scratch).glob("*/log.jsonl"):
+                name, _, seed = log.parent.name.rpartition("-")
+                copy = folder / f"{name}-{seed}.jsonl"
+                if int(seed) in KEPT.of(name):
+                    copy.unlink(missing_ok=True)
+                else:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(log, copy)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def choose(first, held_out, deadline):
@@ -168,11 +230,12 @@ def held_out_top1(name, protocol):
 
 
 def base_lrs(name):
-    """{protocol: the best base lr on the held-out images}"""
+    """{protocol: the best base lr on the held-out images}, of those that were tried"""
     best = {}
     for protocol in BASE_LRS:
         found = held_out_top1(name, protocol)
-        best[protocol] = max(found, key=found.get)
+        if found:
+            best[protocol] = max(found, key=found.get)
     return best
 
 
@@ -208,7 +271,7 @@ def machine_of(run):
 
 def held_out_table():
     lines = []
-    for name in ("50-epochs", "small"):
+    for name in ("50-epochs-compiled", "small"):
         for protocol in BASE_LRS:
             found = held_out_top1(name, protocol)
             if found:

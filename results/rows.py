@@ -9,7 +9,9 @@ runs at a time.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import json
+import multiprocessing
 import os
 import queue
 import shlex
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from typing import NamedTuple
 
 import torch
@@ -134,7 +137,11 @@ def columns(runs):
 
 def make_missing(kept, rows, deadline, data=None):
     """Make and keep the missing runs. data: as in Kept.add"""
-    todo = kept.missing(rows)
+    make_all(kept, kept.missing(rows), deadline, data)
+
+
+def make_all(kept, todo, deadline, data=None):
+    """Make and keep these runs, [(Runs, seed)], in this order."""
     for runs, seed in todo:
         print(f"missing: {runs.name}, seed {seed}")
     jobs = [(kept, runs, seed, deadline) for runs, seed in todo]
@@ -222,6 +229,42 @@ def new_pool():
     return concurrent.futures.ThreadPoolExecutor(free.qsize(), initializer=take_a_core)
 
 
+def in_time(seconds, function, *given):
+    """function(*given) in a process of its own -> its result. Raises RuntimeError if it fails, or has not
+    ended after so many seconds; then it is killed, with all that it has started.
+
+    The process is forked, so this one may not have used a GPU or several threads before.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=answer, args=(sender, function, given))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            raise RuntimeError(f"has not ended after {seconds} s")
+        error, found = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"ended with status {process.exitcode}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    if error:
+        raise RuntimeError(error)
+    return found
+
+
+def answer(sender, function, given):
+    """In that process: send (what went wrong, or None; the result)."""
+    os.setsid()
+    try:
+        sender.send((None, function(*given)))
+    except Exception as error:
+        traceback.print_exc()
+        sender.send((f"{type(error).__name__}: {error}", None))
+
+
 # --- A script that makes runs, and pages of them ----------------------------------------------------------
 
 def parser_for(doc):
@@ -236,16 +279,15 @@ def parser_for(doc):
 def run_script(parser, make_runs, pages, draw=None):
     """make_runs(args, deadline) until time is up; then write pages(), {path: text}, and draw() a picture."""
     args = parser.parse_args()
-    state = "the pages are written"
     try:
         if not args.show:
             make_runs(args, time.monotonic() + 60 * args.minutes)
-            state = "everything is done"
+        print("the pages are written" if args.show else "everything is done")
     except Interrupted:
-        state = "time is up; the same command continues"
+        print("time is up; the same command continues")
     except (Refused, OSError, RuntimeError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    write(pages())
-    if draw is not None:
-        draw()
-    print(state)
+    finally:  # whatever has ended the runs, those before it are kept
+        write(pages())
+        if draw is not None:
+            draw()

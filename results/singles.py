@@ -63,6 +63,16 @@ def drill_table(name):
     return table([name, "what it found"], rows)
 
 
+def operations_table():
+    """The operations of a step and the time to start them, of each version."""
+    versions = read_json("results/drills/operations.json")
+    first, *_ = versions.values()
+    lines = [[phase, *(version[phase][key] for key in ("operations", "copies", "ms")
+                       for version in versions.values())] for phase in first]
+    return table(["part of a step", *(f"{key}, {name}" for key in ("operations", "copies", "ms")
+                                      for name in versions)], lines)
+
+
 def shown(value):
     """Counts by name in words, anything else unchanged."""
     if isinstance(value, dict):
@@ -72,8 +82,8 @@ def shown(value):
 
 def pages():
     front = [runs_table(), evaluations_table(), gpu_table()]
-    drills = [drill_table(name) for name in ("kills", "signals", "fuzz", "start_up", "tar")]
-    return page_with(FRONT, front) | page_with(DRILLS, drills)
+    drills = [drill_table(name) for name in ("kills", "signals", "fuzz", "start_up", "tar", "quarter")]
+    return page_with(FRONT, front) | page_with(DRILLS, [*drills, operations_table()])
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
     python results/speed.py DATA                               the input pipeline on this data; prints a table
     python results/speed.py --photos PHOTOS --cifar CIFAR      everything; 15 minutes on 2 cores
+    python results/speed.py --parts "step of imagenet: ours" --out DIR     this part alone, into DIR
     python results/speed.py --show                             only write the page
 
 Start it from the repository's root. DATA is anything that simsiam.py takes. PHOTOS is a folder of photographs
 (default: drawn JPEGs of 500 x 375), CIFAR a CIFAR-10 folder (default: the drawn shapes).
 
-The second writes each part into results/speed.json, or speed-cuda.json on a GPU, as soon as it is measured,
-and makes results/speed.md from both. Add --resume to continue after an interruption. It has not finished on a
-GPU yet: there is one part from an H200.
+Each part has a process of its own, which ends at the part's time limit. It is written into
+results/speed.json, or speed-cuda.json on a GPU, as soon as it is measured; results/speed.md is made from
+both. Add --resume to continue after an interruption. It has not finished on a GPU yet: there is one part from
+an H200.
 
-Variants are interleaved, and medians reported. Ratios within a table mean more than the figures.
+The steps of the input pipeline are interleaved, and medians reported. Ratios within a table mean more than
+the figures.
 """
 import argparse
 import json
@@ -23,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from functools import partial
 
 sys.path.insert(0, os.getcwd())
@@ -42,16 +44,16 @@ from harness.data.opening import open_data
 from harness.data.source import Source
 from harness.training import recipes
 from results.pages import table, write
-from results.rows import read_json, records, write_json
+from results.rows import in_time, read_json, records, write_json
 
 CPU = torch.device("cpu")
-FILES = {"cuda": "results/speed-cuda.json", "cpu": "results/speed.json"}
+FILES = {"cuda": "speed-cuda.json", "cpu": "speed.json"}
 PAGE = "results/speed.md"
 PEAK = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bf16 TFLOP/s, from the data sheets
 STEPS = {  # recipe, batch, steps a repeat
     "cuda": [
         ("cifar10", 512, 20),
-        ("imagenet", 512, 5),
+        ("imagenet", 256, 5),
     ],
     "cpu": [
         ("shapes", 64, 4),
@@ -82,6 +84,19 @@ def seconds_of(function, device=CPU, n=1):
         function()
     wait_for(device)
     return (time.perf_counter() - began) / n
+
+
+def alone(step, device, times=5):
+    """A step that nothing runs ahead of: the median ms until the device is told, and until it has done it."""
+    told, done = [], []
+    for _ in range(times):
+        wait_for(device)
+        began = time.perf_counter()
+        step()
+        told.append(time.perf_counter() - began)
+        wait_for(device)
+        done.append(time.perf_counter() - began)
+    return [round(1000 * statistics.median(seconds), 1) for seconds in (told, done)]
 
 
 def in_turn(variants, rounds, device=CPU, n=1):
@@ -284,61 +299,46 @@ def make_step(settings, batch, device=CPU, amp=False, plain=False, compiled=Fals
     return partial(simsiam.train_step, model, optimizer, autocast, *views)
 
 
-def steps(device, recipe, batch, n, repeats=5):
-    """Each variant's images/s, TFLOP/s, seconds of its first step, and peak MiB on a GPU.
+def steps(device, recipe, batch, n, variant, repeats=5):
+    """-> what is trained, and a variant's images/s, TFLOP/s, ms of a step alone, seconds of the first, and
+    peak MiB on a GPU.
 
     An image is two views, forward and backward. All are in float32 on a CPU; results/bf16.py has bf16 there.
     """
-    made = {}
-    found = {}
-    for name, way in VARIANTS.items():
-        made[name], found[name] = first_step(device, recipe, batch, way)
-    seconds = in_turn(made, repeats, device, n)
+    settings = recipes.recipe(recipe, simsiam.SETTINGS)
     with FlopCounterMode(display=False) as counter:
-        made["plain"]()
-    flops = counter.get_total_flops()
-    for name, its in seconds.items():
-        found[name]["ms"] = round(1000 * its, 1)
-        found[name]["images/s"] = round(batch / its, 1)
-        found[name]["TFLOP/s"] = round(flops / its / 1e12, 2)
-    return {
-        "recipe": recipe,
-        "batch": batch,
-        "GFLOP an image": round(flops / batch / 1e9, 2),
-        "variants": found,
-    }
-
-
-def first_step(device, recipe, batch, way):
-    """-> a variant's step (see make_step), and what its first steps took"""
+        make_step(settings, 2, plain=True)()
+    flops = counter.get_total_flops() / 2
     on_a_gpu = device.type == "cuda"
-    before = 0
-    if on_a_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() >> 20
-    amp = on_a_gpu and "plain" not in way
-    step = make_step(recipes.recipe(recipe, simsiam.SETTINGS), batch, device, amp, **way)
-    found = {"first step, s": round(seconds_of(step, device), 1)}
+    torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
+    step = make_step(settings, batch, device, amp=on_a_gpu and variant != "plain", **VARIANTS[variant])
+    first = seconds_of(step, device)
     seconds_of(step, device, 2)
-    found["MiB"] = peak_memory(device) - before if on_a_gpu else None
-    return step, found
+    seconds = statistics.median(seconds_of(step, device, n) for _ in range(repeats))
+    return {"recipe": recipe, "batch": batch, "GFLOP an image": round(flops / 1e9, 2)}, {
+        "first step, s": round(first, 1),
+        "MiB": peak_memory(device) if on_a_gpu else None,
+        "ms": round(1000 * seconds, 1),
+        "images/s": round(batch / seconds, 1),
+        "TFLOP/s": round(batch * flops / seconds / 1e12, 2),
+        "alone": alone(step, device),
+    }
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
 
-def run_of(cifar, *options):
-    """A whole run: its time by the clock and by its log; on a GPU, lineval.py's time too.
+def run_of(data, *options, judged=False):
+    """A whole run: its time by the clock and by its log; if judged, lineval.py's time too.
 
-    cifar: its DATA, or None for the drawn shapes
+    data: its DATA, or None for the drawn shapes
     """
-    torch.cuda.empty_cache()  # the program needs the memory
-    data = [] if cifar is None else [cifar]
-    shown = [] if cifar is None else ["CIFAR"]
+    words = [] if data is None else [data]
+    shown = [] if data is None else ["DATA"]
     with tempfile.TemporaryDirectory() as folder:
-        seconds = seconds_of_command("simsiam.py", *data, *options, "--out", folder)
+        seconds = seconds_of_command("simsiam.py", *words, *options, "--out", folder)
         _, _, *epochs, _ = records(f"{folder}/log.jsonl")  # without start, untrained network and end
         linear = None
-        if torch.cuda.is_available():
+        if judged:
             linear = seconds_of_command("lineval.py", "--cached", "--ckpt", f"{folder}/checkpoint.pth")
     return {
         "command": shlex.join(["python", "simsiam.py", *shown, *options]),
@@ -365,35 +365,69 @@ def drawn_photos(folder):
         Image.fromarray(noise).resize((500, 375)).save(os.path.join(folder, f"{k:03}.jpg"), quality=90)
 
 
-def parts_for(photos, cifar, device):
+def parts_for(device, photos, cifar):
     """{name: a function that measures it}. photos, cifar: the values of --photos and --cifar"""
-    large, _, _ = open_data(photos)
-    small, _, _ = open_data(cifar)
-    data = cifar if device.type == "cuda" else None
-    options = ("--epochs", "3", "--knn-every", "0")
+    on_a_gpu = device.type == "cuda"
+    whole = partial(run_of, cifar if on_a_gpu else None, "--epochs", "3", "--knn-every", "0", judged=on_a_gpu)
+    from_files = shlex.split("--recipe imagenet --batch 20 --epochs 1 --knn-every 0")
     parts = {}
     for recipe, batch, n in STEPS[device.type]:
-        parts[f"step of {recipe}"] = partial(steps, device, recipe, batch, n)
-    return parts | {
-        "run": partial(run_of, data, *options),
-        "in memory": partial(bench, small, augment.Policy(size=32, blur=0), device),
-        "photos": partial(bench, large, augment.Policy(), device),
-        "run, compiled": partial(run_of, data, *options, "--compile"),
+        for variant in VARIANTS:
+            parts[f"step of {recipe}: {variant}"] = partial(steps, device, recipe, batch, n, variant)
+    parts |= {
+        "run": whole,
+        "in memory": partial(pipeline, cifar, augment.Policy(size=32, blur=0), device),
+        "photos": partial(pipeline, photos, augment.Policy(), device),
+        "run, compiled": partial(whole, "--compile"),
     }
+    if on_a_gpu:
+        parts["run from files"] = partial(run_of, photos, *from_files)
+    return parts
 
 
-def measure(parts, found, path):
-    """Measure the parts that `found` lacks. The file is written after each."""
+def pipeline(data, policy, device):
+    """bench on this data's training images."""
+    train, _, _ = open_data(data)
+    return bench(train, policy, device)
+
+
+def limit_of(name, device):
+    """The seconds that a part may take."""
+    if device.type == "cpu":
+        return 300 if "step" in name else 1800
+    if "step" in name:
+        return 110 if "compiled" in name else 60
+    return 90 if name == "run from files" else 200
+
+
+def measure(parts, found, path, device, deadline):
+    """Measure the parts that `found` lacks, and write the file after each. None is begun that may end after
+    the deadline."""
     for name, part in parts.items():
-        if name in found:
+        about, _, variant = name.partition(": ")
+        if variant in found.get(about, {}).get("variants", {}) or about in found and not variant:
+            continue
+        limit = limit_of(name, device)
+        if time.monotonic() + limit > deadline:
+            print(f"{name}: not begun, because it may take {limit} s", file=sys.stderr)
             continue
         try:
-            found[name] = part()
-        except Exception:  # the other parts are still worth having
-            traceback.print_exc()
+            result = in_time(limit, part)
+        except RuntimeError as error:  # the other parts are still worth having
+            print(f"{name}: {error}", file=sys.stderr)
             continue
-        print(json.dumps({name: found[name]}), flush=True)
+        if variant:
+            trained, result = result
+            found.setdefault(about, {**trained, "variants": {}})["variants"][variant] = result
+        else:
+            found[name] = result
+        print(json.dumps({name: result}), flush=True)
         write_json(path, found)
+
+
+def best_device():
+    """The GPU if there is one. main calls it in another process: what has asked can't be forked later."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def conditions(args, device):
@@ -404,7 +438,7 @@ def conditions(args, device):
     return {
         "command": shlex.join(command),
         "torch": torch.__version__,
-        "device": device_name(device),
+        "device": in_time(100, device_name, device),
         "processor": processor(),
         "cores": os.cpu_count(),
     }
@@ -431,8 +465,8 @@ def table_of(records):
 def section(found):
     """One machine's section of the page: a list of paragraphs."""
     machine = f"{found['processor']}, {found['cores']} cores; torch {found['torch']}"
-    how = ("Medians of interleaved repeats. Plain steps use NCHW, the default SGD and no autocast; ours are "
-           "simsiam.py's, but in float32 on a CPU.")
+    how = ("Medians; the pipeline's parts are interleaved. Plain steps use NCHW, the default SGD and no "
+           "autocast; ours are simsiam.py's, but in float32 on a CPU.")
     out = [f"## {found['device']}", f"`{found['command']}`: {machine}. {how}"]
     for name, title in (("photos", "photographs, two views of 224 pixels"),
                         ("in memory", "32-pixel images in memory, two views")):
@@ -466,14 +500,15 @@ def pipeline_table(rates):
 def step_table(step, device):
     """A recipe's steps. device: its name, from which we know the peak of some GPUs"""
     peak = next((value for name, value in PEAK.items() if name in device), None)
-    plain = step["variants"]["plain"]["images/s"]
+    plain = step["variants"].get("plain")
     rows = []
     for name, v in step["variants"].items():
         rows.append({
             "variant": name,
             "ms": v["ms"],
+            "one alone, ms: told / done": " / ".join(map(str, v.get("alone", "-"))),
             "images/s": v["images/s"],
-            "times plain": f"{v['images/s'] / plain:.2f}",
+            "times plain": f"{v['images/s'] / plain['images/s']:.2f}" if plain else "-",
             "TFLOP/s": v["TFLOP/s"],
             "share of bf16's peak": f"{v['TFLOP/s'] / peak:.2f}" if peak and name != "plain" else "-",
             "first step, s": v["first step, s"],
@@ -484,7 +519,7 @@ def step_table(step, device):
 
 def pages():
     """{path: text}, a GPU's section first."""
-    machines = [found for found in map(read_json, FILES.values()) if found]
+    machines = [found for name in FILES.values() if (found := read_json(f"results/{name}"))]
     paragraphs = ["# Speed", "Made by `results/speed.py`; README.md explains the figures."]
     for found in machines:
         paragraphs += section(found)
@@ -493,9 +528,11 @@ def pages():
 
 # --- The program ----------------------------------------------------------------------------------
 
-def measure_everything(args, device):
-    torch.backends.cudnn.benchmark = True  # as simsiam.py and the released code have it
-    path = FILES[device.type]
+def measure_everything(args):
+    """All parts, or those of --parts."""
+    deadline = time.monotonic() + args.seconds
+    device = in_time(100, best_device)
+    path = f"{args.out}/{FILES[device.type]}"
     found = conditions(args, device)
     before = read_json(path)
     if args.resume and all(before.get(key) == found[key] for key in ("device", "processor", "torch")):
@@ -505,7 +542,11 @@ def measure_everything(args, device):
         if photos is None:
             drawn_photos(folder)
             photos = folder
-        measure(parts_for(photos, args.cifar, device), found, path)
+        parts = parts_for(device, photos, args.cifar)
+        chosen = args.parts or list(parts)
+        if unknown := set(chosen) - parts.keys():
+            raise Refused(f"--parts: {', '.join(unknown)}; the parts are {', '.join(parts)}")
+        measure({name: parts[name] for name in chosen}, found, path, device, deadline)
 
 
 def bench_of(data, device):
@@ -518,12 +559,14 @@ def bench_of(data, device):
 
 
 def main():
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", metavar="DATA",
                         help="measure the input pipeline on this data, and nothing else; writes no file")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=best,
+    parser.add_argument("--device", choices=("cuda", "cpu"),
                         help="for DATA (default: cuda where there is one)")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="measure these parts, in this order")
+    parser.add_argument("--seconds", type=float, default=1e6, help="begin no part that may end later")
+    parser.add_argument("--out", default="results", help="the folder of the figures (default: %(default)s)")
     parser.add_argument("--photos", help="a folder of photographs (default: drawn ones)")
     parser.add_argument("--cifar", help="a CIFAR-10 folder (default: the drawn shapes)")
     parser.add_argument("--resume", action="store_true",
@@ -532,11 +575,12 @@ def main():
     args = parser.parse_args()
     try:
         if args.data is not None:
-            bench_of(args.data, torch.device(args.device))
+            bench_of(args.data, torch.device(args.device) if args.device else best_device())
             return
         if not args.show:
-            measure_everything(args, torch.device(best))
-        write(pages())
+            measure_everything(args)
+        if args.out == "results":
+            write(pages())
     except (Refused, OSError, ValueError) as error:
         sys.exit(f"speed.py: {printable(error)}")
 

@@ -285,10 +285,11 @@ def test_compiled_colour_changes_are_the_plain_ones(monkeypatch):
 
 # --- The views of a batch, and the contact sheet ------------------------------------------------------------
 
-def first_views(source, workers=0, seed=1, epochs=2, **part):
+def first_views(source, workers=0, seed=1, epochs=2, options={}, **part):
     """The views of some epochs, a (V, N, 3, S, S) tensor a batch."""
+    policy = augment.Policy(size=16)
     batches = loading.index_batches(seed, len(source), 8, epochs, **part)
-    loaded = augment.load_views(source, augment.Policy(size=16), seed, batches, CPU, workers)
+    loaded = augment.load_views(source, policy, seed, batches, CPU, workers, **options)
     return [torch.stack(views) for _, views in loaded]
 
 
@@ -311,6 +312,21 @@ def test_a_view_is_the_same_whatever_the_workers_processes_and_interruptions(kin
     assert the_same(whole, joined)
     rest = first_views(source, start_epoch=1, start_step=1)
     assert the_same(whole[steps + 1:], rest)
+
+
+@pytest.mark.parametrize("views", [1, 2, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_several_batches_at_a_time_have_the_views_of_one(small, monkeypatch, views, layout):
+    """Epochs of six batches, four and then two at a time, and all six: the same bits, from any step on."""
+    source, _, _ = opening.open_data(small)
+    options = {"views": views, "layout": layout}
+    monkeypatch.setitem(augment.GROUP, "cpu", 1)
+    alone = first_views(source, options=options)
+    assert len(alone) == 12
+    for batches in (4, 6):
+        monkeypatch.setitem(augment.GROUP, "cpu", batches * 8 * views * 3 * 16 ** 2)
+        assert the_same(alone, first_views(source, options=options))
+        assert the_same(alone[3:], first_views(source, start_step=3, options=options))
 
 
 def test_an_image_has_two_views_and_others_with_another_seed(small):

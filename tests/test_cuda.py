@@ -1,14 +1,21 @@
 """What only runs on a GPU, tested on a CPU. No test reaches NCCL or cuDNN; tests/drills/gpu.py does."""
+import io
+import itertools
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import augment
 from harness.common.errors import Refused
+from harness.data.cifar import CLASSES
+from harness.data.opening import open_data
 from harness.training import batchnorm, processes
+from tests.drills import quarter
 from tests.helpers import ROOT, TINY, tiny_model, torchrun
 
 pytest_plugins = ["tests.fixtures"]
@@ -96,3 +103,27 @@ def test_nobody_leaves_before_the_checkpoint_is_written(tmp_path, small):
         assert dtype in ("torch.float32", "torch.float64", "torch.int64")
         assert device == "cpu"
         assert is_contiguous
+
+
+def test_the_archive_is_unpacked_in_memory_and_the_backbone_comes_in_parts(tmp_path, monkeypatch):
+    """A tar of grey images, 20 a class, of which every second is taken; 25 bytes in parts of 9."""
+    with tarfile.open(tmp_path / "archive.tar", "w") as tar:
+        for split, name, number in itertools.product(("train", "val"), CLASSES, range(20)):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (number, number, number)).save(buffer, "png")
+            member = tarfile.TarInfo(f"{split}/{name}/{number:02}.png")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+    quarter.unpack(tmp_path / "archive.tar", tmp_path / "cifar", 2)
+    expected = [(label, level) for label in range(10) for level in range(0, 20, 2)]
+    for source in open_data(tmp_path / "cifar")[:2]:
+        levels = source.pixels[:, 0, 0, 0].tolist()
+        assert sorted(zip(source.labels.tolist(), levels)) == expected
+    monkeypatch.setattr(quarter, "PART", 9)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/backbone.pth").write_bytes(b"the weights of a backbone")
+    quarter.copy(tmp_path, tmp_path / "out")
+    parts = sorted((tmp_path / "out").glob("backbone.pth.*"))
+    assert len(parts) == 3
+    assert b"".join(part.read_bytes() for part in parts) == b"the weights of a backbone"

@@ -51,6 +51,16 @@ def test_steps_go_on_where_a_run_was_interrupted():
     assert global_order(rest) == global_order(whole[6 + 3:])
 
 
+def test_groups_are_whole_batches_of_one_epoch():
+    """Two epochs of five batches of 4 images: two batches are at most 11 images, and no batch is halved."""
+    batches = list(loading.index_batches(7, 20, 4, 2))
+    for most, sizes in ((11, [2, 2, 1]), (20, [5]), (3, [1] * 5)):
+        groups = list(loading.in_groups(batches, most))
+        assert [len(index) for _, index in groups] == 2 * sizes
+        joined = [(epoch, batch) for epoch, index in groups for batch in index]
+        assert global_order(joined) == global_order(batches)
+
+
 CUT = 2 * 3 * 8 * 8  # bytes of what the next function makes of an image
 
 
@@ -69,7 +79,7 @@ def decoded(source, workers):
     second = np.array([5, 4])
     batches = [(1, first), (2, second)]
     found = []
-    for epoch, index, views in loading.decode(source, cut_twice, CUT, batches, CPU, workers):
+    for epoch, (index,), views in loading.decode(source, cut_twice, CUT, batches, CPU, workers):
         levels = [x.amax(dim=(1, 2, 3)).tolist() for x in views]
         assert views[0].shape == (2, 3, 8, 8)
         found += [[epoch, *row] for row in zip(index, *levels, strict=True)]

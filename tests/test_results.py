@@ -2,6 +2,9 @@
 import hashlib
 import importlib
 import json
+import os
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from harness.evaluation import report
 from harness.training import recipes
 from results import bf16, cifar10, demo, neighbours, paper_rows
 from results.pages import difference
-from results.rows import Kept, Runs, epochs_of, last, read_json, records
+from results.rows import (Interrupted, Kept, Runs, epochs_of, in_time, last, parser_for, read_json, records,
+                          run_script)
 from tests.helpers import ROOT
 
 SCRIPTS = ("bf16", "cifar10", "demo", "neighbours", "own_data", "paper_rows", "peers", "singles", "speed")
@@ -126,6 +130,61 @@ def test_held_out_images_are_training_images_that_are_not_trained_on(tmp_path, m
     assert part.labels.tolist() == train.labels[rest].tolist()
     assert torch.equal(held_out.pixels, train.pixels[::10])
     assert held_out.labels.tolist() == train.labels[::10].tolist()
+
+
+def test_only_runs_that_can_be_made_are_and_short_ones_first(tmp_path, monkeypatch):
+    """Two minutes an epoch and 100 minutes: 50 epochs fit. A kept run that lacks an evaluation needs its
+    checkpoint; a protocol without an lr is left out."""
+    monkeypatch.setattr(cifar10, "KEPT", Kept(tmp_path / "kept", tmp_path / "runs"))
+    plan = cifar10.Plan("--epochs 49", 3, "sgd cached")
+    long = cifar10.runs_of("long", cifar10.Plan("--epochs 51", 1, "cached"), "DATA")
+    short = cifar10.runs_of("short", plan, "DATA", {"sgd": 3})
+    assert short.evaluations == {"sgd": "--sgd --base-lr 3", "cached": "--cached"}
+    assert list(cifar10.runs_of("short", plan, "DATA").evaluations) == ["cached"]
+    for seed in (0, 1):
+        cifar10.KEPT.add("short", {"seed": seed, "evaluations": {"cached": {}}})
+    cifar10.checkpoint_of("short", 1).parent.mkdir(parents=True)
+    cifar10.checkpoint_of("short", 1).touch()
+    todo = cifar10.in_order([long, short], 2, time.monotonic() + 6000)
+    assert [(runs.name, seed) for runs, seed in todo] == [("short", 1), ("short", 2), ("long", 0)]
+
+
+def test_logs_of_unfinished_runs_are_kept(tmp_path, monkeypatch):
+    """Copied at the block's end, though it ends by an error; gone once the run has a line."""
+    monkeypatch.setattr(cifar10, "KEPT", Kept(tmp_path, tmp_path / "runs"))
+    (tmp_path / "runs/row-7").mkdir(parents=True)
+    (tmp_path / "runs/row-7/log.jsonl").write_text("an epoch")
+    with pytest.raises(Interrupted), cifar10.keeping_logs():
+        raise Interrupted
+    copy = tmp_path / "unfinished/row-7.jsonl"
+    assert copy.read_text() == "an epoch"
+    cifar10.KEPT.add("row", {"seed": 7, "evaluations": {}})
+    with cifar10.keeping_logs():
+        pass
+    assert not copy.exists()
+
+
+def test_the_pages_are_written_whatever_ends_the_runs(tmp_path, monkeypatch):
+    """An error of a run: the page first, then the message and the exit status."""
+    def fail(args, deadline):
+        raise RuntimeError("a run has failed")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit, match="a run has failed"):
+        run_script(parser_for("A script."), fail, lambda: {tmp_path / "page.md": "so far"})
+    assert (tmp_path / "page.md").read_text() == "so far"
+
+
+@pytest.mark.parametrize("function, given, said", [
+    (divmod, (1, 0), "ZeroDivisionError"),
+    (time.sleep, (60,), "has not ended after 0.5 s"),
+    (os._exit, (3,), "ended with status 3"),
+])
+def test_a_part_in_a_process_of_its_own_fails_alone(function, given, said):
+    """An error, the limit, or a process that dies, is a RuntimeError here; otherwise there is a result."""
+    assert in_time(60, divmod, 7, 2) == (3, 1)
+    with pytest.raises(RuntimeError, match=said):
+        in_time(0.5 if function is time.sleep else 60, function, *given)
 
 
 # --- Differences and verdicts -------------------------------------------------------------------------------

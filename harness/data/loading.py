@@ -4,6 +4,7 @@ A worker gets an epoch and indices, and returns the cut images of that batch, or
 as one tensor, in memory that it shares with the main process. The caller passes the function that cuts
 (augment.py), so this room knows nothing about views.
 """
+import itertools
 import os
 import signal
 import sys
@@ -41,9 +42,17 @@ def index_batches(seed, n, batch, epochs, start_epoch=0, start_step=0, rank=0, w
         start_step = 0  # of the epochs that follow
 
 
+def in_groups(batches, most):
+    """Yield (epoch, indices (G, N)) of G consecutive batches of an epoch: of at most so many images together,
+    or one batch."""
+    for (epoch, n), its in itertools.groupby(batches, lambda batch: (batch[0], len(batch[1]))):
+        while group := [index for _, index in itertools.islice(its, max(1, most // n))]:
+            yield epoch, np.stack(group)
+
+
 def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
-    """Yield (epoch, indices, [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by worker
-    processes.
+    """Yield (epoch, indices (1, N), [(N, 3, S, S) uint8 on the device, one per view]), decoded and cut by
+    worker processes.
 
     cut         (image, epoch, i) -> a list of (3, S, S) uint8, one per view
     image_bytes of such a list
@@ -71,7 +80,7 @@ def decode(source, cut, image_bytes, batches, device, workers, waiting=iter):
         indices.append(index)
         views.append([x.to(device, non_blocking=True, copy=True) for x in cuts])  # out of /dev/shm
         if is_last:
-            yield epoch, np.concatenate(indices), [torch.cat(parts) for parts in zip(*views)]
+            yield epoch, np.concatenate(indices)[None], [torch.cat(parts) for parts in zip(*views)]
             indices, views = [], []
 
 

@@ -1,15 +1,17 @@
 """Checks of what only a GPU can show: a line for each, and exit status 1 if one has failed.
 
-    python tests/drills/gpu.py                      some minutes on one GPU
-    python tests/drills/gpu.py --device cpu --only views gradients      to try the script itself, anywhere
+    python tests/drills/gpu.py                                    some minutes on one GPU
+    python tests/drills/gpu.py --only views gradients --out DIR   these alone; the outcomes go to DIR/gpu.json
+    python tests/drills/gpu.py --device cpu --out DIR             to try the script itself, anywhere
 
-Start it from the repository's root. A GPU's outcomes are kept in results/drills/gpu.json; a check that is run
-again replaces its last outcome.
+Start it from the repository's root. A check that is run again replaces its last outcome. Each has a process
+of its own, which ends at the check's time limit.
 
-waits       eleven steps of each method in which a hidden wait of the CPU for the GPU is an error; what the
-            training loop measures between them is left out
-views       the views of the GPU against those of the CPU, in levels of 255
-gradients   of a step in bf16 against those in float32, of an untrained network: their cosine
+waits       eleven steps of each method, with monitors and views, in which a hidden wait of the CPU for the
+            GPU is an error
+views       the views of the GPU against those of the CPU, in levels of 255; and of several batches at a time
+gradients   of a step in bf16 and in float32, plain and compiled, of an untrained network: their cosine with
+            the plain ones in float32
 commands    the programs in their variants, a short run each, several at a time
 stop        SIGTERM after a run's first epoch, then --resume
 two         two processes on one GPU by gloo, because NCCL wants a GPU for each process. Synchronised BN and
@@ -17,6 +19,7 @@ two         two processes on one GPU by gloo, because NCCL wants a GPU for each 
 """
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import shlex
 import signal
@@ -31,15 +34,16 @@ import torch
 import torch.distributed as dist
 
 import augment
+import related
 import simsiam
 from harness.common.machine import device_name
 from harness.data.loading import index_batches
 from harness.data.shapes import draw_shapes
 from harness.training import ends, processes
-from results.neighbours import steps_of
-from results.rows import read_json, records, write_json
+from harness.training.run import Run
+from results.rows import in_time, read_json, records, write_json
 
-KEPT = "results/drills/gpu.json"
+LIMITS = {"waits": 200, "views": 60, "gradients": 240, "commands": 300, "stop": 200, "two": 150}  # seconds
 SHORT = "--epochs 1 --workers 2"
 METHODS = [f"related.py --method {method}" for method in ("simclr", "mocov2", "byol", "swav", "clip")]
 EXPERIMENT = "simsiam.py --experiment"
@@ -54,30 +58,47 @@ WATCHED = ["simsiam.py", f"{EXPERIMENT} sec52-moving-average", f"{EXPERIMENT} se
 
 def waits(device):
     """Each hidden wait raises."""
-    if device.type == "cpu":
-        return True, "a CPU waits for nothing"
+    augment.GROUP[device.type] = 1  # otherwise all views of an epoch could be made before the first step
     found = [f"{command}: {place}" for command in WATCHED if (place := place_of_a_wait(command, device))]
     return not found, "; ".join(found) or f"none in eleven steps of {len(WATCHED)} commands"
 
 
+class Enough(Exception):
+    """Ends a run after the steps that were watched."""
+
+
+def watched(run, batches, steps_of_epoch=Run.steps_of_epoch):
+    """In the place of Run.steps_of_epoch: from the fourth step to the fourteenth a hidden wait raises."""
+    for number, step in enumerate(steps_of_epoch(run, batches)):
+        if number == 3 and run.device.type == "cuda":  # the steps before may wait
+            torch.cuda.set_sync_debug_mode("error")
+        if number == 14:  # with 10 steps on the same targets, the next targets too
+            raise Enough
+        yield step
+
+
 def place_of_a_wait(command, device):
-    """The line of ours in which a step of this command waits for the GPU, or "" if none does."""
-    steps = steps_of([*shlex.split(command), *shlex.split(SHORT), "--amp"], device)
-    for _ in range(3):  # the first steps may
-        next(steps)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(11):  # with 10 steps on the same targets, the next targets too
-            next(steps)
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        *_, place = (frame for frame in traceback.extract_tb(error.__traceback__)
-                     if frame.filename.startswith(os.getcwd()))
-        return f"{os.path.relpath(place.filename)}, line {place.lineno}: {error}".splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
+    """The line of ours in which a run of this command waits for the GPU, or "" if none does."""
+    Run.steps_of_epoch = watched
+    script, *options = shlex.split(f"{command} {SHORT} --knn-every 0 --amp --device {device.type}")
+    program = {"simsiam.py": simsiam, "related.py": related}[script]
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        try:
+            with contextlib.redirect_stdout(nowhere):
+                simsiam.pretrain(program.parse([*options, "--out", f"{folder}/run"]))
+        except Enough:
+            return ""
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            *_, place = (frame for frame in traceback.extract_tb(error.__traceback__)
+                         if frame.filename.startswith(os.getcwd()))
+            return f"{os.path.relpath(place.filename)}, line {place.lineno}: {error}".splitlines()[0]
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            dist.destroy_process_group()
+    raise AssertionError(f"{command} ended before its fourteenth step")
 
 
 def views(device):
@@ -87,36 +108,47 @@ def views(device):
     saturation then stretch that level by up to 1.4 each.
     """
     source = draw_shapes(0, 0, 512, 48)
-    policy = augment.Policy(size=32)
-    made = []
-    for where in (torch.device("cpu"), device):
-        batches = index_batches(0, 512, 512, 1)
-        (_, pair), = augment.load_views(source, policy, 0, batches, where, 0)
-        made.append(torch.cat(pair).cpu())
-    std = torch.tensor(policy.std).view(3, 1, 1)
+    made = [views_of(source, torch.device("cpu"), 512), views_of(source, device, 512)]
+    std = torch.tensor(augment.Policy().std).view(3, 1, 1)
     difference = 255 * ((made[0] - made[1]) * std).abs()
     share = (difference > 0.01).float().mean().item()
-    text = f"at most {difference.max():.3f} levels, {share:.2%} of the pixels differ by more than 0.01"
-    return difference.max().item() <= 1.4 ** 3 and share < 0.001, text
+    apart = (views_of(source, device, 64) - made[1]).abs().max().item()
+    text = (f"at most {difference.max():.3f} levels, {share:.2%} of the pixels differ by more than 0.01; "
+            f"eight batches at a time and one: at most {apart:.1g} apart")
+    return difference.max().item() <= 1.4 ** 3 and share < 0.001 and apart < 1e-4, text
+
+
+def views_of(source, device, batch):
+    """Both views of 512 images, in batches of this size, which are made together: (2, 512, 3, 32, 32)"""
+    batches = index_batches(0, 512, batch, 1)
+    made = [torch.stack(views) for _, views in
+            augment.load_views(source, augment.Policy(size=32), 0, batches, device, 0)]
+    return torch.cat(made, dim=1).cpu()
 
 
 def gradients(device):
-    """A full-width ResNet-18 on 256 images, or 64 on a CPU."""
+    """A full-width ResNet-18 on 256 images, or 16 on a CPU."""
     torch.backends.cudnn.allow_tf32 = False  # this check alone: the programs' float32 has TF32 convolutions
     torch.manual_seed(0)
     model = simsiam.SimSiam("resnet18", cifar_stem=True).to(device, memory_format=torch.channels_last)
     source = draw_shapes(0, 0, 256, 32)
-    batches = index_batches(0, 256, 64 if device.type == "cpu" else 256, 1)
+    batches = index_batches(0, 256, 16 if device.type == "cpu" else 256, 1)
     _, pair = next(augment.load_views(source, augment.Policy(size=32), 0, batches, device, 0))
-    found = []
-    for amp in (False, True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            p, z = model(*pair)
-        gradient = torch.autograd.grad(simsiam.loss(*p, *z), list(model.parameters()))
-        found.append(torch.cat([g.flatten().float() for g in gradient]))
-    torch.backends.cudnn.allow_tf32 = True
-    cosine = torch.nn.functional.cosine_similarity(*found, dim=0).item()
-    return cosine > 0.98, f"cosine {cosine:.4f}"
+    cosines = {}
+    for compiled in ("", ", compiled"):
+        if compiled:
+            model.compile()
+        for precision, amp in (("float32", False), ("bf16", True)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                p, z = model(*pair)
+            gradient = torch.autograd.grad(simsiam.loss(*p, *z), list(model.parameters()))
+            gradient = torch.cat([g.flatten().double() for g in gradient])
+            if not cosines:
+                exact = gradient
+            cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
+            cosines[precision + compiled] = cosine
+    is_good = min(cosines.values()) > 0.98 and cosines["float32, compiled"] > 0.9999
+    return is_good, "; ".join(f"{name} {cosine:.5f}" for name, cosine in cosines.items())
 
 
 def words_of(command, device):
@@ -197,30 +229,35 @@ def as_process(arguments):
 CHECKS = {check.__name__: check for check in (waits, views, gradients, commands, stop, two)}
 
 
+def outcome_of(name, device_type):
+    """A check in this process -> what is kept of it."""
+    device = torch.device("cpu") if device_type == "cpu" else processes.own_gpu()
+    is_good, seen = CHECKS[name](device)
+    return {"good": is_good, "seen": seen, "device": device_name(device), "torch": torch.__version__}
+
+
 def main():
     if sys.argv[1:2] == ["--as-process"]:
         as_process(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--out", default="results/drills", help="gpu.json's folder (default: %(default)s)")
     args = parser.parse_args()
-    processes.join_world(torch.device(args.device))  # the checks in this process need a world
-    device = torch.device(args.device)
-    outcomes = {}
+    path = f"{args.out}/gpu.json"
+    are_good = True
     for name in args.only:
         began = time.monotonic()
         try:
-            is_good, seen = CHECKS[name](device)
-        except Exception as error:  # whatever goes wrong on a GPU is a finding
-            is_good, seen = False, f"{type(error).__name__}: {error}"
-        seconds = round(time.monotonic() - began)
-        print(f"{name:10}{'good' if is_good else 'BAD':5} {seen}  ({seconds} s)", flush=True)
-        outcomes[name] = {"good": is_good, "seen": seen, "seconds": seconds,
-                          "device": device_name(device), "torch": torch.__version__}
-        if args.device == "cuda":
-            write_json(KEPT, read_json(KEPT) | outcomes)
-    dist.destroy_process_group()
-    sys.exit(not all(outcome["good"] for outcome in outcomes.values()))
+            outcome = in_time(LIMITS[name], outcome_of, name, args.device)
+        except RuntimeError as error:  # whatever goes wrong on a GPU is a finding
+            outcome = {"good": False, "seen": str(error)}
+        outcome["seconds"] = round(time.monotonic() - began)
+        told = "good" if outcome["good"] else "BAD"
+        print(f"{name:10}{told:5} {outcome['seen']}  ({outcome['seconds']} s)", flush=True)
+        write_json(path, read_json(path) | {name: outcome})
+        are_good = are_good and outcome["good"]
+    sys.exit(not are_good)
 
 
 if __name__ == "__main__":
