@@ -391,7 +391,7 @@ def open_network(path, settings=None):
     backbone = read_backbone(path)
     s = settings or backbone.settings
     if not s:
-        raise Refused(f"{path}: doesn't say how its network saw images; give the settings of a classifier.pth")
+        raise Refused(f"{path}: doesn't say how its network saw images; give a classifier's settings")
     view = partial(test_view, views_of(s), s["range"])
     return backbone.network.eval().requires_grad_(False), view
 

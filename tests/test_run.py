@@ -187,7 +187,7 @@ def test_an_evaluation_of_another_backbone_does_not_go_on():
     """Not by --override either: half of its result would be of the older one."""
     then = {"sha256": "a", "pretrained_epochs": 1}
     now = {"sha256": "b", "pretrained_epochs": 2}
-    with pytest.raises(Refused, match="had been trained for 1 epochs; give another --out"):
+    with pytest.raises(Refused, match="of this one after 1 epochs; give another --out"):
         compare_settings(then, now, ["sha256", "pretrained_epochs"], "run")
 
 

@@ -24,7 +24,7 @@ class Away(BadImage):
 
 
 class Stopped(Exception):
-    """A signal has ended a program, and what can be saved is. Arguments: the signal's number, and the text."""
+    """A signal has ended a program, which has saved what it can. Arguments: the signal's number, the text."""
 
 
 def handle_signals(handler):

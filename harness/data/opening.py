@@ -233,16 +233,24 @@ def copied(train, val):
     """Which images that judge are training images too: indices. We compare pixels in memory, or files' bytes;
     but no files of large data sets, because on a network disk the sizes of a million take minutes."""
     if train.pixels is not None and val.pixels is not None:
-        known, judging = [[hash(x.numpy().tobytes()) for x in source.pixels] for source in (train, val)]
-        return np.flatnonzero(np.isin(judging, known)).tolist()
+        known = {hash(x.numpy().tobytes()) for x in train.pixels}
+        return [i for i, x in enumerate(val.pixels) if hash(x.numpy().tobytes()) in known]
     if max(len(train), len(val)) > 100_000:
         return []
     with contextlib.suppress(OSError, Away):
-        sizes, judging = [[size_of(path) for path in source.files] for source in (train, val)]
-        common = set(sizes) & set(judging)
-        known = {hash_of(path) for path, size in zip(train.files, sizes) if size in common}
-        return [i for i, path in enumerate(val.files) if judging[i] in common and hash_of(path) in known]
+        of_train, of_val = by_size(train), by_size(val)
+        common = of_train.keys() & of_val.keys()
+        known = {hash_of(train.files[k]) for size in common for k in of_train[size]}
+        return sorted(i for size in common for i in of_val[size] if hash_of(val.files[i]) in known)
     return []
+
+
+def by_size(source):
+    """{bytes of a file: indices of the files that have so many}"""
+    found = collections.defaultdict(list)
+    for i, path in enumerate(source.files):
+        found[size_of(path)].append(i)
+    return found
 
 
 def hash_of(path):

@@ -166,8 +166,9 @@ def compare_settings(then, now, override, path):
         if then.get(name) != now.get(name):
             changed[name] = f"{name} {then.get(name)} -> {now.get(name)}"
     if "sha256" in changed:
-        raise Refused(f"{path}: is an evaluation of another backbone, or of this one when it had been trained "
-                      f"for {then.get('pretrained_epochs')} epochs; give another --out")
+        epochs = then.get("pretrained_epochs")
+        raise Refused(f"{path}: is an evaluation of another backbone, or of this one after {epochs} epochs; "
+                      "give another --out")
     to_name = [name for name in changed if name not in MAY_CHANGE]
     forbidden = [changed[name] for name in to_name if name not in override]
     if forbidden:
