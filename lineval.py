@@ -41,7 +41,6 @@ from harness.data.loading import index_batches
 from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
-from harness.evaluation.report import too_short
 from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
 from harness.evaluation.result import save_features, write_classes, write_result
 from harness.training.ends import run_and_leave
@@ -160,7 +159,7 @@ ENOUGH_IMAGES = 10_000                                                # for its 
 FILES = (*CHECKPOINTS, "lineval.json")                                # a folder with any has an evaluation
 DEFAULT = {"imagenet": "lars", "cifar10": "sgd", "shapes": "cached"}  # by recipe
 ENOUGH_STEPS = 1000                                                   # without them, cached is the default
-TOO_SHORT = "90 steps of lars ended 20 points below --cached, on 4,200 images of CIFAR-10"
+FEW_IMAGES = "lars ended 20 points below --cached on 4,200 images of CIFAR-10; use --cached"
 OF_THE_LAYER = ("base_lr", "batch", "epochs")                         # options of what trains the layer
 
 
@@ -439,8 +438,8 @@ def evaluate(args):
         resuming = enter(out, FILES, args.resume, device)
     job = Job(s, device, data.train, data.val, views, out, resuming)
     rows = describe_evaluation(job, backbone, data.rows())
-    if protocol.optimizer:
-        rows |= too_short(s, ENOUGH_STEPS, TOO_SHORT)
+    if protocol.optimizer and steps_of(protocol, s["images"], protocol.batch) < ENOUGH_STEPS:
+        rows["few images"] = FEW_IMAGES
     say(start_block(rows))
 
     # 3. Features of all good images, without augmentation: to classify, find bad files, show neighbours
@@ -581,18 +580,22 @@ def views_of(s):
 def choose_protocol(args, recipe, images):
     """The protocol asked for, or the recipe's, or cached if the images give that one too few steps.
 
-    Whoever resumes, or names a setting of the layer, means the recipe's; then one step is enough.
+    Whoever names a setting of the layer means the recipe's; then one step is enough.
     -> its name, and why it is not the recipe's
     """
     name = args.protocol or DEFAULT[recipe]
     if args.protocol or name == "cached":
         return name, ""
-    batch = args.batch or PROTOCOLS[name].batch
-    steps = PROTOCOLS[name].epochs * (images // batch)
-    enough = 1 if args.resume or named(args, OF_THE_LAYER) else ENOUGH_STEPS
+    steps = steps_of(PROTOCOLS[name], images, args.batch or PROTOCOLS[name].batch)
+    enough = 1 if named(args, OF_THE_LAYER) else ENOUGH_STEPS
     if steps >= enough:
         return name, ""
     return "cached", f"; chosen because {images:,} images give {name} {steps or 'no'} steps"
+
+
+def steps_of(protocol, images, batch):
+    """How many steps a protocol makes on so many images."""
+    return protocol.epochs * (images // batch)
 
 
 def settings_for(args, described, policy, data):

@@ -214,6 +214,8 @@ NOTES = {  # id: the tree, words of the note, whether a share of each class is a
     "img2dataset's parts": (
         classes("train", ("00000", "00001")) | {"train/00000/000.json": b"{}", "train/00001/000.json": b"{}"},
         "00000 is no class, but a shard or a part of the images: no labels", False),
+    "folds": (
+        classes("fold1") | classes("fold2"), "fold1 is no class, but a shard or a part of the images", False),
     "numbers that are classes": (classes("train", ("00000", "00001")), "no validation split", True),
 }
 

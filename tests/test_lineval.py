@@ -1,7 +1,6 @@
 """lineval.py: the cached protocol's fit, the four protocols as a whole, resuming, refusals, exports."""
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import resnet
 import simsiam
 from harness.common import draws, files
 from harness.data import opening
-from harness.evaluation import report
 from harness.evaluation.result import describe_accuracy
 from harness.training import recipes
 from tests.helpers import EVALUATION, PROTOCOL_OPTIONS, RELEASED_HEADS, ROOT, TINY
@@ -158,7 +156,7 @@ def test_classes_of_few_images_have_a_choice(per_class):
     ("imagenet", 96, "--epochs 50", "cached", "; chosen because 96 images give lars no steps"),
     ("imagenet", 4200, "--lars", "lars", ""),
     ("imagenet", 4200, "--batch 64", "lars", ""),
-    ("imagenet", 4200, "--resume", "lars", ""),
+    ("imagenet", 4200, "--resume", "cached", "; chosen because 4,200 images give lars 90 steps"),
     ("cifar10", 50_000, "", "sgd", ""),
     ("cifar10", 500, "", "cached", "; chosen because 500 images give sgd 100 steps"),
     ("shapes", 96, "", "cached", ""),
@@ -179,28 +177,13 @@ def test_a_checkpoint_of_few_images_is_evaluated_without_an_option(tmp_path, fin
     assert "give sgd no steps" in result_of(tmp_path / "out")["note"]
 
 
-def test_an_evaluation_begun_by_an_earlier_default_goes_on(tmp_path, ten, monkeypatch):
-    """24 steps were enough when it began."""
-    monkeypatch.setitem(lineval.PROTOCOLS, "sgd", lineval.PROTOCOLS["sgd"]._replace(batch=10, epochs=3))
-    arguments = [ten, *EVALUATION, "--save-minutes", "0", "--out", tmp_path]
-    with monkeypatch.context() as earlier:
-        earlier.setattr(lineval, "ENOUGH_STEPS", 1)
-        with interrupted_before(9):
-            assert "interrupted" in here("lineval.py", *arguments)
-    assert here("lineval.py", *arguments, "--resume") is None
-    assert result_of(tmp_path)["protocol"] == "sgd"
-
-
-def test_few_steps_are_called_too_few_and_the_advice_gives_enough(tmp_path, ten, capsys):
-    """By the number of epochs that the line names; with one less they are not."""
-    options = ["--sgd", "--batch", 40, "--epochs"]
-    assert here("lineval.py", ten, *EVALUATION, *options, 1, "--out", tmp_path / "short") is None
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "too short 90 steps of lars ended 20 points below --cached" in printed
-    epochs = int(re.search(r"--epochs (\d+), or a smaller --batch, gives 1,000", printed)[1])
-    settings = {"images": 80, "batch": 40, "epochs": epochs}
-    assert report.too_short(settings, 1000, "") == {}
-    assert report.too_short(settings | {"epochs": epochs - 1}, 1000, "")
+def test_a_protocol_that_has_too_few_images_is_told(tmp_path, ten, capsys):
+    """Also with a batch that gives enough steps, because the lr falls with it."""
+    for name, batch in (("lars", 20), ("sgd", 10)):
+        options = [f"--{name}", "--batch", batch, "--epochs", 200, "--out", tmp_path / name]
+        with interrupted_before(1):
+            here("lineval.py", ten, *EVALUATION, *options)
+        assert "few images  lars ended 20 points below --cached on 4,200" in capsys.readouterr().out
 
 
 # --- Unequal classes ----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def named(words):
 
 
 TRAIN = named("train|training")
-PARTS = re.compile(r"(part|shard|chunk)[-_]?\d\d+")  # names of folders of any images: part-0012
+PARTS = re.compile(r"(part|shard|chunk)[-_]?\d\d+|fold[-_ ]?\d+")  # names of folders of any images: part-0012
 VAL = [named("val"), named("valid|validation"), named("test|testing")]  # the first that is there
 # A folder of the first names holds the images of the folder that it is in, alone or beside one of the second.
 IMAGES = set("images image imgs img jpegimages".split())
