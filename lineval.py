@@ -545,6 +545,9 @@ def open_as_before(args, saved, value_range):
     is_same = is_own and wanted == held_out and not (saved.get("knn_data") or args.range)
     if is_same and "content" in saved and data.train.fingerprint() != saved["content"]:
         warn(f"{args.data}: its images are not those of pre-training any more")
+    if wanted.share and wanted != held_out and args.data == saved.get("data"):
+        warn(f"{args.data}: pre-training has seen images that judge; for a number on unseen ones, give it "
+             f"--val-share {wanted.share:g} too")
     args.val, args.val_share = wanted.name, wanted.share
     return data
 

@@ -47,7 +47,7 @@ from harness.evaluation.features import accuracy, extract, neighbours
 from harness.evaluation.report import Report, describe_run, watches_knn
 from harness.training.batchnorm import synchronize
 from harness.training.ends import run_and_leave
-from harness.training.folder import CHECKPOINTS, enter, look
+from harness.training.folder import RUN, enter, look
 from harness.training.method import Method
 from harness.training.options import check_limits, number
 from harness.training.per_image import PerImageVectors
@@ -317,9 +317,9 @@ def pretrain(args):
     torch.manual_seed(s["seed"])
     model = method.build()
     rows = data.rows()
-    if args.init and not look(out, CHECKPOINTS, args.resume, device):
+    if args.init and not look(out, RUN, args.resume, device):
         rows["init"] = load_init(model, s, args.prefix)
-    resuming = enter(out, CHECKPOINTS, args.resume, device)  # refuses to overwrite a run
+    resuming = enter(out, RUN, args.resume, device)  # refuses to overwrite a run
     job = Job(s, device, data.train, data.val, test_views(policy, device, s["workers"]), out, resuming)
     watched = job._replace(train=judge.train, val=judge.val)
     layout = fastest_layout(model.encoder, device)

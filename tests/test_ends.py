@@ -4,12 +4,14 @@ import functools
 import itertools
 import multiprocessing
 import os
+import resource
 import runpy
 import shlex
 import shutil
 import signal
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import torch
 import augment
 import resnet
 import simsiam
-from harness.common.errors import STOPPING, Refused
+from harness.common.errors import STOPPING, Refused, handle_signals
 from harness.data import loading
 from harness.evaluation import features
 from tests.children import HANGS
@@ -466,6 +468,18 @@ def test_python_lives_on_behind_a_script_that_it_runs(tmp_path, small, finished,
             runpy.run_path(str(ROOT / "simsiam.py"), run_name="__main__")
         assert isinstance(end.value.code, code)
     assert equal(weights_of(tmp_path / "another"), weights_of(finished[0]))
+
+
+@pytest.mark.parametrize("limits, lowered", [
+    ((100, 100), [(90, 100)]), ((80, 100), []), ((resource.RLIM_INFINITY,) * 2, [])])
+def test_a_limit_of_cpu_time_is_told_before_it_kills(monkeypatch, limits, lowered):
+    """`ulimit -t` sets both limits: SIGXCPU would come with SIGKILL."""
+    changes = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: changes.append(new))
+    with mock.patch.object(signal, "signal"):
+        handle_signals(None)
+    assert changes == lowered
 
 
 def test_after_a_run_signals_do_what_they_did(monkeypatch):

@@ -113,8 +113,9 @@ def test_a_share_of_each_class_is_held_out(tmp_path, share):
     assert list(again.files) == list(val.files) != list(other.files)
 
 
-def test_an_evaluation_judges_by_what_pre_training_held_out(tmp_path):
-    """Both on class folders alone, seed 3: the same images as an untrained network's, and as kNN's."""
+def test_an_evaluation_judges_by_what_pre_training_held_out(tmp_path, capsys):
+    """Both on class folders alone, seed 3: the same images as an untrained network's, and as kNN's. Of others
+    a line says that pre-training has seen them."""
     data = plant(tmp_path / "data", classes(".", "abc", count=10))
     run = tmp_path / "run"
     options = ["--val-share", "0.2"]
@@ -135,6 +136,10 @@ def test_an_evaluation_judges_by_what_pre_training_held_out(tmp_path):
         assert here("lineval.py", *command, *more) is None
         assert result_of(out)["val_images"] == 6
         saved.append(np.load(features))
+    assert "has seen" not in capsys.readouterr().err
+    more = ["--val-share", "0.4", "--knn", "--workers", 0, "--out", tmp_path / "other"]
+    assert here("lineval.py", "--ckpt", run / "checkpoint.pth", *more) is None
+    assert "pre-training has seen images that judge; for a number on unseen" in capsys.readouterr().err
     expected = open_data(data, wanted=Validation(None, 0.2, 3))
     for found in saved:
         assert list(found["train_files"]) == list(expected.train.files)

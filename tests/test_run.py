@@ -227,6 +227,19 @@ def test_resume_with_a_file_is_told_how_to_go_on(tmp_path, small, finished):
     assert equal(weights_of(older), weights_of(finished[0]))
 
 
+@pytest.mark.parametrize("options, message", [
+    ([], "holds a run or a result already"),
+    (["--resume"], "has no checkpoint.pth to go on from; give another --out"),
+    (["--resume", "auto"], "has no checkpoint.pth to go on from; give another --out"),
+])
+def test_a_finished_run_without_its_checkpoints_is_not_overwritten(tmp_path, small, options, message):
+    """They were removed to save room."""
+    (tmp_path / "backbone.pth").write_bytes(b"features")
+    assert message in refusal("simsiam.py", small, *TINY, "--out", tmp_path, *options)
+    assert (tmp_path / "backbone.pth").read_bytes() == b"features"
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 # --- Damaged and crafted files ------------------------------------------------------------------------------
 
 def test_checkpoints_are_whole_at_every_instant(tmp_path, monkeypatch):

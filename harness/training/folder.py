@@ -27,6 +27,7 @@ FORMAT = 1  # of checkpoint.pth; to be raised when its contents change
 NEWEST = "checkpoint.pth"
 PREVIOUS = "checkpoint-previous.pth"
 CHECKPOINTS = (NEWEST, PREVIOUS)
+RUN = (*CHECKPOINTS, "backbone.pth")  # a folder with any has a run
 MAY_CHANGE = {"data", "more", "knn_data", "init", "backbone", "workers", "world", "knn_every", "save_minutes",
               "compile", "keep_every", "knn_k"}  # settings that a resumed run may change without --override
 LOCK = ".writer"   # a hidden file, so that nobody takes it for data
@@ -145,7 +146,9 @@ def newest_checkpoint(folder):
         return read(newest), newest, None
     except (Refused, OSError) as error:
         if not os.path.exists(previous):
-            raise
+            if os.path.exists(newest):
+                raise
+            raise Refused(f"{folder}: has no checkpoint.pth to go on from; give another --out") from None
         problem = printable(error)
     return read(previous), previous, problem
 
