@@ -42,7 +42,7 @@ from harness.data.opening import Validation, open_data
 from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
-from harness.evaluation.result import save_features, write_classes, write_result
+from harness.evaluation.result import save_features, settings_in, write_classes, write_result
 from harness.training.ends import run_and_leave
 from harness.training.folder import CHECKPOINTS, check_new, compare_settings, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
@@ -478,13 +478,13 @@ def judge(job, frozen, policy, splits, args, say):
     s["val_images"] = len(val)
     s["content"] = train.fingerprint()
     check_same(f"images in {s['data']}", [s["content"], val.fingerprint()], job.device)
+    written = os.path.join(job.out, "lineval.json")
+    if os.path.exists(written):  # with --resume, we do the same again, but nothing else
+        compare_settings(*settings_in(written, s), args.override, written)
     if protocol.optimizer:
         check_batch(s)
         judged = train_on_views(job, frozen, policy, queries, args.override)
     elif protocol.epochs:
-        written = os.path.join(job.out, "classifier.pth")
-        if os.path.exists(written):  # with --resume, we do the same again, but nothing else
-            compare_settings(read_classifier(written)["settings"], s, args.override, written)
         judged = cached(job, bank, queries)
     else:
         judged = knn(job, bank, queries, args.knn_k)

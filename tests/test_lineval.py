@@ -460,8 +460,7 @@ def test_an_evaluation_that_is_done_ends_well_again(tmp_path, evaluated, ten, ca
     command = [ten, *EVALUATION, *PROTOCOL_OPTIONS[protocol], *features, "--out", out, "--resume", "auto"]
     assert here("lineval.py", *command) is None
     assert f"{protocol}: {describe_accuracy(result_of(out))} on 37 of 37" in capsys.readouterr().out
-    if protocol != "knn":
-        assert "was made with other settings (seed 0 -> 1)" in refusal("lineval.py", *command, "--seed", "1")
+    assert "was made with other settings (seed 0 -> 1)" in refusal("lineval.py", *command, "--seed", "1")
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert after.items() >= {name: before[name] for name in ("lineval.json", "neighbors.png")}.items()
 

@@ -149,21 +149,30 @@ OUTLIERS = 0.01  # percent of the values at either end that don't count: hot pix
 
 
 def sample(files):
-    """Look at some files -> a list of values of those with more than 8 bits, and how many frames and bands of
-    them are not read
+    """Look at some files -> a list of values of those with more than 8 bits, how many frames and bands of
+    them are not read, and how many of them have transparent parts
 
     Bad files are passed over: whoever reads them says what is wrong. The same files give the same sample, so
     a run that is resumed finds the same range.
     """
     values = []
-    further = 0
+    further = clear = 0
     for i in np.unique(np.linspace(0, len(files) - 1, SAMPLE, dtype=int)):
         with contextlib.suppress(BadImage), open_image(files[i]) as image:
             if is_deep(image):
                 pixels = deep_values(files[i], image).ravel()
                 values.append(pixels[::1 + len(pixels) // 2 ** 16])  # some of a large picture's
             further += unread(image)
-    return values, further
+            clear += is_clear(image)
+    return values, further, clear
+
+
+def is_clear(image):
+    """Whether an open file (PIL) has transparent parts, whose colours we show all the same."""
+    if image.format == "TIFF" or not image.has_transparency_data:  # of a TIFF, `unread` counts the band
+        return False
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return lowest < 255
 
 
 def range_of(values):

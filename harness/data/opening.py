@@ -209,7 +209,12 @@ def settle(data, value_range, hold):
         return data
     found = data.found
     sources = [source for source in (data.train, data.val) if source]
-    values, further = zip(*[sample(source.files) for source in sources])
+    values, further, clear = zip(*[sample(source.files) for source in sources])
+    if sum(clear):
+        found = found._replace(notes=(
+            *found.notes,
+            f"{sum(clear)} images (in a sample) have transparent parts, where hidden colours show; to paint "
+            "those: magick mogrify -background white -flatten FILES"))
     if sum(further):
         found = found._replace(notes=(
             *found.notes,

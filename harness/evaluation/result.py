@@ -63,6 +63,16 @@ def describe_accuracy(found):
 
 # --- In files ---------------------------------------------------------------------------------------------
 
+def settings_in(path, settings):
+    """A lineval.json -> what it has of these settings, and they themselves, as JSON holds them"""
+    with open(path) as f, refusing(path, "no lineval.json"):
+        content = json.load(f)
+    then = {name: content.get(name) for name in settings}
+    if "base_lr" in then and settings["base_lr"] is None:
+        then["base_lr"] = None  # a sweep chose what is there
+    return then, json.loads(json.dumps(settings))
+
+
 def write_result(job, judged, bank, queries, bad_images, network):
     """Write lineval.json, classifier.pth if a layer was trained, and neighbors.png.
 
