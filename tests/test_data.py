@@ -2,6 +2,7 @@
 import dataclasses
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -159,9 +160,9 @@ def test_cifar_reader_admits_nothing_else(tmp_path, monkeypatch, content):
 def test_cifar_reader_reads_what_old_and_new_numpy_wrote(tmp_path, module):
     """The same batch under the name that numpy's module has now, and under the one it had."""
     batch = {b"data": np.stack([IMAGE, IMAGE]), b"labels": [1, 2]}
-    content = pickle.dumps(batch, 2)
-    assert b"numpy._core.multiarray" in content
-    (tmp_path / "batch").write_bytes(content.replace(b"numpy._core.multiarray", module))
+    content, count = re.subn(rb"numpy\._?core\.multiarray", module, pickle.dumps(batch, 2))
+    assert count == 1
+    (tmp_path / "batch").write_bytes(content)
     pixels, labels = cifar.read_batch(tmp_path / "batch", cifar.LAYOUTS[1], 10)
     assert pixels.shape == (2, 3072)
     assert labels.tolist() == [1, 2]

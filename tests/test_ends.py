@@ -307,7 +307,7 @@ def test_news_of_a_workers_death_comes_once():
 
     before = signal.signal(signal.SIGCHLD, told)
     try:
-        with pytest.raises(Refused, match="a process that decodes images was killed"):
+        with pytest.raises(Refused, match="a process that decodes images has died"):
             next(loading.in_our_words(broken()))
         os.kill(os.getpid(), signal.SIGCHLD)
     finally:
@@ -323,7 +323,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_hint(tmp_path, stuck):
         _, said = process.communicate()
         os.close(pipe)
     assert process.returncode == 1
-    assert "a process that decodes images was killed" in said
+    assert "a process that decodes images has died" in said
     assert "Traceback" not in said
 
 
@@ -340,7 +340,7 @@ def test_the_steps_before_a_workers_death_are_saved(tmp_path, large):
 
     with before_each_step(kill):
         said = here("simsiam.py", large, *options, "--epochs", 50, "--out", out)
-    assert "a process that decodes images was killed" in said
+    assert "a process that decodes images has died" in said
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
     assert 5 * checkpoint["epoch"] + checkpoint["step"] >= 4  # 20 images in batches of 4
 

@@ -179,7 +179,7 @@ def test_workers_ignore_the_signals_that_end_a_run():
 
 
 TROUBLES = {  # id: (what the workers' queue raises, what the one line says)
-    "a worker's connection": (ConnectionResetError("x"), "a process that decodes images was killed"),
+    "a worker's connection": (ConnectionResetError("x"), "a process that decodes images has died"),
     "time": (RuntimeError("DataLoader timed out after 60 seconds"), "no images for 600 s"),
 }
 

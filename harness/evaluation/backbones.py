@@ -162,7 +162,7 @@ def export(backbone, path, layout, out):
     out     the folder; None: that of the file
     Raises Refused if the new file exists already.
     """
-    arch, *_ = backbone.shape
+    arch, width, cifar_stem = backbone.shape
     if layout == "torchvision":
         name = f"{arch}-torchvision.pth"
         content = tensors = backbone.network.state_dict()
@@ -177,6 +177,8 @@ def export(backbone, path, layout, out):
     save(content, target)
     print(f"{target}: {in_words(*backbone.shape)}, {len(tensors)} tensors in the {layout} layout")
     print(f"  {describe_found(backbone.found)}")
+    if width != 1 or cifar_stem:
+        print("  torchvision's own has another stem or width: docs/operations.md, Using a run's results")
     if seen := views_in_words(backbone.settings):
         print(f"  give it views as its run did: {seen}")
 
