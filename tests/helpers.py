@@ -370,11 +370,6 @@ def torchrun(*command, **options):
     return children.run_two(*command, **options)
 
 
-def real_torchrun(*command):
-    """The same with torchrun itself."""
-    return python(*shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2"), *command)
-
-
 @contextlib.contextmanager
 def start(*command, **options):
     """A process that does not outlive the block: a child if one can run the command, else a new Python."""

@@ -1,6 +1,7 @@
 """harness/training, processes, batchnorm, per_image: several processes do what one does, or say why not."""
 import datetime
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -9,10 +10,22 @@ from torch import nn
 
 from harness.training import batchnorm, processes
 from tests import world
-from tests.helpers import CPU, ROOT, TINY, free_port, here, log_of, real_torchrun, refusal, slow, torchrun
+from tests.helpers import CPU, ROOT, TINY, free_port, here, log_of, refusal, slow, start, torchrun
 from tests.helpers import write_folder
 
 pytest_plugins = ["tests.fixtures"]
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", autouse=True)
+def by_torchrun(tmp_path_factory, small):
+    """torchrun itself, its folder, and the options without it. It works while the other tests do."""
+    out = tmp_path_factory.mktemp("torchrun") / "two"
+    options = [small, *TINY, "--epochs", "1", "--batch", "24", "--out"]
+    launcher = shlex.split("-m torch.distributed.run --standalone --nproc-per-node 2")
+    with start(*launcher, ROOT / "simsiam.py", *options, out) as process:
+        yield process, out, options
 
 
 # --- Two processes and one, in float64 ----------------------------------------------------------------------
@@ -156,24 +169,6 @@ def test_a_scheduler_that_is_used_as_it_should_be_is_left_alone(environ):
 
 # --- Whole runs ---------------------------------------------------------------------------------------------
 
-def test_torchruns_two_processes_run_the_same_command(tmp_path, small):
-    """Started by torchrun itself: a whole run against one process: loss, std and kNN of every epoch."""
-    options = [small, *TINY, "--epochs", "1", "--batch", "24", "--out"]
-    assert here("simsiam.py", *options, tmp_path / "one") is None
-    out = real_torchrun(ROOT / "simsiam.py", *options, tmp_path / "two")
-    assert out.returncode == 0, out.stderr
-    one = log_of(tmp_path / "one")
-    two = log_of(tmp_path / "two")
-    assert two[0]["settings"]["world"] == 2
-    assert [r["event"] for r in two] == ["start", "epoch", "epoch", "end"]
-    assert two[0]["knn_pixels"] == one[0]["knn_pixels"]
-    assert two[1]["knn"] == one[1]["knn"]
-    for name in ("loss", "std"):
-        # Numbers of size 1 in float32, whose last bits two steps enlarge.
-        assert two[2][name] == pytest.approx(one[2][name], abs=1e-3)
-    assert out.stdout.count("epoch 1/1  loss") == 1
-
-
 def test_a_batch_that_the_processes_do_not_divide_is_refused(small, tmp_path):
     """By two processes, and one of them says it."""
     out = torchrun(ROOT / "simsiam.py", small, *TINY, "--batch", "15", "--out", tmp_path / "run")
@@ -209,3 +204,21 @@ def test_process_0_decides_for_all_when_to_save(tmp_path, small, minutes, within
     assert (0 < previous["step"] < 5) == within  # an epoch has 5 steps
     assert previous["eta"]["vectors"].shape == (50, 16)
     assert re.search(r"epoch 3/3  loss", done.stdout)
+
+
+def test_torchruns_two_processes_run_the_same_command(tmp_path, by_torchrun):
+    """Started by torchrun itself: a whole run against one process: loss, std and kNN of every epoch."""
+    process, out, options = by_torchrun
+    assert here("simsiam.py", *options, tmp_path / "one") is None
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    one = log_of(tmp_path / "one")
+    two = log_of(out)
+    assert two[0]["settings"]["world"] == 2
+    assert [r["event"] for r in two] == ["start", "epoch", "epoch", "end"]
+    assert two[0]["knn_pixels"] == one[0]["knn_pixels"]
+    assert two[1]["knn"] == one[1]["knn"]
+    for name in ("loss", "std"):
+        # Numbers of size 1 in float32, whose last bits two steps enlarge.
+        assert two[2][name] == pytest.approx(one[2][name], abs=1e-3)
+    assert printed.count("epoch 1/1  loss") == 1
