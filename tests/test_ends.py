@@ -41,23 +41,18 @@ def signalled(number, at):
     return before_each_step(lambda step: os.kill(os.getpid(), number) if step == at else None)
 
 
-def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, capsys):
-    """One after the other, each in the second step after the last: the position, and at last the weights of
-    an uninterrupted run."""
-    options = [small, *TINY, "--epochs", 4, "--batch", 10, "--knn-every", 0]  # 5 steps an epoch
-    assert here("simsiam.py", *options, "--out", tmp_path / "whole") is None
+@pytest.mark.parametrize("name", [*ENDING[:3], *(pytest.param(name, marks=slow) for name in ENDING[3:])])
+def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys, name):
+    """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
+    number = signal.Signals["SIG" + name]
     out = tmp_path / "run"
-    for k, name in enumerate(ENDING, 1):
-        number = signal.Signals["SIG" + name]
-        capsys.readouterr()
-        with signalled(number, at=1):
-            assert here("simsiam.py", *options, "--out", out, "--resume", "auto") == 128 + number
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        epoch, step = stopped_at(said, out)
-        assert 5 * epoch + step == 3 * k
-    assert here("simsiam.py", *options, "--out", out, "--resume") is None
-    assert equal(weights_of(out), weights_of(tmp_path / "whole"))
+    with signalled(number, at=3):
+        assert here("simsiam.py", small, *TINY, "--out", out) == 128 + number
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert stopped_at(said, out) == (1, 2)  # 5 steps of 3 an epoch
+    assert here("simsiam.py", small, *TINY, "--out", out, "--resume") is None
+    assert equal(weights_of(out), weights_of(finished[0]))
 
 
 def test_nohup_keeps_a_run_going(tmp_path, small):

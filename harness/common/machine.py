@@ -75,7 +75,7 @@ def text_of(path):
 
 
 WORKER_KILLED = ("a process that decodes images has died, usually because memory (the run's share is "
-                 f"{memory() / 2 ** 30:.1f} GiB), /dev/shm, or the processes and threads allowed ran out; use "
+                 f"{memory() / 2 ** 30:.1f} GiB), /dev/shm, or the number of processes allowed ran out; use "
                  "fewer --workers, or --workers 0; if there is a checkpoint.pth, --resume goes on")
 
 
