@@ -436,6 +436,7 @@ def evaluate(args):
         protocol = PROTOCOLS[s["protocol"]]
         out = args.out or default_folder(args, s, backbone)
         resuming = enter(out, FILES, args.resume, device)
+        args.knn_k = args.knn_k or recipe.get("knn_k", 0)  # as in the log of pre-training
     job = Job(s, device, data.train, data.val, views, out, resuming)
     rows = describe_evaluation(job, backbone, data.rows())
     if protocol.optimizer and steps_of(protocol, s["images"], protocol.batch) < ENOUGH_STEPS:

@@ -364,6 +364,16 @@ def test_knn_of_a_checkpoint_is_the_monitors(tmp_path, finished, small):
     assert result["data"] == str(small)
 
 
+def test_knn_has_as_many_neighbours_as_in_pre_training(tmp_path, small):
+    """5 of them, by the option; the file tells. The log against the evaluation."""
+    options = ["--epochs", 1, "--workers", 0, "--knn-k", 5, "--out", tmp_path]
+    assert here("simsiam.py", small, *TINY, *options) is None
+    assert here("lineval.py", "--ckpt", tmp_path / "backbone.pth", "--knn", "--out", tmp_path / "knn") is None
+    result = result_of(tmp_path / "knn")
+    assert result["k"] == 5
+    assert close(result["top1"], log_of(tmp_path)[-2]["knn"])
+
+
 def test_checkpoint_says_data_and_protocol(tmp_path, finished, small):
     """The recipe cifar10 calls for MoCo's protocol; the result is the last epoch's, not the best one's."""
     arguments = ["--ckpt", finished[0] / "checkpoint.pth", "--epochs", "2", "--batch", "9"]
