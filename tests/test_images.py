@@ -215,6 +215,17 @@ def test_bands_after_the_third_are_told(tmp_path, mode, suffix, count):
     assert (clear in notes) == (suffix == ".png")
 
 
+def test_damage_in_a_transparent_image_is_left_to_its_reader(tmp_path):
+    """The start looks for transparent parts, and passes it over."""
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (70, 72, 4), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[:len(content) // 2])
+    notes = "; ".join(open_data(tmp_path).found.notes)
+    assert "2 images (in a sample) have transparent parts" in notes
+
+
 # --- Files that aren't pictures, and lists ------------------------------------------------------------------
 
 DICOM = bytes(128) + b"DICM" + bytes(100)

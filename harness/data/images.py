@@ -163,7 +163,8 @@ def sample(files):
                 pixels = deep_values(files[i], image).ravel()
                 values.append(pixels[::1 + len(pixels) // 2 ** 16])  # some of a large picture's
             further += unread(image)
-            clear += is_clear(image)
+            with pillow_reads(files[i]):
+                clear += is_clear(image)
     return values, further, clear
 
 
