@@ -47,6 +47,10 @@ class Found(NamedTuple):
     left_out: collections.Counter = collections.Counter()  # {reason: files}
     notes: tuple = ()    # on validation, on classes, on where the images were found
 
+    def noting(self, text):
+        """The same, with one note more."""
+        return self._replace(notes=(*self.notes, text))
+
 
 class Data(NamedTuple):
     """What there is to train on, and to validate with."""
@@ -191,9 +195,8 @@ def with_validation(data, wanted):
     train = train.only(np.setdiff1d(order, held))
     origins = {re.sub(rb"\d+\D*$", b"", name) for name in train.names}
     if 3 * len(train.classes) < len(origins) < len(train) / 2:  # fewer can be parts of a class's name
-        found = found._replace(notes=(
-            *found.notes,
-            f"images of one patient, or video ({os.fsdecode(min(origins))}...?) judge each other: make val/"))
+        found = found.noting(
+            f"images of one patient, or video ({os.fsdecode(min(origins))}...?) judge each other: make val/")
     return Data(train, val, found)
 
 
@@ -211,14 +214,12 @@ def settle(data, value_range, hold):
     sources = [source for source in (data.train, data.val) if source]
     values, further, clear = zip(*[sample(source.files) for source in sources])
     if sum(clear):
-        found = found._replace(notes=(
-            *found.notes,
+        found = found.noting(
             f"{sum(clear)} images (in a sample) have transparent parts, where hidden colours show; to paint "
-            "those: magick mogrify -background white -flatten FILES"))
+            "those: magick mogrify -background white -flatten FILES")
     if sum(further):
-        found = found._replace(notes=(
-            *found.notes,
-            f"{sum(further)} frames after the first, or bands after the third, are not read (in a sample)"))
+        found = found.noting(
+            f"{sum(further)} frames after the first, or bands after the third, are not read (in a sample)")
     values = sum(values, [])
     if value_range is None and values:
         value_range = range_of(np.concatenate(values))
@@ -227,10 +228,9 @@ def settle(data, value_range, hold):
         sources = map(in_memory, sources)
     train, val, *_ = [*sources, None]
     if val and (copies := copied(train, val)):
-        found = found._replace(notes=(
-            *found.notes,
+        found = found.noting(
             f"{len(copies)} of the {len(val)} images that judge are copies of training images "
-            f"({os.fsdecode(val.names[copies[0]])}, ...): the accuracy is too high; keep one of each"))
+            f"({os.fsdecode(val.names[copies[0]])}, ...): the accuracy is too high; keep one of each")
     return Data(train, val, found)
 
 
