@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 # harness comes before torch, because it sets how torch's threads wait.
 from harness.common.draws import permutation
-from harness.common.errors import Refused, handle_signals, stop_now
+from harness.common.errors import Refused
 from harness.common.machine import set_threads, to_device
 from harness.common.progress import Progress, start_block, warn
 from harness.data.images import read_image
@@ -43,7 +43,7 @@ from harness.evaluation import backbones
 from harness.evaluation.features import Frozen, accuracy, neighbours
 from harness.evaluation.result import describe_accuracy, describe_evaluation, read_classifier
 from harness.evaluation.result import save_features, settings_in, write_classes, write_result
-from harness.training.ends import run_and_leave
+from harness.training.ends import handle_signals, run_and_leave, stop_now
 from harness.training.folder import CHECKPOINTS, check_new, compare_settings, enter, folder_name
 from harness.training.options import check_batch, check_limits, named, new_parser, number, weights_file
 from harness.training.processes import all_sum, check_same, join_world, mean_over_processes

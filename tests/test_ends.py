@@ -19,9 +19,10 @@ import torch
 import augment
 import resnet
 import simsiam
-from harness.common.errors import STOPPING, Refused, handle_signals
+from harness.common.errors import STOPPING, Refused
 from harness.data import loading
 from harness.evaluation import features
+from harness.training.ends import handle_signals
 from tests.children import HANGS
 from tests.helpers import LONGER, ROOT, TINY, before_each_step, children_of, equal, free_port, here
 from tests.helpers import kill_all, log_of, losses_of

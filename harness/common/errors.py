@@ -4,7 +4,6 @@ For input that we can't use, raise Refused with one line: what is wrong, where, 
 it and exit with 1 (harness/training/ends.py). Any other exception is a bug, and shows its traceback.
 """
 import re
-import resource
 import signal
 
 # After one of these signals a run ends as soon as its step is done. Schedulers send the first, terminals the
@@ -26,22 +25,6 @@ class Away(BadImage):
 
 class Stopped(Exception):
     """A signal has ended a program, which has saved what it can. Arguments: the signal's number, the text."""
-
-
-def handle_signals(handler):
-    """Let this function get the signals in STOPPING, except ignored ones: nohup has SIGHUP ignored."""
-    for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-    # SIGXCPU comes at the lower limit of CPU seconds, and `ulimit -t` sets both: then SIGKILL comes alone.
-    lower, upper = resource.getrlimit(resource.RLIMIT_CPU)
-    if lower == upper != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_CPU, (upper * 9 // 10, upper))
-
-
-def stop_now(number, frame):
-    """A handler for signals where there is nothing to save."""
-    raise Stopped(number, "stopped by a signal; the same command starts again")
 
 
 def printable(text):

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -102,6 +103,22 @@ def launch(script, run, args):
         time.sleep(3)
     start = "\n" if sys.stdout.isatty() else ""  # below the progress line
     return f"{start}{script}: {printable(message)}"
+
+
+def handle_signals(handler):
+    """Let this function get the signals in STOPPING, except ignored ones: nohup has SIGHUP ignored."""
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+    # SIGXCPU comes at the lower limit of CPU seconds, and `ulimit -t` sets both: then SIGKILL comes alone.
+    lower, upper = resource.getrlimit(resource.RLIMIT_CPU)
+    if lower == upper != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_CPU, (upper * 9 // 10, upper))
+
+
+def stop_now(number, frame):
+    """A handler for signals where there is nothing to save."""
+    raise Stopped(number, "stopped by a signal; the same command starts again")
 
 
 def show_any_name():

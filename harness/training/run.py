@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..common.errors import Refused, Stopped, handle_signals
+from ..common.errors import Refused, Stopped
 from ..common.files import refusing, replacing, save
 from ..common.machine import OnTheirWay
+from .ends import handle_signals
 from .folder import FORMAT, NEWEST, PREVIOUS, check_format, compare_settings, newest_checkpoint
 from .log import Log
 from .processes import all_sum, check_same
