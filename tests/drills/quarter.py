@@ -78,8 +78,7 @@ def work(plan, archive, folder):
         unpack(archive, data, plan.every)
     if not (folder / "run/backbone.pth").exists():
         do(f"simsiam.py {data} {plan.run} --out {folder}/run --resume auto")
-    shutil.rmtree(folder / "cached", ignore_errors=True)  # of a start that was interrupted here
-    do(f"lineval.py --cached --ckpt {folder}/run/checkpoint.pth --out {folder}/cached")
+    do(f"lineval.py --cached --ckpt {folder}/run/checkpoint.pth --out {folder}/cached --resume auto")
     log = records(folder / "run/log.jsonl")
     evaluations = {"cached": read_json(folder / "cached/lineval.json")}
     command = f"python {log[0]['command']}"
