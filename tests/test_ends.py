@@ -42,7 +42,7 @@ def signalled(number, at):
     return before_each_step(lambda step: os.kill(os.getpid(), number) if step == at else None)
 
 
-@pytest.mark.parametrize("name", [*ENDING[:3], *(pytest.param(name, marks=slow) for name in ENDING[3:])])
+@pytest.mark.parametrize("name", [ENDING[0], *(pytest.param(name, marks=slow) for name in ENDING[1:])])
 def test_a_signal_in_a_step_ends_the_run_with_the_next(tmp_path, small, finished, capsys, name):
     """Sent within the 4th step: the position; the resumed run's weights against the uninterrupted one's."""
     number = signal.Signals["SIG" + name]
@@ -66,7 +66,7 @@ def test_nohup_keeps_a_run_going(tmp_path, small):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
+@pytest.mark.parametrize("epochs", [0, pytest.param(2, marks=slow)])
 def test_a_signal_ends_a_measurement_with_its_batch(tmp_path, small, finished, monkeypatch, epochs):
     """kNN can take minutes. The run is saved where it is: resumed, the weights and kNN of the uninterrupted
     one."""
@@ -455,6 +455,7 @@ def test_a_bug_shows_its_traceback_and_leaves_at_once(tmp_path, small):
     assert out.stderr.endswith("ZeroDivisionError: a bug\n")
 
 
+@slow
 def test_python_lives_on_behind_a_script_that_it_runs(tmp_path, small, finished, monkeypatch):
     """A notebook's %run, runpy: of three runs in this Python the first is refused, the others are done."""
     for name, code in (("whole", str), ("new", type(None)), ("another", type(None))):

@@ -177,14 +177,14 @@ def test_the_pages_are_written_whatever_ends_the_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function, given, said", [
     (divmod, (1, 0), "ZeroDivisionError"),
-    (time.sleep, (60,), "has not ended after 0.5 s"),
+    (time.sleep, (60,), "has not ended after 0.1 s"),
     (os._exit, (3,), "ended with status 3"),
 ])
 def test_a_part_in_a_process_of_its_own_fails_alone(function, given, said):
     """An error, the limit, or a process that dies, is a RuntimeError here; otherwise there is a result."""
     assert in_time(60, divmod, 7, 2) == (3, 1)
     with pytest.raises(RuntimeError, match=said):
-        in_time(0.5 if function is time.sleep else 60, function, *given)
+        in_time(0.1 if function is time.sleep else 60, function, *given)
 
 
 # --- Differences and verdicts -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def distance(x, y):
     return (x - y).abs().mean(dim=(1, 2, 3))
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("epoch", [0, pytest.param(1, marks=slow)])
 def test_the_benchmarks_pillow_views_are_ours(tmp_path, photos, epoch):
     """With the same draws, both pipelines are as close as Pillow's hue and blur are to exact ones."""
     for k, photo in enumerate(photos):
@@ -49,6 +49,7 @@ def check_bench(source, policy, parts):
     assert speed.pipeline_table(found).count("\n") == 2 + len(parts)
 
 
+@slow
 def test_the_benchmark_measures_every_part_of_files(large):
     """The parts for images that are decoded."""
     source, _, _ = opening.open_data(large)
