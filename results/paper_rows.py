@@ -37,10 +37,10 @@ PICTURE = "results/paper_rows.png"
 
 # The setting is the candidate that `chosen` names. Its rule was written before the first of these runs. Each
 # candidate is run on seeds 7 to 9 with (c) and with two rows that work in the paper, though less well. A
-# candidate is fit if (c) reaches 70 to 95% on average, so that a gain can show; if none of its nine runs fails,
-# as in the paper; and if a run takes at most 2 minutes on one core. Of these it is the one whose differences
-# from (c) vary least: the smallest sum of the standard deviations of the two rows' differences. BN is over 64
-# images in all.
+# candidate is fit if (c) reaches 70 to 95% on average, so that a gain can show; if none of its nine runs
+# fails, as in the paper; and if a run takes at most 2 minutes on one core. Of these it is the one whose
+# differences from (c) vary least: the smallest sum of the standard deviations of the two rows' differences.
+# BN is over 64 images in all.
 CANDIDATES = (
     "--base-lr 0.2 --epochs 6",
     "--base-lr 0.3 --epochs 6",
