@@ -36,6 +36,7 @@ def can_run(command):
 def become(command, environ, folder, output, start_method):
     """In the child: run the command, its output in two files."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     multiprocessing.set_start_method(start_method, force=True)  # a child of a forkserver would take its own
     os.chdir(folder)
     os.environ.clear()

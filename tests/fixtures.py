@@ -2,6 +2,7 @@
 import functools
 import io
 import os
+import signal
 import tarfile
 
 import numpy as np
@@ -22,7 +23,10 @@ def pytest_configure(config):
 
     The tests' networks are too small for two threads, which would also wait for any other busy process. And
     the server of our children can start while the tests are collected.
+
+    Behind a shell's & SIGINT is ignored, which our children would inherit; they are sent it.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")
     if os.environ.setdefault("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(1)
