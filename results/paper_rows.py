@@ -54,8 +54,8 @@ CHOOSING = (7, 8, 9)
 
 SETTING = "--base-lr 0.4 --epochs 6"
 SEEDS = (0, 1, 2, 3, 4)
-# Ten more seeds, in one go, for rows whose difference can't be told after SEEDS, and for those beside them. Rows
-# that are judged run by run get none: runs that disagree do so after more runs too.
+# Ten more seeds, in one go, for rows whose difference can't be told after SEEDS, and for those beside them.
+# Rows that are judged run by run get none: runs that disagree do so after more runs too.
 MORE_SEEDS = (5, 6, *range(10, 18))
 PROGRAM = "simsiam.py --workers 0 --knn-every 1000"
 UNTRAINED = f"{KEPT.folder}/untrained.json"  # its cached accuracy
