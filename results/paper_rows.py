@@ -319,14 +319,17 @@ def linked(kept, name, words=None):
 
 
 def claims_table(kept):
-    """For results/README.md: the paper's claim, our difference and the paper's, n, the verdict."""
+    """For results/README.md: each claim, our difference, the paper's, n, the verdict; and counts."""
     lines = []
+    said = []
     for name, mine, beside, between in compared(kept):
         row = ROWS[name]
+        said.append(verdict(row.claim, mine, beside))
         seen = f"{between.mean:+.1f} +- {between.error:.1f}{outcomes(mine)}"
-        said = f"[{verdict(row.claim, mine, beside)}](paper_rows.md)"
         words = linked(kept, name, row.words)
-        lines.append([words, seen, paper_cell(name), len(between.pairs), said])
+        lines.append([words, seen, paper_cell(name), len(between.pairs), f"[{said[-1]}](paper_rows.md)"])
+    counts = f"{said.count(HOLDS)} hold, {said.count(FAILS)} don't, {said.count(OPEN)} can't be told here"
+    lines.append([f"**{len(said)} claims**", "", "", "", f"**{counts}**"])
     return table(["what the paper says", "difference here", "the paper's", "n", "verdict"], lines)
 
 

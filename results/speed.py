@@ -56,7 +56,7 @@ STEPS = {  # recipe, batch, steps a repeat
         ("imagenet", 256, 5),
     ],
     "cpu": [
-        ("shapes", 64, 4),
+        ("shapes", 64, 40),
         ("cifar10", 64, 1),
         ("imagenet", 8, 1),
     ],
