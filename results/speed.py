@@ -56,7 +56,7 @@ STEPS = {  # recipe, batch, steps a repeat
         ("imagenet", 256, 5),
     ],
     "cpu": [
-        ("shapes", 64, 4),
+        ("shapes", 64, 40),
         ("cifar10", 64, 1),
         ("imagenet", 8, 1),
     ],
@@ -520,7 +520,8 @@ def step_table(step, device):
 def pages():
     """{path: text}, a GPU's section first."""
     machines = [found for name in FILES.values() if (found := read_json(f"results/{name}"))]
-    paragraphs = ["# Speed", "Made by `results/speed.py`; README.md explains the figures."]
+    made_by = "Made by `results/speed.py`. Of which version: [README.md](README.md#of-which-version)."
+    paragraphs = ["# Speed", made_by]
     for found in machines:
         paragraphs += section(found)
     return {PAGE: "\n\n".join(paragraph.strip() for paragraph in paragraphs) + "\n"}

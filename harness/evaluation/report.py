@@ -7,7 +7,7 @@ from ..common.pictures import draw_curves
 from ..training.recipes import own_steps, recipe_for
 from .features import calibrated, if_unequal, neighbours, share_bad
 
-LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had at least 0.34 (docs/operations.md)
+LOW_RANK = 0.3    # of the untrained network's rank: healthy runs had at least 0.43 (docs/operations.md)
 FEW_STEPS = 4000  # which a small data set needs (docs/own-data.md)
 TOO_SHORT = ("on 1,000 to 5,000 images, 500 steps gained 1 to 3 points over the untrained network, 1,500 "
              "gained 7 to 11, and 4,000 gained 14 to 17 (docs/own-data.md)")
@@ -84,8 +84,8 @@ class Report(NamedTuple):
         if rank is not None and bound is not None and rank < bound <= min(earlier):
             self.progress.line(
                 f"low rank: the features spread in {rank:.1f} directions, and did in {epochs[0]['rank']:.1f} "
-                f"at the start; below {bound:.1f}, every run that we saw had learned little, whatever its "
-                "loss and std. Try a smaller --base-lr, then --warmup 10")
+                f"at the start; below {bound:.1f}, every run that we saw was far behind healthy ones, whatever "
+                "its loss and std. Try a smaller --base-lr, then --warmup 10")
 
     def record(self, number, **measured):
         """An epoch's record: in the log, on the screen and, with each checkpoint, in the picture."""
