@@ -84,8 +84,8 @@ class Report(NamedTuple):
         if rank is not None and bound is not None and rank < bound <= min(earlier):
             self.progress.line(
                 f"low rank: the features spread in {rank:.1f} directions, and did in {epochs[0]['rank']:.1f} "
-                f"at the start; below {bound:.1f}, every run that we saw was far behind healthy ones, whatever "
-                "its loss and std. Try a smaller --base-lr, then --warmup 10")
+                f"at the start; below {bound:.1f}, every run that we saw was far behind healthy ones, "
+                "whatever its loss and std. Try a smaller --base-lr, then --warmup 10")
 
     def record(self, number, **measured):
         """An epoch's record: in the log, on the screen and, with each checkpoint, in the picture."""
