@@ -55,6 +55,14 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, small, output):
         "nobody reads this output any more", "the run goes on, and its folder has what it finds"]
 
 
+def test_a_list_ends_when_nobody_reads_it(output):
+    """`--experiment list | head`: no traceback."""
+    with start(ROOT / "simsiam.py", "--experiment", "list", output=output) as listing:
+        head(output, 0)
+        assert listing.wait() == 0
+        assert listing.written("stderr") == "nobody reads this output any more\n"
+
+
 def test_a_check_ends_when_nobody_reads_its_list(tmp_path, output):
     """`augment.py DATA --check | head -1`: no traceback."""
     photos = tmp_path / "photos"

@@ -8,6 +8,7 @@ import os
 
 from ..common.errors import Refused
 from ..common.machine import bf16_pays
+from ..common.progress import silence
 from .folder import folder_name
 from .options import add_setting, check_batch, data_path, named, new_parser, weights_file
 
@@ -55,12 +56,16 @@ def options(script, description, method):
 
 def list_experiments(methods):
     """Print the table of these methods' experiments."""
-    print(f"{'experiment':31}  {'the paper, on ImageNet':31}  what changes there")
+    lines = [f"{'experiment':31}  {'the paper, on ImageNet':31}  what changes there"]
     for method in methods:
         for name, (paper, changes) in method.EXPERIMENTS.items():
             changes = changes | method.ON_IMAGENET.get(name, {})
             shown = ", ".join(f"{setting} {value}" for setting, value in changes.items())
-            print(f"{name:31}  {paper:31}  {shown}")
+            lines.append(f"{name:31}  {paper:31}  {shown}")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError as error:  # as from `| head`
+        silence(error)
 
 
 def default_folder(args):
