@@ -6,8 +6,7 @@
 
 Start it from the repository's root, on Linux. It runs the candidates for the setting (CANDIDATES, seeds 7 to
 9); the rows (ROWS, seeds 0 to 4), and ten more seeds of those whose difference can't be told by then; and two
-rows with one thing changed at a time (LOOKS, seeds 0 to 2).
-rows.py describes how the runs are made and kept.
+rows with one thing changed at a time (LOOKS, seeds 0 to 2). rows.py describes how the runs are made and kept.
 
 A row is compared with another in pairs of runs of one seed, which have the same views in the same order and
 the same initial weights of the backbone. The images are the same for all runs. The results become tables in
@@ -303,10 +302,8 @@ def compared(kept):
         mine, beside = kept.of(name), kept.of(row.beside)
         between = linear_difference(mine, beside)
         if between:
-            seeds = sorted(mine.keys() & beside.keys())
-            mine = {seed: mine[seed] for seed in seeds}
-            beside = {seed: beside[seed] for seed in seeds}
-            yield name, mine, beside, between
+            seeds = mine.keys() & beside.keys()
+            yield name, within(mine, seeds), within(beside, seeds), between
 
 
 def label(name):
@@ -365,9 +362,9 @@ def rows_table(kept):
                 span([last(result, "loss") for result in whole], 3),
                 span([last(result, "std") for result in whole], 2),
                 span([rank_kept(result) for result in whole], 2),
-                cell([top1(result) for result in runs.values()]),
+                cell(accuracies(runs).values()),
                 outcomes(runs).removeprefix("; ") or "-",
-                minutes(runs),
+                f"{minutes(runs):.1f}",
             ])
     return table(heads, lines)
 
@@ -384,8 +381,8 @@ def rank_kept(result):
 
 
 def minutes(runs):
-    """The mean over some runs, as a cell."""
-    return f"{statistics.mean(map(minutes_of, runs.values())):.1f}"
+    """The mean over some runs."""
+    return statistics.mean(map(minutes_of, runs.values()))
 
 
 def differences_table(kept):
@@ -407,17 +404,24 @@ def candidates_table(kept):
     heads = ["candidate", *map(label, TRIED), "sum of the differences' deviations", "minutes", "fit"]
     lines = [["untrained network", f"{read_json(UNTRAINED)['top1']:.1f}", *"-----"]]
     for options in CANDIDATES:
-        runs = [kept.of(candidate(name, options).name) for name in TRIED]
-        cells = [cell([top1(result) for result in its.values()]) + outcomes(its) for its in runs]
+        runs = tried(kept, options)
+        if min(map(len, runs)) < len(CHOOSING):
+            continue  # they have been interrupted
+        cells = [cell(accuracies(its).values()) + outcomes(its) for its in runs]
         marked = "**" if options == SETTING else ""
         lines.append([f"{marked}`{options}`{marked}", *cells, f"{spread(runs):.1f}",
                       f"{longest(runs):.1f}", "yes" if fit(runs) else "no"])
     return table(heads, lines)
 
 
+def tried(kept, options):
+    """A candidate's runs of each row of TRIED."""
+    return [kept.of(candidate(name, options).name) for name in TRIED]
+
+
 def chosen(kept):
     """The candidate that is fit and whose differences vary least."""
-    runs_for = {options: [kept.of(candidate(name, options).name) for name in TRIED] for options in CANDIDATES}
+    runs_for = {options: tried(kept, options) for options in CANDIDATES}
     return min((options for options, runs in runs_for.items() if fit(runs)),
                key=lambda options: spread(runs_for[options]))
 
@@ -438,7 +442,7 @@ def spread(runs):
 
 def longest(runs):
     """Minutes of the row that takes longest."""
-    return max(statistics.mean(map(minutes_of, its.values())) for its in runs)
+    return max(map(minutes, runs))
 
 
 def looks_table(kept):
@@ -456,7 +460,7 @@ def look_cell(kept, name):
     """Accuracy, std x sqrt(d) at the end, and how the runs ended; linked."""
     runs = within(kept.of(name), LOOKING)
     whole = [last(result, "std") for result in runs.values() if not diverged(result)]
-    shown = cell([top1(result) for result in runs.values()])
+    shown = cell(accuracies(runs).values())
     return linked(kept, name, f"{shown}; std {span(whole, 2)}{outcomes(runs)}")
 
 

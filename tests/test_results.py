@@ -286,6 +286,17 @@ def test_the_setting_is_the_fit_candidate_whose_differences_vary_least(tmp_path)
     assert paper_rows.chosen(kept) == paper_rows.CANDIDATES[2]
 
 
+def test_a_candidate_has_a_line_once_all_its_runs_are_there(tmp_path):
+    """A start that was interrupted among them still writes its page."""
+    kept = Kept(tmp_path, None)
+    for options, seeds in zip(paper_rows.CANDIDATES, ((7, 8, 9), (7, 8), (7,))):
+        for name in paper_rows.TRIED:
+            for seed in seeds:
+                kept.add(paper_rows.candidate(name, options).name, result_of(80) | {"seed": seed})
+    _, _, _, *lines = paper_rows.candidates_table(kept).splitlines()
+    assert [paper_rows.CANDIDATES[0] in line for line in lines] == [True]
+
+
 def test_rows_that_are_not_decided_get_more_seeds(tmp_path):
     """Where all rows are alike: one that scatters, and that beside it; not one that failures would tell."""
     kept = Kept(tmp_path, None)

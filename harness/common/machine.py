@@ -111,8 +111,9 @@ def hardware(settings, device):
     if settings.get("compile"):
         parts.append("compiled")
     parts.append(f"{settings['workers']} workers")
-    if quota("memory") < MEMORY:
-        parts.append(f"at most {quota('memory') / 2 ** 30:.1f} GiB of memory")
+    allowed = quota("memory")
+    if allowed < MEMORY:
+        parts.append(f"at most {allowed / 2 ** 30:.1f} GiB of memory")
     return ", ".join(parts)
 
 
